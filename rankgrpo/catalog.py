@@ -1,0 +1,378 @@
+"""The catalog: the items a list may name, and the one way to look a title up.
+
+Reads JSONL and CSV, reports every bad row at once with file and line, and answers `(title, year) -> index` by
+normalised title, exact year first. It does not guess: no fuzzy titles, no spelling correction, no reordering of
+"Matrix, The".
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import re
+import unicodedata
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+MIN_YEAR, MAX_YEAR = 1870, 2100  # first moving pictures; anything later is a typing error
+MAX_SHOWN_PROBLEMS = 20
+
+_MAX_TITLE_CHARS = 300
+_TITLE_YEAR = re.compile(r"(?P<title>.*\S)\s*\((?P<year>\d{4})\)", re.ASCII)
+_YEAR_IN_TEXT = re.compile(r"\((?P<year>\d{4})\)", re.ASCII)
+
+# Applied before NFKC (which would tear U+00B4 and U+2033 apart) and after it (which makes U+2014 out of U+FE58).
+_UNIFY = str.maketrans(
+    {
+        **dict.fromkeys("\u2018\u2019\u201a\u201b\u2032\u02bc\u00b4`", "'"),
+        **dict.fromkeys("\u201c\u201d\u201e\u201f\u2033\u00ab\u00bb", '"'),
+        **dict.fromkeys("\u2010\u2011\u2012\u2013\u2014\u2015\u2212\ufe58\ufe63\uff0d", "-"),
+        **dict.fromkeys("\u00ad\u200b\u200c\u200d\u2060\ufeff", None),  # invisible: soft hyphen, zero width
+    }
+)
+
+
+class DataError(ValueError):
+    """Bad input data. The message shows the first problems; `problems` holds all of them as `file:line: message`."""
+
+    def __init__(self, message: str, problems: Iterable[str] = ()) -> None:
+        self.problems = tuple(problems)
+        shown = self.problems[:MAX_SHOWN_PROBLEMS]
+        hidden = len(self.problems) - len(shown)
+        tail = [f"  and {hidden} more"] if hidden else []
+        super().__init__("\n".join([message, *(f"  {problem}" for problem in shown), *tail]))
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One recommendable item.
+
+    Example: Item("Heat", 1995, popularity=12, genres=("Crime",), text="A master thief and a detective ...")
+    """
+
+    title: str
+    year: int
+    popularity: int = 0
+    """How often the item is in the training ground truth; 0 where the file does not say."""
+    genres: tuple[str, ...] = ()
+    text: str = ""
+    """Plot or keywords, free text."""
+
+
+@lru_cache(maxsize=1 << 16)
+def normalise_title(title: str) -> str:
+    """Key under which two spellings of a title are the same title.
+
+    NFKC, casefold, one space for any run of whitespace, typographic quotes and dashes as their ASCII forms, invisible
+    characters dropped. Idempotent. Articles, accents and punctuation are kept: "Alien" is not "Aliens".
+    """
+    return _fold(title)
+
+
+def _fold(text: str) -> str:
+    folded = unicodedata.normalize("NFKC", text.translate(_UNIFY)).casefold()
+    return " ".join(unicodedata.normalize("NFKC", folded).translate(_UNIFY).split())
+
+
+class Catalog:
+    """Items in file order with a look-up by normalised title and year.
+
+    Raises DataError when two items have the same normalised title and year.
+    """
+
+    def __init__(self, items: Iterable[Item]) -> None:
+        self.items: tuple[Item, ...] = tuple(items)
+        self._years_of: dict[str, dict[int, int]] = {}
+        duplicates = []
+        for index, item in enumerate(self.items):
+            years = self._years_of.setdefault(normalise_title(item.title), {})
+            if item.year in years:
+                first = years[item.year]
+                duplicates.append(f"item {index}: {item.title} ({item.year}) is item {first} again")
+            years.setdefault(item.year, index)
+        self._max_words = max((key.count(" ") + 1 for key in self._years_of), default=0)
+        if duplicates:
+            raise DataError("the catalog names items twice; keep one of each:", duplicates)
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __iter__(self) -> Iterator[Item]:
+        return iter(self.items)
+
+    def __contains__(self, title_year: tuple[str, int]) -> bool:
+        return self.lookup(*title_year) is not None
+
+    @staticmethod
+    def title_key(title: str) -> str:
+        """The normalised form under which titles are compared."""
+        return normalise_title(title)
+
+    def lookup(self, title: str, year: int, *, year_tolerance: int = 0) -> int | None:
+        """Index of the item with this title and the nearest year within `year_tolerance`, or None.
+
+        The exact year wins; at equal distance d the later year (+d) is tried before the earlier (-d). Raises ValueError
+        for a year that is no int: "1995" would otherwise match nothing, and every reward would silently be 0.
+        """
+        if type(year) is not int:
+            raise ValueError(f"year must be an int, got {year!r} for title {title!r}; convert it when the data is read")
+        if year_tolerance < 0:
+            raise ValueError(f"year_tolerance must be >= 0, got {year_tolerance}")
+        years = self._years_of.get(normalise_title(title))
+        if years is None:
+            return None
+        for distance in range(year_tolerance + 1):
+            for candidate in (year + distance, year - distance):
+                if candidate in years:
+                    return years[candidate]
+        return None
+
+    def title_indices(self, title: str) -> tuple[int, ...]:
+        """Indices of every item a title names, in catalog order; empty if there is none.
+
+        A bare title names all its remakes; "Title (Year)" names one, unless an item bears that very title.
+        """
+        years = self._years_of.get(normalise_title(title))
+        if years is not None:
+            return tuple(years.values())
+        match = _TITLE_YEAR.fullmatch(title.strip())
+        index = self.lookup(match["title"], int(match["year"])) if match else None
+        return () if index is None else (index,)
+
+    def find_mentions(self, text: str) -> list[int]:
+        """Indices of the items written as `Title (Year)` inside free text, in order of first mention.
+
+        The title is the longest run of words before `(Year)` that the catalog knows with that year, so
+        "I like The Thing (1982)" finds "The Thing" and not "Thing". Bare titles are not searched for: "It", "Up" and
+        "Her" are words first.
+        """
+        found: dict[int, None] = {}
+        for match in _YEAR_IN_TEXT.finditer(text):
+            words = _fold(text[: match.start()][-_MAX_TITLE_CHARS:]).split(" ")
+            for start in range(max(0, len(words) - self._max_words), len(words)):
+                years = self._years_of.get(" ".join(words[start:]).strip("\"'*_"), {})
+                if int(match["year"]) in years:
+                    found.setdefault(years[int(match["year"])])
+                    break
+        return list(found)
+
+    @classmethod
+    def from_file(cls, path: str | os.PathLike[str]) -> Catalog:
+        """Read a .jsonl or .csv catalog; raises DataError naming every bad row. See `read_catalog` for the format."""
+        return read_catalog(path)[0]
+
+    def to_jsonl(self, path: str | os.PathLike[str]) -> None:
+        """Write one JSON object an item, complete or not at all (temporary file, then rename)."""
+        write_lines(path, (json.dumps(_to_row(item), ensure_ascii=False) for item in self.items))
+
+
+def read_catalog(path: str | os.PathLike[str]) -> tuple[Catalog, list[str]]:
+    """Read a catalog; return it with the soft problems (unknown columns, once each).
+
+    Columns or keys: `title`, `year` (both needed; a year may be a string), `popularity` (int), `genres` (a list, or one
+    string separated by `|` or `;`), and free text under `plot`, `keywords` or `text` (several are joined by a newline).
+    Raises DataError listing every bad row as `file:line: message`: broken JSON or CSV, a missing or wrongly typed
+    field, a title with a line break (a list holds one title a line), a year outside 1870..2100, an item named twice.
+    """
+    path = Path(path)
+    readers = {".jsonl": read_jsonl, ".csv": _read_csv}
+    if path.suffix.lower() not in readers:
+        raise DataError(f"{path}: a catalog is a .jsonl or a .csv file, got {path.suffix or 'no suffix'!r}")
+    if not path.is_file():
+        raise DataError(f"{path}: no such file; a catalog has one item a line with title and year")
+    items: list[Item] = []
+    first_line: dict[tuple[str, int], int] = {}
+    errors: list[str] = []
+    unknown: dict[str, str] = {}
+    for line, row in readers[path.suffix.lower()](path):
+        where = f"{path}:{line}"
+        if isinstance(row, str):
+            errors.append(f"{where}: {row}")
+            continue
+        for key in row.keys() - _CATALOG_KEYS:
+            unknown.setdefault(key, f"{where}: unknown catalog field {key!r} is not used (reported once)")
+        try:
+            item = _to_item(row)
+        except DataError as error:
+            errors.append(f"{where}: {error}")
+            continue
+        key_year = (normalise_title(item.title), item.year)
+        if key_year in first_line:
+            errors.append(f"{where}: {item.title} ({item.year}) is already on line {first_line[key_year]}; keep one")
+            continue
+        first_line[key_year] = line
+        items.append(item)
+    if errors:
+        raise DataError(f"{path}: {len(errors)} bad catalog row(s):", errors)
+    if not items:
+        raise DataError(f"{path}: the catalog is empty; it needs one item a line with title and year")
+    return Catalog(items), sorted(unknown.values())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Rows of files, shared with data.py
+
+
+def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
+    """Yield (line number, object) for every non-blank line, or (line number, what is wrong with it).
+
+    Lines end at `\\n` only: what people write may hold U+2028, at which str.splitlines would split.
+    """
+    with path.open("rb") as file:
+        for line, raw in enumerate(file, start=1):
+            try:
+                text = raw.decode("utf-8-sig" if line == 1 else "utf-8").strip()
+                if not text:
+                    continue
+                row = json.loads(text)
+                json.dumps(row, ensure_ascii=False).encode("utf-8")
+            except UnicodeDecodeError as error:
+                yield line, f"not UTF-8 (byte {error.start} of the line)"
+            except UnicodeEncodeError:
+                yield line, "holds half a surrogate pair (\\ud800..\\udfff), which is no text"
+            except json.JSONDecodeError as error:
+                yield line, f"broken JSON: {error.msg} at column {error.colno}"
+            except (ValueError, RecursionError) as error:  # numbers of thousands of digits, thousands of brackets
+                yield line, f"unreadable JSON: {error}"
+            else:
+                yield line, row if isinstance(row, dict) else f"expected a JSON object, got {type_name(row)}"
+
+
+def write_lines(path: str | os.PathLike[str], lines: Iterable[str]) -> None:
+    """Write lines to `path`, complete or not at all: a temporary file beside it, flushed to disk, then renamed."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8", newline="\n") as file:
+            file.writelines(f"{line}\n" for line in lines)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def parse_title(value: object) -> str:
+    """A title as data files hold it; DataError says what is wrong with it."""
+    if not isinstance(value, str):
+        raise DataError(f"title must be a string, got {type_name(value)}")
+    title = value.strip()
+    if not normalise_title(title):
+        raise DataError("title is empty")
+    if len(title.splitlines()) > 1:
+        raise DataError(f"title {title!r} holds a line break, but a list names one title a line")
+    return title
+
+
+def parse_year(value: object) -> int:
+    """A year from an int, a whole float or a string of either (files written by spreadsheets hold "1995.0")."""
+    year = parse_whole(value, "year")
+    if not MIN_YEAR <= year <= MAX_YEAR:
+        raise DataError(f"year {year} is impossible; expected {MIN_YEAR} to {MAX_YEAR}")
+    return year
+
+
+def parse_whole(value: object, field: str) -> int:
+    """An int from an int, a whole float or a string of either."""
+    number = value
+    if isinstance(value, str):
+        try:
+            number = float(value)
+        except ValueError:
+            raise DataError(f"{field} must be a whole number, got {value!r}") from None
+    if isinstance(number, bool) or not isinstance(number, int | float) or number != number // 1:
+        raise DataError(f"{field} must be a whole number, got {value!r}")
+    return int(number)
+
+
+def type_name(value: object) -> str:
+    """The JSON name of a value's type, for messages."""
+    names = {bool: "true/false", int: "a number", float: "a number", str: "a string", list: "a list", dict: "an object"}
+    return "null" if value is None else names.get(type(value), type(value).__name__)
+
+
+_TEXT_KEYS = ("plot", "keywords", "text")
+_CATALOG_KEYS = {"title", "year", "popularity", "genres", *_TEXT_KEYS}
+
+
+def _read_csv(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
+    """Yield (line where the record starts, non-empty cells by column name), or (line, what is wrong)."""
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.reader(file, strict=True)
+        columns: list[str] | None = None
+        while True:
+            line = reader.line_num + 1
+            try:
+                cells = next(reader, None)
+            except (csv.Error, UnicodeDecodeError) as error:
+                # Past this point quotes and bytes have lost their place, so further rows would be noise.
+                yield line, f"unreadable CSV from here on: {error}"
+                return
+            if cells is None:
+                return
+            if not any(cell.strip() for cell in cells):
+                continue
+            if columns is None:
+                columns = [cell.strip().lower() for cell in cells]
+                if problem := _header_problem(columns):
+                    yield line, problem
+                    return
+            elif len(cells) > len(columns):
+                yield line, f"{len(cells)} cells for {len(columns)} columns; quote cells that hold a comma"
+            else:
+                yield line, {name: cell for name, cell in zip(columns, cells, strict=False) if cell.strip()}
+
+
+def _header_problem(columns: list[str]) -> str | None:
+    if missing := {"title", "year"} - set(columns):
+        names = " and ".join(sorted(missing))
+        return f"the first line must name comma-separated columns title and year; {names} missing in {columns}"
+    if len(set(columns)) < len(columns):
+        return f"the first line names a column twice: {columns}"
+    return None
+
+
+def _to_item(row: Mapping[str, Any]) -> Item:
+    row = {key: value for key, value in row.items() if value is not None}
+    if missing := {"title", "year"} - row.keys():
+        raise DataError(f"missing {' and '.join(sorted(missing))}")
+    popularity = parse_whole(row.get("popularity", 0), "popularity")
+    if popularity < 0:
+        raise DataError(f"popularity must be >= 0, got {popularity}")
+    texts = [_to_text(row[key], key) for key in _TEXT_KEYS if key in row]
+    return Item(
+        title=parse_title(row["title"]),
+        year=parse_year(row["year"]),
+        popularity=popularity,
+        genres=_to_genres(row.get("genres", ())),
+        text="\n".join(text for text in texts if text),
+    )
+
+
+def _to_genres(value: object) -> tuple[str, ...]:
+    names = value.replace(";", "|").split("|") if isinstance(value, str) else value
+    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+        raise DataError(f"genres must be a list of strings or one string separated by | or ;, got {value!r}")
+    return tuple(name.strip() for name in names if name.strip())
+
+
+def _to_text(value: object, key: str) -> str:
+    words = ", ".join(value) if isinstance(value, list) and all(isinstance(word, str) for word in value) else value
+    if not isinstance(words, str):
+        raise DataError(f"{key} must be a string or a list of strings, got {type_name(value)}")
+    return words.strip()
+
+
+def _to_row(item: Item) -> dict[str, Any]:
+    row: dict[str, Any] = {"title": item.title, "year": item.year, "popularity": item.popularity}
+    if item.genres:
+        row["genres"] = list(item.genres)
+    if item.text:
+        row["text"] = item.text
+    return row

@@ -1,0 +1,144 @@
+"""The unit that an importance ratio and an advantage belong to: a rank, a token or a whole list.
+
+`rank_grpo_loss` knows units only by number. This module gives every token its number and every number its advantage and
+weight, so that one loss is Rank-GRPO (unit="rank"), GRPO (unit="token") or GSPO (unit="list"):
+
+    units = make_units(rank_BT, eos_BT, advantage_BK, unit="rank", num_ranks=20)
+    loss, metrics = rank_grpo_loss(
+        logp_BT,
+        old_logp_BT,
+        units.unit_BT,
+        units.advantage_BU,
+        weight_BK=units.weight_BU,
+        denominator=units.denominator,
+    )
+
+The penalties of the paper (arXiv 2510.20150, section 2.3.3 and appendix C) get units of their own, so that they move
+the tokens they are about and no others. They are advantages, added after normalisation as in the released code; as
+rewards they would vanish in every group whose lists all fail alike. Only the list itself is read, never its group.
+"""
+
+# Shape letters: B lists, T completion tokens, K ranks (or 1: one advantage a list), U units, E units beyond the ranks.
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Unit = Literal["rank", "token", "list"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Units:
+    """What `rank_grpo_loss` takes as rank_BT, advantage_BK, weight_BK and denominator."""
+
+    unit_BT: Tensor
+    """int64, unit of every token; -1 outside the list."""
+    advantage_BU: Tensor
+    """A unit that the list does not have keeps its advantage if it is a rank, and has 0 if it is not."""
+    weight_BU: Tensor
+    """1; for unit="token" 1/|y|, |y| the tokens of the list."""
+    denominator: int
+    """This call's share, for reduction="rank": B*K for ranks, whatever the penalties, else B. Sum it over the step."""
+
+
+def make_units(
+    rank_BT: Tensor,
+    eos_BT: Tensor,
+    advantage_BK: Tensor,
+    *,
+    unit: Unit = "rank",
+    num_ranks: int,
+    overflow_penalty: float = -0.1,
+    early_eos_penalty: float = -0.1,
+    full_list_bonus: float = 0.0,
+    unit_cap: int | None = None,
+) -> Units:
+    """Assign tokens, advantages and weights to units.
+
+    unit="rank" (Rank-GRPO): units 0..K-1 are the ranks. Each item beyond them is a unit with advantage
+      `overflow_penalty`. The EOS of a list with fewer than K items is a unit with advantage `early_eos_penalty`, taken
+      out of the last item; 0 leaves it there, as the paper's segmentation does. The EOS of a list of K items belongs to
+      the last item, unless `full_list_bonus` is not 0 (the released code: +0.1): then it is a unit with that advantage.
+      The EOS of an overflowing list belongs to its last item. A list cut off without EOS did not stop early and pays no
+      penalty.
+    unit="token": every token is a unit. With one advantage a list, (B, 1), this is GRPO: all tokens share it and the
+      penalties, which belong to ranks, do not apply. With one a rank, (B, K), a token has the advantage it would have
+      under unit="rank", penalties included (what the released code optimises at one update a batch).
+    unit="list" (GSPO): all tokens of a list are one unit; one advantage a list, (B, 1); penalties do not apply.
+
+    Args:
+      rank_BT: integer rank of every token, -1 outside the list, unbounded above (`RankSegmenter`). EOS has a rank.
+      eos_BT: bool, True at end-of-sequence tokens.
+      unit_cap: bound on the units beyond K in a list; items past it share the last one. None counts what is there,
+        which waits for the device once.
+
+    Returns: Units. Raises ValueError for wrong shapes, dtypes or options.
+    """
+    _check(rank_BT, eos_BT, advantage_BK, unit, num_ranks, unit_cap)
+    num_lists, num_tokens = rank_BT.shape
+    listed_BT = rank_BT >= 0
+    if unit == "list":
+        return Units(torch.where(listed_BT, 0, -1), advantage_BK, torch.ones_like(advantage_BK), num_lists)
+    if unit == "token" and advantage_BK.shape[1] == 1:
+        advantage_BU = advantage_BK.expand(num_lists, num_tokens)
+        return _token_units(listed_BT, advantage_BU)
+
+    eos_BT = eos_BT & listed_BT
+    num_items_B = _count_items(rank_BT, eos_BT)
+    early_B = eos_BT.any(1) & (num_items_B < num_ranks)
+    full_B = eos_BT.any(1) & (num_items_B == num_ranks)
+    split_B = (early_B & (early_eos_penalty != 0)) | (full_B & (full_list_bonus != 0))
+    if unit_cap is None:
+        unit_cap = max(int(rank_BT.max()) + 1 - num_ranks, 1)
+    unit_BT = rank_BT.long().clamp(max=num_ranks + unit_cap - 1)
+    # A list that overflows splits off no EOS, so both kinds of extra unit can start at K.
+    unit_BT = torch.where(eos_BT & split_B[:, None], num_ranks, unit_BT)
+
+    extra_E = torch.arange(unit_cap, device=rank_BT.device)
+    dtype = advantage_BK.dtype
+    extra_BE = (extra_E < (num_items_B - num_ranks)[:, None]).to(dtype) * overflow_penalty
+    extra_BE[:, 0] += early_B.to(dtype) * early_eos_penalty + full_B.to(dtype) * full_list_bonus
+    advantage_BU = torch.cat([advantage_BK, extra_BE], dim=1)
+    if unit == "token":
+        return _token_units(listed_BT, advantage_BU.gather(1, unit_BT.clamp(min=0)))
+    return Units(unit_BT, advantage_BU, torch.ones_like(advantage_BU), num_lists * num_ranks)
+
+
+def _count_items(rank_BT: Tensor, eos_BT: Tensor) -> Tensor:
+    """Items of every list, (B,). EOS counts: a token that crosses a line break opens a line on which EOS may be alone.
+
+    An EOS with nothing before it is no item.
+    """
+    has_text_B = ((rank_BT >= 0) & ~eos_BT).any(1)
+    return torch.where(has_text_B, rank_BT.amax(1) + 1, 0)
+
+
+def _token_units(listed_BT: Tensor, advantage_BT: Tensor) -> Units:
+    """Unit t is token t. Tokens outside the list are no unit, so their advantage is 0."""
+    num_lists, num_tokens = listed_BT.shape
+    position_T = torch.arange(num_tokens, device=listed_BT.device)
+    advantage_BT = torch.where(listed_BT, advantage_BT, 0.0)
+    length_B1 = listed_BT.sum(1, keepdim=True).clamp(min=1)
+    weight_BT = (1.0 / length_B1.to(advantage_BT.dtype)).expand(num_lists, num_tokens)
+    return Units(torch.where(listed_BT, position_T, -1), advantage_BT, weight_BT, num_lists)
+
+
+def _check(
+    rank_BT: Tensor, eos_BT: Tensor, advantage_BK: Tensor, unit: str, num_ranks: int, unit_cap: int | None
+) -> None:
+    if unit not in ("rank", "token", "list"):
+        raise ValueError(f"unit must be 'rank', 'token' or 'list', got {unit!r}")
+    if num_ranks < 1 or (unit_cap is not None and unit_cap < 1):
+        raise ValueError(f"num_ranks and unit_cap must be >= 1, got {num_ranks} and {unit_cap}")
+    if rank_BT.ndim != 2 or rank_BT.numel() == 0 or rank_BT.is_floating_point() or rank_BT.dtype == torch.bool:
+        raise ValueError(f"rank_BT must be integer (B, T), not empty; got {rank_BT.dtype} {tuple(rank_BT.shape)}")
+    if eos_BT.shape != rank_BT.shape or eos_BT.dtype != torch.bool:
+        raise ValueError(f"eos_BT must be bool {tuple(rank_BT.shape)}, got {eos_BT.dtype} {tuple(eos_BT.shape)}")
+    columns = {"rank": (num_ranks,), "token": (1, num_ranks), "list": (1,)}[unit]
+    if advantage_BK.ndim != 2 or advantage_BK.shape[0] != rank_BT.shape[0] or advantage_BK.shape[1] not in columns:
+        wanted = " or ".join(f"({rank_BT.shape[0]}, {count})" for count in dict.fromkeys(columns))
+        raise ValueError(f"advantage_BK for unit={unit!r} must be {wanted}, got {tuple(advantage_BK.shape)}")
