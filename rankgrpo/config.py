@@ -1,0 +1,337 @@
+"""Configuration: one sparse TOML a preset into frozen dataclasses, overridden by `section.key=value` words.
+
+Unknown keys, wrong types and impossible values fail at load, naming the file or word and the key. The resolved copy is
+written into the run folder, and a run resumes only under the configuration it was started with.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import tomllib
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message names the source, the key and the choices."""
+
+
+def _require(condition: bool, key: str, message: str) -> None:
+    if not condition:
+        raise ConfigError(f"{key}: {message}")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    name: str = "tiny"
+    """Preset (see `rankgrpo models`), local folder in Hugging Face format, or hub id."""
+    autocast: Literal["none", "bfloat16"] = "none"
+    """Compute type of the matrix products; parameters and optimizer state stay float32."""
+    gradient_checkpointing: bool = False
+    hidden: int = 256
+    """Size of the tiny preset, as are layers, ffn, heads, kv_heads and vocab; other models ignore these."""
+    layers: int = 4
+    ffn: int = 768
+    heads: int = 4
+    kv_heads: int = 2
+    vocab: int = 12288
+
+    def __post_init__(self):
+        for key in ("hidden", "layers", "ffn", "heads", "kv_heads", "vocab"):
+            _require(getattr(self, key) > 0, f"model.{key}", "must be positive")
+        _require(self.heads % self.kv_heads == 0, "model.kv_heads", f"must divide model.heads = {self.heads}")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    path: str = "demo"
+    """`demo`, or a folder with train.jsonl, validation.jsonl, test.jsonl and catalog.jsonl or catalog.csv."""
+    max_prompt_tokens: int = 512
+    """A longer conversation loses its oldest turns, never the instruction."""
+    num_train: int = 0
+    """Training samples taken from the data set, or made by the demo; 0 is all of them (the demo's own default)."""
+    num_ranks: int = 20
+    """Length K of the list asked for."""
+
+    def __post_init__(self):
+        for key in ("max_prompt_tokens", "num_ranks"):
+            _require(getattr(self, key) > 0, f"data.{key}", "must be positive")
+        _require(self.num_train >= 0, "data.num_train", "must not be negative")
+
+
+@dataclass(frozen=True)
+class TeacherConfig:
+    """EASE (Steck 2019), the offline teacher of the warm start."""
+
+    l2: float = 50.0
+    popularity_weight: float = 2e-4
+    num_folds: int = 5
+    """A training conversation's list comes from a model fitted without that dialog; 0 fits one model on all."""
+
+    def __post_init__(self):
+        _require(self.l2 > 0, "teacher.l2", "must be positive")
+        _require(self.num_folds != 1 and self.num_folds >= 0, "teacher.num_folds", "must be 0, or 2 and more")
+
+
+@dataclass(frozen=True)
+class SftConfig:
+    num_steps: int = 400
+    batch_size: int = 64
+    lr: float = 1e-3
+    schedule: Literal["constant", "cosine"] = "cosine"
+    warmup_frac: float = 0.05
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.95)
+    grad_clip: float = 1.0
+    token_budget: int = 16384
+    """Tokens of one micro-batch: prompts once, lists after them."""
+    eval_every: int = 100
+    eval_samples: int = 64
+    save_every: int = 100
+    keep_last: int = 2
+
+    def __post_init__(self):
+        for key in ("num_steps", "batch_size", "token_budget", "eval_every", "save_every", "keep_last"):
+            _require(getattr(self, key) > 0, f"sft.{key}", "must be positive")
+        _require(self.lr > 0, "sft.lr", "must be positive")
+        _require(0 <= self.warmup_frac < 1, "sft.warmup_frac", "must be in [0, 1)")
+
+
+@dataclass(frozen=True)
+class RlConfig:
+    num_steps: int = 150
+    prompts_per_step: int = 32
+    group_size: int = 8
+    unit: Literal["rank", "token", "list"] = "rank"
+    """What has a ratio of its own: rank = Rank-GRPO, token = GRPO, list = GSPO."""
+    returns: Literal["exp_inf", "exp", "log"] = "exp_inf"
+    """Return of a rank (Eq. 8, 9); units token and list use DCG@K of the whole list."""
+    gamma: float = 2.0
+    """Discount base of returns = exp."""
+    reduction: Literal["rank", "token"] = "rank"
+    """rank = Eq. 6; token = the released code's token mean."""
+    scale_by_std: bool = True
+    clip_low: float = 0.06
+    clip_high: float = 0.08
+    kl_coef: float = 1e-3
+    """Weight of the k3 KL to the SFT model; 0 drops the reference and skips groups without gradient."""
+    updates_per_batch: int = 1
+    """mu: optimizer steps on one batch of rollouts."""
+    overflow_penalty: float = -0.1
+    early_eos_penalty: float = -0.1
+    full_list_bonus: float = 0.0
+    """The released code adds 0.1 here; the paper has none."""
+    year_tolerance: int = 0
+    lr: float = 1e-6
+    schedule: Literal["constant", "cosine", "two-phase"] = "constant"
+    second_phase_at: float = 0.5
+    """Fraction of the steps after which schedule = two-phase continues at second_phase_lr."""
+    second_phase_lr: float = 1e-7
+    warmup_frac: float = 0.0
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.99)
+    grad_clip: float = 1.0
+    max_new_tokens: int = 256
+    temperature: float = 1.0
+    token_budget: int = 16384
+    sampler_rows: int = 256
+    """Lists decoded at once."""
+    eval_every: int = 25
+    eval_samples: int = 200
+    save_every: int = 25
+    keep_last: int = 2
+
+    def __post_init__(self):
+        positive = (
+            "num_steps",
+            "prompts_per_step",
+            "group_size",
+            "updates_per_batch",
+            "max_new_tokens",
+            "token_budget",
+        )
+        for key in (*positive, "sampler_rows", "eval_every", "save_every", "keep_last", "lr", "temperature"):
+            _require(getattr(self, key) > 0, f"rl.{key}", "must be positive")
+        _require(0 < self.clip_low <= 1, "rl.clip_low", "must be in (0, 1]")
+        _require(self.clip_high > 0, "rl.clip_high", "must be positive")
+        _require(self.kl_coef >= 0, "rl.kl_coef", "must not be negative")
+        _require(self.gamma > 1, "rl.gamma", "must be above 1")
+        _require(self.group_size > 1, "rl.group_size", "must be at least 2: an advantage compares the lists of a group")
+        _require(
+            self.unit == "rank" or self.reduction == "rank",
+            "rl.reduction",
+            "token needs rl.unit = rank (released code)",
+        )
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    split: Literal["validation", "test"] = "test"
+    num_samples: int = 0
+    """Samples of the split that are scored, from its beginning; 0 is all."""
+
+    def __post_init__(self):
+        _require(self.num_samples >= 0, "eval.num_samples", "must not be negative")
+
+
+@dataclass(frozen=True)
+class Config:
+    seed: int = 3407
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    sft: SftConfig = field(default_factory=SftConfig)
+    rl: RlConfig = field(default_factory=RlConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+
+
+# Keys that change how a run is watched and kept, not what it computes: a run may resume with other values.
+FREE_KEYS = frozenset({"sft.save_every", "sft.keep_last", "rl.save_every", "rl.keep_last"})
+
+
+def presets_dir() -> Path:
+    """The folder of preset TOML files (experiments/ of the repository, installed as rankgrpo_experiments)."""
+    spec = importlib.util.find_spec("rankgrpo_experiments")
+    if spec is not None and spec.submodule_search_locations:
+        return Path(next(iter(spec.submodule_search_locations)))
+    return Path(__file__).resolve().parents[1] / "experiments"
+
+
+def load_config(source: Path | None = None, overrides: list[str] | None = None, **direct: Any) -> Config:
+    """Defaults, then the TOML file, then `section.key=value` words, then `direct` (dotted keys as `section__key`).
+
+    Raises ConfigError naming the file or word and the key.
+    """
+    flat: dict[str, Any] = {}
+    if source is not None:
+        flat |= _read_toml(source)
+    for word in overrides or []:
+        key, separator, text = word.partition("=")
+        if not separator:
+            raise ConfigError(f"override {word!r}: expected section.key=value, for example rl.lr=1e-5")
+        flat[key.strip()] = _convert(key.strip(), _parse_word(text.strip()), f"override {word!r}")
+    flat |= {key.replace("__", "."): value for key, value in direct.items()}
+    return _build(flat)
+
+
+def flatten(config: Config) -> dict[str, Any]:
+    """{"seed": ..., "rl.lr": ..., ...}"""
+    flat = {}
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        if dataclasses.is_dataclass(value):
+            flat |= {f"{f.name}.{g.name}": getattr(value, g.name) for g in dataclasses.fields(value)}
+        else:
+            flat[f.name] = value
+    return flat
+
+
+def to_toml(config: Config) -> str:
+    """The resolved configuration as TOML that load_config reads back to an equal Config."""
+    lines = [f"seed = {config.seed}"]
+    for section in (f.name for f in dataclasses.fields(config) if f.name != "seed"):
+        lines += ["", f"[{section}]"]
+        lines += [
+            f"{f.name} = {_toml_value(getattr(getattr(config, section), f.name))}" for f in _fields(config, section)
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def changed_keys(saved: Config, current: Config) -> list[str]:
+    """`key: saved -> current` for every key on which the two differ and that changes what a run computes."""
+    old, new = flatten(saved), flatten(current)
+    return [f"{key}: {old[key]!r} -> {new[key]!r}" for key in new if key not in FREE_KEYS and old[key] != new[key]]
+
+
+def _fields(config: Config, section: str) -> tuple[dataclasses.Field, ...]:
+    return dataclasses.fields(getattr(config, section))
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+        return f'"{escaped}"'
+    if isinstance(value, tuple):
+        return "[" + ", ".join(_toml_value(v) for v in value) + "]"
+    return repr(value)
+
+
+def _known_types() -> dict[str, Any]:
+    known: dict[str, Any] = {"seed": int}
+    for f in dataclasses.fields(Config):
+        if f.name != "seed":
+            hints = typing.get_type_hints(f.default_factory)
+            known |= {f"{f.name}.{key}": kind for key, kind in hints.items()}
+    return known
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such configuration file") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path}: not valid TOML: {error}") from None
+    flat = {}
+    for key, value in raw.items():
+        for dotted, leaf in (
+            {f"{key}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {key: value}
+        ).items():
+            flat[dotted] = _convert(dotted, leaf, str(path))
+    return flat
+
+
+def _parse_word(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text  # a bare word is a string: model.name=tiny
+
+
+def _convert(key: str, value: Any, source: str) -> Any:
+    known = _known_types()
+    if key not in known:
+        section = key.split(".")[0]
+        near = [k for k in known if k.startswith(f"{section}.")] or sorted({k.split(".")[0] for k in known})
+        raise ConfigError(f"{source}: unknown key {key!r}; known keys are {', '.join(near)}")
+    kind = known[key]
+    if typing.get_origin(kind) is Literal:
+        choices = typing.get_args(kind)
+        if value not in choices:
+            raise ConfigError(f"{source}: {key} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+        return value
+    if typing.get_origin(kind) is tuple:
+        width = len(typing.get_args(kind))
+        numbers = isinstance(value, list) and all(isinstance(v, int | float) and not isinstance(v, bool) for v in value)
+        if not numbers or len(value) != width:
+            raise ConfigError(f"{source}: {key} must be a list of {width} numbers, got {value!r}")
+        return tuple(float(v) for v in value)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if kind is str and isinstance(value, int | float) and not isinstance(value, bool):
+        return str(value)
+    if (
+        isinstance(kind, types.UnionType)
+        or not isinstance(value, kind)
+        or (kind is not bool and isinstance(value, bool))
+    ):
+        raise ConfigError(f"{source}: {key} must be {kind.__name__}, got {value!r}")
+    return value
+
+
+def _build(flat: dict[str, Any]) -> Config:
+    sections: dict[str, dict[str, Any]] = {}
+    for key, value in flat.items():
+        if key != "seed":
+            section, name = key.split(".", 1)
+            sections.setdefault(section, {})[name] = value
+    built = {
+        f.name: f.default_factory(**sections.get(f.name, {})) for f in dataclasses.fields(Config) if f.name != "seed"
+    }
+    return Config(seed=flat.get("seed", Config.seed), **built)

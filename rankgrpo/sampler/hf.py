@@ -1,0 +1,246 @@
+"""Grouped sampling with a transformers model, for machines without vLLM.
+
+The prompt is read once: its keys and values are kept once a prompt and shared by its G lists, which own only the keys
+of the tokens they sampled. Every list draws its tokens by inversion from uniforms that are fixed by its prompt's seed,
+so neither the batch nor the order in which lists finish changes what is drawn.
+
+It has no paged cache, no continuous batching and no tensor parallelism; that is what vLLM is for.
+"""
+
+# Shape letters: P prompts, G lists a prompt, B = P*G, L prompt tokens (padded), T sampled tokens, V vocabulary,
+# N key-value heads, R query heads a key-value head, H head size.
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+
+from rankgrpo.sampler.base import Rollout
+
+ATTENTION_NAME = "rankgrpo_decode"
+
+
+class GroupedCache:
+    """Keys and values of P prompts (once each) and of the tokens their B = P*G lists have sampled so far."""
+
+    def __init__(self, prompt_len_P: Tensor, group_size: int, max_new_tokens: int):
+        self.group_size = group_size
+        self.capacity = max_new_tokens
+        self.num_sampled = 0
+        self.prefill = True
+        longest = int(prompt_len_P.max())
+        padding_PL = torch.arange(longest, device=prompt_len_P.device)[None] >= prompt_len_P[:, None]
+        # None when all prompts have one length: the usual case of a single long group, and the fast one.
+        self.padding_PL = padding_PL if bool(padding_PL.any()) else None
+        self.prompt: dict[int, tuple[Tensor, Tensor]] = {}
+        self.sampled: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def append(self, layer: int, key_BN1H: Tensor, value_BN1H: Tensor) -> tuple[Tensor, Tensor]:
+        """Store one token's keys and values; returns those of all sampled tokens, this one included."""
+        if layer not in self.sampled:
+            B, N, _, H = key_BN1H.shape
+            self.sampled[layer] = (
+                key_BN1H.new_empty(B, N, self.capacity, H),
+                key_BN1H.new_empty(B, N, self.capacity, H),
+            )
+        key_BNTH, value_BNTH = self.sampled[layer]
+        key_BNTH[:, :, self.num_sampled] = key_BN1H[:, :, 0]
+        value_BNTH[:, :, self.num_sampled] = value_BN1H[:, :, 0]
+        end = self.num_sampled + 1
+        return key_BNTH[:, :, :end], value_BNTH[:, :, :end]
+
+    def keep_groups(self, groups: Tensor) -> None:
+        """Drop the prompts that are not listed, with their lists: a finished group costs nothing more."""
+        rows = (groups[:, None] * self.group_size + torch.arange(self.group_size, device=groups.device)).flatten()
+        self.prompt = {layer: (k[groups], v[groups]) for layer, (k, v) in self.prompt.items()}
+        self.sampled = {layer: (k[rows], v[rows]) for layer, (k, v) in self.sampled.items()}
+        self.padding_PL = None if self.padding_PL is None else self.padding_PL[groups]
+
+
+def grouped_attention(module, query, key, value, attention_mask, *, scaling, grouped_cache: GroupedCache, **_):
+    """Attention of a prefill (prompts, causal) or of one decoded token over [prompt keys ; own keys]."""
+    layer = module.layer_idx
+    if grouped_cache.prefill:
+        # Prompts are padded on the right, so causality alone keeps real tokens from seeing padding.
+        grouped_cache.prompt[layer] = (key, value)
+        out = torch.nn.functional.scaled_dot_product_attention(
+            query, key, value, is_causal=True, scale=scaling, enable_gqa=True
+        )
+        return out.transpose(1, 2), None
+    key_PNLH, value_PNLH = grouped_cache.prompt[layer]
+    key_BNTH, value_BNTH = grouped_cache.append(layer, key, value)
+    (B, heads, _, H), (P, N, L, _) = query.shape, key_PNLH.shape
+    G, R = B // P, heads // N
+    query_BNRH = query.reshape(B, N, R, H) * scaling
+    # The lists of one prompt read the same keys: fold them into the rows of one matrix product.
+    query_PNgH = query_BNRH.view(P, G, N, R, H).transpose(1, 2).reshape(P, N, G * R, H)
+    score_PNgL = query_PNgH @ key_PNLH.transpose(2, 3)
+    if grouped_cache.padding_PL is not None:
+        score_PNgL = score_PNgL.masked_fill(grouped_cache.padding_PL[:, None, None], float("-inf"))
+    score_BNRL = score_PNgL.view(P, N, G, R, L).transpose(1, 2).reshape(B, N, R, L)
+    score_BNRT = query_BNRH @ key_BNTH.transpose(2, 3)
+    weight = torch.cat([score_BNRL, score_BNRT], dim=-1).float().softmax(-1).to(value.dtype)
+    weight_PNgL = weight[..., :L].view(P, G, N, R, L).transpose(1, 2).reshape(P, N, G * R, L)
+    out_BNRH = (weight_PNgL @ value_PNLH).view(P, N, G, R, H).transpose(1, 2).reshape(B, N, R, H)
+    out_BNRH = out_BNRH + weight[..., L:] @ value_BNTH
+    return out_BNRH.reshape(B, 1, heads, H), None
+
+
+ALL_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, grouped_attention)
+
+
+class HFSampler:
+    """Sampler over a transformers causal language model that shares its weights with the trainer.
+
+    `allowed_V` (bool, one entry an id) marks the ids that may be sampled; log-probabilities are normalised over them.
+    `rows` bounds the lists decoded at once. `autocast` is "bfloat16" or None.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer,
+        *,
+        allowed_V: Tensor | None = None,
+        rows: int = 256,
+        autocast: str | None = None,
+    ):
+        self.model, self.tokenizer = model, tokenizer
+        self.eos_ids = eos_token_ids(model, tokenizer)
+        self.banned_V = None if allowed_V is None or bool(allowed_V.all()) else ~allowed_V.to(model.device)
+        self.rows, self.autocast = rows, autocast
+
+    @torch.no_grad()
+    def sample(
+        self,
+        prompts: list[list[int]],
+        *,
+        group_size: int,
+        seeds: list[int],
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        on_progress: Callable[[int], object] | None = None,
+    ) -> list[list[Rollout]]:
+        """Sample `group_size` completions a prompt; `on_progress(n)` hears of every n prompts that are done."""
+        if len(seeds) != len(prompts):
+            raise ValueError(f"one seed a prompt: got {len(seeds)} seeds for {len(prompts)} prompts")
+        if any(not prompt for prompt in prompts):
+            raise ValueError("a prompt has no tokens")
+        # Prompts of like length share a batch; the result is put back into the order asked for.
+        order = sorted(range(len(prompts)), key=lambda p: len(prompts[p]), reverse=True)
+        per_batch = max(1, self.rows // group_size)
+        groups: list[list[Rollout]] = [[] for _ in prompts]
+        was_training, was_attention = self.model.training, self.model.config._attn_implementation
+        self.model.eval()
+        self.model.config._attn_implementation = ATTENTION_NAME
+        device_type = self.model.device.type
+        enabled = self.autocast is not None
+        try:
+            for start in range(0, len(order), per_batch):
+                chosen = order[start : start + per_batch]
+                uniform_BT = torch.cat([draw_uniforms(seeds[p], group_size, max_new_tokens) for p in chosen])
+                with torch.autocast(device_type, dtype=torch.bfloat16, enabled=enabled):
+                    ids, logps = self._decode([prompts[p] for p in chosen], group_size, uniform_BT, temperature)
+                for place, p in enumerate(chosen):
+                    rows = range(place * group_size, (place + 1) * group_size)
+                    groups[p] = [self._rollout(ids[row], logps[row]) for row in rows]
+                if on_progress is not None:
+                    on_progress(len(chosen))
+        finally:
+            self.model.train(was_training)
+            self.model.config._attn_implementation = was_attention
+        return groups
+
+    def _decode(
+        self, prompts: list[list[int]], group_size: int, uniform_BT: Tensor, temperature: float
+    ) -> tuple[list[list[int]], list[list[float]]]:
+        device = self.model.device
+        P, (B, max_new_tokens) = len(prompts), uniform_BT.shape
+        uniform_BT = uniform_BT.to(device)
+        prompt_len_P = torch.tensor([len(prompt) for prompt in prompts], device=device)
+        prompt_PL = torch.full((P, int(prompt_len_P.max())), self.tokenizer.pad_token_id, device=device)
+        for p, prompt in enumerate(prompts):
+            prompt_PL[p, : len(prompt)] = torch.tensor(prompt, device=device)
+        cache = GroupedCache(prompt_len_P, group_size, max_new_tokens)
+        hidden_PLD = self._hidden(prompt_PL, torch.arange(prompt_PL.shape[1], device=device)[None], cache)
+        last_PD = hidden_PLD[torch.arange(P, device=device), prompt_len_P - 1]
+        hidden_BD = last_PD.repeat_interleave(group_size, dim=0)
+        cache.prefill = False
+
+        eos = torch.tensor(self.eos_ids, device=device)
+        ids_BT = torch.full((B, max_new_tokens), -1, device=device)
+        logp_BT = torch.zeros(B, max_new_tokens, device=device)
+        live = torch.arange(B, device=device)  # rows of ids_BT still decoded; whole groups
+        done_B = torch.zeros(B, dtype=torch.bool, device=device)
+        next_position_B = prompt_len_P.repeat_interleave(group_size)
+        for t in range(max_new_tokens):
+            token_B, token_logp_B = self._draw(hidden_BD, uniform_BT[live, t], temperature)
+            ids_BT[live, t] = torch.where(done_B[live], -1, token_B)
+            logp_BT[live, t] = torch.where(done_B[live], 0.0, token_logp_B)
+            done_B[live] |= torch.isin(token_B, eos)
+            open_groups = (~done_B[live].view(-1, group_size)).any(1)
+            if t + 1 == max_new_tokens or not bool(open_groups.any()):
+                break
+            # Copying the cache costs about a decoding step, so drop finished groups a quarter at a time.
+            if int(open_groups.sum()) <= 0.75 * len(open_groups):
+                keep = open_groups.nonzero().flatten()
+                cache.keep_groups(keep)
+                live_PG = live.view(-1, group_size)[keep]
+                token_B = token_B.view(-1, group_size)[keep].flatten()
+                live = live_PG.flatten()
+            hidden_B1D = self._hidden(token_B[:, None], (next_position_B[live] + t)[:, None], cache)
+            hidden_BD = hidden_B1D[:, 0]
+            cache.num_sampled += 1
+        ids, logps = ids_BT.tolist(), logp_BT.tolist()
+        lengths = (ids_BT >= 0).sum(1).tolist()
+        return [row[:n] for row, n in zip(ids, lengths, strict=True)], [
+            row[:n] for row, n in zip(logps, lengths, strict=True)
+        ]
+
+    def _hidden(self, ids: Tensor, position_ids: Tensor, cache: GroupedCache) -> Tensor:
+        body = self.model.base_model
+        return body(ids, position_ids=position_ids, use_cache=False, grouped_cache=cache).last_hidden_state
+
+    def _draw(self, hidden_BD: Tensor, uniform_B: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        """The next token of every list and its log-probability."""
+        logits_BV = self.model.get_output_embeddings()(hidden_BD).float()
+        if self.banned_V is not None:
+            logits_BV = logits_BV.masked_fill(self.banned_V, float("-inf"))
+        if temperature > 0:
+            logits_BV = logits_BV / temperature
+        lse_B = logits_BV.logsumexp(1)
+        if temperature == 0:
+            token_B = logits_BV.argmax(1)
+        else:
+            cumulative_BV = (logits_BV - lse_B[:, None]).exp().cumsum(1)
+            total_B1 = cumulative_BV[:, -1:]
+            # right=True never picks an id of probability 0 (its cumulative value equals the one before it), and the
+            # threshold stays below the total, which the product may round up to.
+            threshold_B1 = torch.minimum(uniform_B[:, None] * total_B1, total_B1.nextafter(torch.zeros_like(total_B1)))
+            token_B = torch.searchsorted(cumulative_BV, threshold_B1, right=True).squeeze(1)
+        return token_B, logits_BV.gather(1, token_B[:, None]).squeeze(1) - lse_B
+
+    def _rollout(self, ids: list[int], logp: list[float]) -> Rollout:
+        text = self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return Rollout(ids, logp, text, finished=bool(ids) and ids[-1] in self.eos_ids)
+
+
+def draw_uniforms(seed: int, group_size: int, max_new_tokens: int) -> Tensor:
+    """(G, T) uniforms of one prompt, in [0, 1); list g's row does not depend on the number of lists."""
+    rows = []
+    for g in range(group_size):
+        generator = torch.Generator().manual_seed((seed + g * 0x9E3779B97F4A7C15) % 2**63)
+        rows.append(torch.rand(max_new_tokens, generator=generator))
+    return torch.stack(rows)
+
+
+def eos_token_ids(model: PreTrainedModel, tokenizer) -> list[int]:
+    """Every id that ends a completion: the tokenizer's and those of the model's generation config."""
+    configured = model.generation_config.eos_token_id if model.generation_config is not None else None
+    extra = configured if isinstance(configured, list) else [configured]
+    ids = {tokenizer.eos_token_id, *extra} - {None}
+    if not ids:
+        raise ValueError("neither the tokenizer nor the model's generation config names an end-of-sequence token")
+    return sorted(ids)
