@@ -1,0 +1,313 @@
+"""Token log-probabilities: the streamed head, the packed forward pass, and its dense oracle.
+
+    logp_n = logits_n[ids_n] - logsumexp(logits_n),   logits_n = weight hidden_n / temperature
+
+The head runs over chunks of tokens, so [tokens, vocabulary] never exists; backward recomputes each chunk. Log-sum-exp
+and the weight gradient are float32 at least, matrix products run in the autocast type or the inputs' own. Tokens whose
+upstream gradient is exactly zero cost nothing in backward.
+
+`pack_logprobs` is the one forward path for policy, old and reference log-probabilities. `dense_logprobs` computes the
+same numbers through the model's ordinary padded forward; it is the oracle, never a fall-back.
+"""
+
+# Shape letters: N tokens, C tokens of a chunk, R of them with a gradient, V vocabulary, D hidden, M predicted tokens of a
+# pack, B lists, T longest list.
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Literal, overload
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from transformers import PreTrainedModel
+
+from rankgrpo.attention import ordinary_attention, uses_shared_prefix
+from rankgrpo.packing import Group, Pack
+
+Impl = Literal["torch", "triton"]
+
+
+def token_logprobs(
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    ids_N: Tensor,
+    *,
+    impl: Impl = "torch",
+    temperature: float = 1.0,
+    allowed_V: Tensor | None = None,
+    chunk: int | None = None,
+) -> Tensor:
+    """log softmax(weight hidden / temperature) at ids, (N,) float32 (float64 for float64 inputs), in nats.
+
+    allowed_V: bool mask; the softmax runs over the ids it allows. chunk: tokens at a time, None for a size that suits
+    the device. impl="triton" needs a GPU and the kernels package.
+
+    Errors: ValueError for shapes that do not fit, ids outside the vocabulary or not allowed, temperature <= 0, and for
+    impl="triton" where it cannot run.
+    """
+    _check_head(hidden_ND, weight_VD, ids_N, temperature, allowed_V, chunk)
+    if impl == "triton":
+        return _triton_head(hidden_ND, weight_VD, ids_N, temperature, allowed_V)
+    if impl != "torch":
+        raise ValueError(f"impl must be 'torch' or 'triton', got {impl!r}")
+    return _stream(hidden_ND, weight_VD, ids_N, temperature, allowed_V, chunk, entropy=False)[0]
+
+
+def token_logprobs_and_entropy(
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    ids_N: Tensor,
+    *,
+    temperature: float = 1.0,
+    allowed_V: Tensor | None = None,
+    chunk: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`token_logprobs` and the entropy of every row's distribution, each (N,), in nats. The entropy has no gradient."""
+    _check_head(hidden_ND, weight_VD, ids_N, temperature, allowed_V, chunk)
+    return _stream(hidden_ND, weight_VD, ids_N, temperature, allowed_V, chunk, entropy=True)
+
+
+def _stream(hidden_ND, weight_VD, ids_N, temperature, allowed_V, chunk, *, entropy: bool) -> tuple[Tensor, Tensor]:
+    device = hidden_ND.device.type
+    if torch.is_autocast_enabled(device):
+        product_type = torch.get_autocast_dtype(device)
+    else:
+        product_type = torch.promote_types(hidden_ND.dtype, weight_VD.dtype)
+    banned = None
+    if allowed_V is not None:
+        banned = (~allowed_V).nonzero()[:, 0]
+        banned = banned if len(banned) else None
+    chunk = chunk or default_chunk(weight_VD.shape[0], device)
+    return _StreamedHead.apply(hidden_ND, weight_VD, ids_N, banned, 1.0 / temperature, chunk, product_type, entropy)
+
+
+def default_chunk(num_ids: int, device: str) -> int:
+    """Tokens at a time: logits of about 16 MB on a CPU (they should stay in cache), 128 MB elsewhere."""
+    elements = 2**22 if device == "cpu" else 2**25
+    return min(1024, max(64, elements // num_ids // 64 * 64))
+
+
+class _StreamedHead(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden_ND, weight_VD, ids_N, banned, inverse_temperature, chunk, product_type, with_entropy):
+        exact = torch.float64 if hidden_ND.dtype == torch.float64 else torch.float32
+        ctx.banned, ctx.inverse_temperature, ctx.chunk = banned, inverse_temperature, chunk
+        ctx.product_type, ctx.exact = product_type, exact
+        logp_N = hidden_ND.new_empty(ids_N.shape, dtype=exact)
+        lse_N, entropy_N = torch.empty_like(logp_N), torch.empty_like(logp_N) if with_entropy else None
+        weight = weight_VD.to(product_type)
+        for rows in _chunks(len(ids_N), chunk):
+            logits_CV = _logits(ctx, hidden_ND[rows].to(product_type), weight)
+            ids_C1 = ids_N[rows, None]
+            target_C = logits_CV.gather(1, ids_C1)[:, 0]
+            logp_CV = torch.log_softmax(logits_CV, -1)
+            del logits_CV
+            logp_N[rows] = logp_CV.gather(1, ids_C1)[:, 0]
+            lse_N[rows] = target_C - logp_N[rows]
+            if with_entropy:
+                entropy_N[rows] = torch.special.entr(logp_CV.exp_()).sum(-1)
+        ctx.save_for_backward(hidden_ND, weight_VD, ids_N, lse_N)
+        if with_entropy:
+            ctx.mark_non_differentiable(entropy_N)
+        return logp_N, entropy_N
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_N, _):
+        hidden_ND, weight_VD, ids_N, lse_N = ctx.saved_tensors
+        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+        weight = weight_VD.to(ctx.product_type)
+        grad_hidden = torch.zeros_like(hidden_ND) if needs_hidden else None
+        grad_weight = torch.zeros_like(weight_VD, dtype=ctx.exact) if needs_weight else None
+        live = grad_N.nonzero()[:, 0]
+        for start in range(0, len(live), ctx.chunk):
+            rows = live[start : start + ctx.chunk]
+            hidden = hidden_ND[rows].to(ctx.product_type)
+            grad_C1 = grad_N[rows, None] * ctx.inverse_temperature
+            # d logp / d logits = onehot - softmax, built in place of the recomputed logits
+            delta_CV = _logits(ctx, hidden, weight).sub_(lse_N[rows, None]).exp_().mul_(-grad_C1)
+            delta_CV = delta_CV.scatter_add_(1, ids_N[rows, None], grad_C1).to(ctx.product_type)
+            if needs_hidden:
+                grad_hidden[rows] = _product(delta_CV, weight, ctx.exact).to(hidden_ND.dtype)
+            if needs_weight:
+                _add_product_(grad_weight, delta_CV.t(), hidden)
+        if needs_weight:
+            grad_weight = grad_weight.to(weight_VD.dtype)
+        return grad_hidden, grad_weight, None, None, None, None, None, None
+
+
+def _chunks(size: int, chunk: int) -> Iterator[slice]:
+    return (slice(start, min(start + chunk, size)) for start in range(0, size, chunk))
+
+
+def _logits(ctx, hidden: Tensor, weight: Tensor) -> Tensor:
+    logits_CV = _product(hidden, weight.t(), ctx.exact)
+    if ctx.inverse_temperature != 1.0:
+        logits_CV.mul_(ctx.inverse_temperature)
+    if ctx.banned is not None:
+        logits_CV.index_fill_(1, ctx.banned, -torch.inf)
+    return logits_CV
+
+
+def _product(left: Tensor, right: Tensor, exact: torch.dtype) -> Tensor:
+    """left @ right in the exact type. A CPU rounds the result to the inputs' type first: it has no mixed-type product."""
+    if left.dtype == exact:
+        return left @ right
+    if left.device.type == "cuda":
+        return torch.mm(left, right, out_dtype=exact)
+    return (left @ right).to(exact)
+
+
+def _add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left @ right in total's type, in slices of rows so that no second tensor of total's size appears."""
+    if left.dtype == total.dtype:
+        total.addmm_(left, right)
+        return
+    for rows in _chunks(len(total), 16384):
+        total[rows] += _product(left[rows], right, total.dtype)
+
+
+def _triton_head(hidden_ND, weight_VD, ids_N, temperature, allowed_V) -> Tensor:
+    try:
+        from rankgrpo_kernels.linear_logprob import fused_token_logprobs
+    except ImportError as error:
+        raise ValueError(f"impl='triton' needs triton and the kernels package ({error}); use impl='torch'") from error
+    return fused_token_logprobs(hidden_ND, weight_VD, ids_N, temperature=temperature, allowed_V=allowed_V)
+
+
+def _check_head(hidden_ND, weight_VD, ids_N, temperature, allowed_V, chunk) -> None:
+    if hidden_ND.ndim != 2 or weight_VD.ndim != 2 or hidden_ND.shape[1] != weight_VD.shape[1]:
+        raise ValueError(
+            f"expected hidden (N, D) and weight (V, D), got {tuple(hidden_ND.shape)} and {tuple(weight_VD.shape)}"
+        )
+    if ids_N.shape != hidden_ND.shape[:1]:
+        raise ValueError(f"expected one id a hidden row, ({len(hidden_ND)},), got {tuple(ids_N.shape)}")
+    if temperature <= 0:
+        raise ValueError(f"temperature must be positive, got {temperature}")
+    if chunk is not None and chunk < 1:
+        raise ValueError(f"chunk must be at least 1 token, got {chunk}")
+    if len(ids_N) and not 0 <= int(ids_N.min()) <= int(ids_N.max()) < len(weight_VD):
+        raise ValueError(f"ids must be in [0, {len(weight_VD)}), got {int(ids_N.min())} to {int(ids_N.max())}")
+    if allowed_V is None:
+        return
+    if allowed_V.dtype != torch.bool or allowed_V.shape != weight_VD.shape[:1]:
+        raise ValueError(
+            f"allowed_V must be bool, ({len(weight_VD)},), got {allowed_V.dtype}, {tuple(allowed_V.shape)}"
+        )
+    if not bool(allowed_V[ids_N].all()):
+        raise ValueError(f"allowed_V bans target ids {ids_N[~allowed_V[ids_N]].unique().tolist()[:8]}")
+
+
+@overload
+def pack_logprobs(
+    model: PreTrainedModel,
+    pack: Pack,
+    *,
+    temperature: float = ...,
+    impl: Impl = ...,
+    entropy: Literal[False] = ...,
+    allowed_V: Tensor | None = ...,
+) -> Tensor: ...
+
+
+@overload
+def pack_logprobs(
+    model: PreTrainedModel,
+    pack: Pack,
+    *,
+    temperature: float = ...,
+    impl: Impl = ...,
+    entropy: Literal[True],
+    allowed_V: Tensor | None = ...,
+) -> tuple[Tensor, Tensor]: ...
+
+
+def pack_logprobs(model, pack, *, temperature=1.0, impl="torch", entropy=False, allowed_V=None):
+    """Log-probabilities of every list token of a pack, (B, T) float32, 0 where pack.mask_BT is False.
+
+    With entropy=True also the entropy of the distribution each token was drawn from, (B, T), without gradient
+    (impl="torch" only). The head runs on the rows that predict a list token and on no other.
+
+    Errors: ValueError when the model does not use shared-prefix attention, when one of its layers ignored the layout (a
+    silent fall-back to dense), or when it changes the head's output.
+    """
+    if not uses_shared_prefix(model):
+        raise ValueError(
+            f"the model's attention is {model.config._attn_implementation!r}; call "
+            "rankgrpo.attention.use_shared_prefix(model) first (dense log-probs are dense_logprobs)"
+        )
+    if entropy and impl != "torch":
+        raise ValueError(f"entropy is computed by impl='torch' only, got impl={impl!r}")
+    results: list[Tensor] = []
+
+    def streamed_head(hidden_1ND: Tensor) -> Tensor:
+        hidden_MD = hidden_1ND[0].index_select(0, pack.source_row_M)
+        options = {"temperature": temperature, "allowed_V": allowed_V}
+        if entropy:
+            results.extend(token_logprobs_and_entropy(hidden_MD, head.weight, pack.target_ids_M, **options))
+        else:
+            results.append(token_logprobs(hidden_MD, head.weight, pack.target_ids_M, impl=impl, **options))
+        return results[0]
+
+    head = _plain_head(model)
+    calls_before = pack.layout.num_calls
+    with _forward_replaced(head, streamed_head):
+        output = model(
+            input_ids=pack.input_ids_1N, position_ids=pack.position_ids_1N, shared_prefix=pack.layout, use_cache=False
+        )
+    if output.logits is not results[0]:
+        raise ValueError(f"{type(model).__name__} changes its head's output (scaling, soft cap or cast): not supported")
+    if (calls := pack.layout.num_calls - calls_before) != model.config.num_hidden_layers:
+        raise ValueError(f"{calls} of {model.config.num_hidden_layers} layers used shared-prefix attention: not supported")
+    logp_BT, *rest = (_to_lists(values_M, pack) for values_M in results)
+    return (logp_BT, *rest) if entropy else logp_BT
+
+
+def _plain_head(model: PreTrainedModel) -> nn.Linear:
+    head = model.get_output_embeddings()
+    if not isinstance(head, nn.Linear) or head.bias is not None:
+        raise ValueError(f"the streamed head needs a Linear without bias as output embedding, got {head}")
+    return head
+
+
+@contextmanager
+def _forward_replaced(module: nn.Module, forward: Callable[..., Tensor]) -> Iterator[None]:
+    """The head is computed inside the model's own forward, because sharding gathers its (tied) weight only there."""
+    before = module.__dict__.get("forward")  # offloading wrappers hang theirs on the instance
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if before is None:
+            del module.forward
+        else:
+            module.forward = before
+
+
+def _to_lists(values_M: Tensor, pack: Pack) -> Tensor:
+    flat = values_M.new_zeros(pack.mask_BT.numel())
+    return flat.scatter(0, pack.slot_M, values_M).view(pack.mask_BT.shape)
+
+
+def dense_logprobs(
+    model: PreTrainedModel, groups: Sequence[Group], *, temperature: float = 1.0, allowed_V: Tensor | None = None
+) -> Tensor:
+    """The oracle: (B, T) log-probabilities through model(...) on right-padded rows [prompt ; list] and full logits.
+
+    Runs with the model's own attention implementation, or with PyTorch SDPA when that is shared-prefix attention.
+    """
+    rows = [(group.prompt_ids, ids) for group in groups for ids in group.completion_ids]
+    width, longest = max(len(p) + len(c) for p, c in rows), max(len(c) for _, c in rows)
+    ids_BS = torch.tensor([p + c + [0] * (width - len(p) - len(c)) for p, c in rows], device=model.device)
+    real_BS = torch.tensor([[s < len(p) + len(c) for s in range(width)] for p, c in rows], device=model.device)
+    with ordinary_attention(model) if uses_shared_prefix(model) else nullcontext():
+        logits_BSV = model(input_ids=ids_BS, attention_mask=real_BS.long(), use_cache=False).logits
+    logits_BSV = logits_BSV.to(torch.promote_types(logits_BSV.dtype, torch.float32)) / temperature
+    if allowed_V is not None:
+        logits_BSV = logits_BSV.masked_fill(~allowed_V, -torch.inf)
+    logp_BS = logits_BSV[:, :-1].log_softmax(-1).gather(-1, ids_BS[:, 1:, None])[..., 0]
+    lists = [logp_BS[b, len(p) - 1 : len(p) - 1 + len(c)] for b, (p, c) in enumerate(rows)]
+    return torch.stack([nn.functional.pad(logp, (0, longest - len(logp))) for logp in lists])
