@@ -13,6 +13,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from rankgrpo.catalog import read_jsonl
+
 SHOWN = ("loss/nll", "reward/mean", "list/hit_frac", "loss/kl", "eval/ndcg@20", "grad/norm")
 
 
@@ -22,7 +24,7 @@ class MetricsLog:
     def __init__(self, path: Path, *, resume_step: int, num_steps: int, title: str):
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
-        rows = read_metrics(path) if path.exists() else []
+        rows = read_metrics(path)[0] if path.exists() else []
         kept = [row for row in rows if row["step"] <= resume_step] if resume_step > 0 else []
         temporary = path.with_name(f".incomplete-{path.name}")
         temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
@@ -51,18 +53,22 @@ class MetricsLog:
             self.board.close()
 
 
-def read_metrics(path: Path) -> list[dict]:
-    """Rows of a metrics file; a last line cut short by a kill is left out, any other broken line is an error."""
-    lines = path.read_text(encoding="utf-8").splitlines()
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            if number == len(lines):
-                break
-            raise ValueError(f"{path}:{number}: not a JSON object ({error}); restore or delete the file") from error
-    return rows
+def read_metrics(path: Path) -> tuple[list[dict], str | None]:
+    """Rows of a metrics file, and what was wrong with a last line that a kill cut short (None when it is whole).
+
+    Raises ValueError with file and line for any other broken row, and for one without a step.
+    """
+    rows = list(read_jsonl(path))
+    cut_short = None
+    if rows and isinstance(rows[-1][1], str):
+        line, problem = rows.pop()
+        cut_short = f"{path.parent.name}/{path.name}:{line} was skipped: {problem}, as after a kill while writing."
+    for line, row in rows:
+        if isinstance(row, str):
+            raise ValueError(f"{path}:{line}: {row}; delete the line, or restore the file from the run")
+        if type(row.get("step")) is not int:
+            raise ValueError(f"{path}:{line}: a metrics row needs a whole number under 'step', got {row.get('step')!r}")
+    return [row for _, row in rows], cut_short
 
 
 def _tensorboard(folder: Path):

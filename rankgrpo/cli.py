@@ -1,0 +1,235 @@
+"""The command line: `rankgrpo run | sft | train | evaluate | recommend | report | models | data check | data demo`.
+
+Heavy imports wait until a command needs them, so `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+from tyro.conf import Positional, arg
+
+Set = Annotated[
+    list[str],
+    arg(name="set", metavar="KEY=VALUE", help="override the configuration, for example rl.lr=1e-5 sft.num_steps=200"),
+]
+Model = Annotated[str, arg(help="preset (see `rankgrpo models`), Hugging Face folder, or hub id")]
+Data = Annotated[str, arg(help="`demo`, or a folder with train/validation/test.jsonl and catalog.jsonl or .csv")]
+RunDir = Annotated[Path, arg(help="run folder; the same command continues an unfinished run")]
+
+app = tyro.extras.SubcommandApp()
+data_app = tyro.extras.SubcommandApp()
+
+
+@app.command
+def run(
+    *,
+    model: Model = "tiny",
+    data: Data = "demo",
+    run: Annotated[
+        Path | None, arg(help="run folder (default: runs/MODEL-DATA); the same command continues it")
+    ] = None,
+    config: Annotated[Path | None, arg(help="TOML file (default: the preset's, experiments/MODEL.toml)")] = None,
+    set: Set = [],  # noqa: B006  (tyro reads the default, nothing writes to it)
+) -> None:
+    """The whole pipeline: demonstrations, warm start, Rank-GRPO, evaluation, report. Finished stages are not repeated.
+
+    Examples:
+      rankgrpo run
+      rankgrpo run --model tiny --data path/to/redial --run runs/redial
+      rankgrpo run --model smollm2-135m --set rl.num_steps=50 rl.group_size=4
+      torchrun --nproc-per-node 2 -m rankgrpo run
+    """
+    from rankgrpo.pipeline import run_pipeline
+
+    run_pipeline(_settings(model, data, config, set), run or default_run_dir(model, data))
+
+
+@app.command
+def sft(
+    *,
+    model: Model = "tiny",
+    data: Data = "demo",
+    run: Annotated[Path | None, arg(help="run folder (default: runs/MODEL-DATA)")] = None,
+    config: Annotated[Path | None, arg(help="TOML file (default: the preset's)")] = None,
+    set: Set = [],  # noqa: B006
+) -> None:
+    """The pipeline up to the supervised warm start; `rankgrpo run` or `rankgrpo train` continues the same run folder.
+
+    Example:
+      rankgrpo sft --model tiny --data demo --run runs/mine
+    """
+    from rankgrpo.pipeline import run_pipeline
+
+    run_pipeline(_settings(model, data, config, set), run or default_run_dir(model, data), until="sft")
+
+
+@app.command
+def train(
+    *,
+    model: Model = "tiny",
+    data: Data = "demo",
+    run: Annotated[Path | None, arg(help="run folder (default: runs/MODEL-DATA)")] = None,
+    config: Annotated[Path | None, arg(help="TOML file (default: the preset's)")] = None,
+    start: Annotated[
+        str | None, arg(help="model that Rank-GRPO starts from, in place of the run's own warm start")
+    ] = None,
+    set: Set = [],  # noqa: B006
+) -> None:
+    """Rank-GRPO alone, from the run's warm start or from --start (an SFT model of your own).
+
+    Examples:
+      rankgrpo train --run runs/mine
+      rankgrpo train --start path/to/sft-model --data path/to/redial --run runs/from-mine
+    """
+    from rankgrpo.pipeline import run_pipeline
+
+    run_pipeline(_settings(model, data, config, set), run or default_run_dir(model, data), until="rl", rl_start=start)
+
+
+@app.command
+def evaluate(
+    models: Positional[Annotated[list[str], arg(help="run folders, model folders, hub ids, or `popularity`, `ease`")]],
+    *,
+    data: Data = "demo",
+    split: Literal["validation", "test"] = "test",
+    num_samples: Annotated[int, arg(help="samples scored, from the beginning of the split; 0 is all")] = 0,
+    out: Annotated[
+        Path | None, arg(help="also write the results as JSON, and every list as JSONL, into this folder")
+    ] = None,
+    set: Set = [],  # noqa: B006
+) -> None:
+    """Compare any number of models, the popularity list and EASE: Recall and NDCG with 95 % bootstrap intervals.
+
+    Examples:
+      rankgrpo evaluate runs/tiny-demo popularity ease
+      rankgrpo evaluate runs/a/sft/final runs/a/rl/best --data path/to/redial --split validation --out results
+    """
+    from rankgrpo.pipeline import evaluate_models
+
+    print(evaluate_models(models, _settings("tiny", data, None, set), split=split, num_samples=num_samples, out=out))
+
+
+@app.command
+def recommend(
+    conversation: Positional[
+        Annotated[str | None, arg(help="what the user said; standard input when left out")]
+    ] = None,
+    *,
+    model: Annotated[str, arg(help="run folder, model folder or hub id")] = "runs/tiny-demo",
+    data: Annotated[
+        str | None, arg(help="data set whose catalog marks the items (default: the run's own, or demo)")
+    ] = None,
+    batch: Annotated[Path | None, arg(help="JSONL file of samples; prints one JSON line each")] = None,
+) -> None:
+    """Print a ranked list: `+` in the catalog, `?` not in the catalog, `!` not a title with a year.
+
+    Examples:
+      rankgrpo recommend "Something slow and eerie like Stalker (1979)?"
+      printf 'User: I loved Alien (1979)\\nAssistant: More space?\\nUser: Yes, and scary' | rankgrpo recommend
+      rankgrpo recommend --model runs/tiny-demo --batch requests.jsonl
+    """
+    from rankgrpo.pipeline import recommend_from
+
+    recommend_from(model, data, conversation, batch)
+
+
+@app.command
+def report(run: Positional[RunDir] = Path("runs/tiny-demo")) -> None:
+    """Rebuild report.html and the plots of a run folder, finished or not.
+
+    Example:
+      rankgrpo report runs/tiny-demo
+    """
+    from rankgrpo.report import build_report
+
+    print(build_report(run))
+
+
+@app.command
+def models() -> None:
+    """List the model presets, where each comes from, and how to use a model of your own."""
+    from rankgrpo.model import PRESETS
+
+    for preset in PRESETS.values():
+        print(f"{preset.name:14} {preset.location or '-':34} {preset.about}")
+    print("\nAny other model: a folder in Hugging Face format (MODEL=/path/to/folder) or a hub id (MODEL=owner/model).")
+
+
+@data_app.command
+def check(
+    path: Positional[Data] = "demo",
+    *,
+    num_train: Annotated[int, arg(help="training samples used; 0 is all")] = 0,
+) -> None:
+    """Health report of a data set: problems by file and line, counts, lengths, ground truth in the catalog, baselines.
+
+    Example:
+      rankgrpo data check path/to/redial
+    """
+    from rankgrpo.data import load_dataset
+    from rankgrpo.health import check_dataset
+
+    print(check_dataset(load_dataset(path, num_train=num_train or None)))
+
+
+@data_app.command
+def demo(
+    out: Positional[Annotated[Path, arg(help="folder to write")]],
+    *,
+    num_train: int = 3000,
+    num_validation: int = 200,
+    num_test: int = 500,
+    seed: int = 0,
+) -> None:
+    """Write the built-in demo world as a data set folder.
+
+    Example:
+      rankgrpo data demo my-demo --num-train 10000
+    """
+    from rankgrpo.demo import write_demo
+
+    write_demo(out, num_train=num_train, num_validation=num_validation, num_test=num_test, seed=seed)
+    print(out)
+
+
+app.command(data_app, name="data")
+
+
+def default_run_dir(model: str, data: str) -> Path:
+    """runs/MODEL-DATA, from the last part of each name."""
+    return Path("runs") / f"{Path(model).name}-{Path(data).resolve().name}"
+
+
+def _settings(model: str, data: str, config: Path | None, overrides: list[str]):
+    from rankgrpo.config import load_config, presets_dir
+    from rankgrpo.model import resolve_model
+
+    resolve_model(model)  # an unknown name fails before anything is read or written
+    if config is None:
+        preset = presets_dir() / f"{model}.toml"
+        config = preset if preset.is_file() else None
+    return load_config(config, overrides, model__name=model, data__path=data)
+
+
+def main() -> None:
+    """Run the command line; a mistake in what the user gave is one message, not a traceback."""
+    from rankgrpo.checkpoint import CheckpointError
+    from rankgrpo.optim import TrainingError
+
+    try:
+        app.cli(prog="rankgrpo", description=__doc__)
+    except (ValueError, CheckpointError, TrainingError) as error:
+        if os.environ.get("RANKGRPO_TRACEBACK"):
+            raise
+        sys.exit(f"rankgrpo: {error}")
+    except KeyboardInterrupt:
+        sys.exit("rankgrpo: stopped; the same command continues from the last checkpoint")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,305 @@
+"""Models: presets, where each comes from, how one is made, loaded and exported.
+
+A model is a folder in Hugging Face format (config.json, safetensors, tokenizer) or an id on the Hugging Face hub.
+`make_init` makes the two presets that are not on the hub, `load_policy` opens any of them with the ids for padding and
+for the end of an answer put right, `save_policy` writes a folder that `AutoModelForCausalLM.from_pretrained` reads.
+Code and pickles that come with a model are never run. Sharding, autocast and attention patches are the caller's.
+"""
+
+# Shape letters: V vocabulary (rows of the language-model head, which may be more than the tokenizer has ids).
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from rankgrpo.checkpoint import atomic_folder
+from rankgrpo.data import Dataset
+from rankgrpo.smollm2 import PACKAGE, convert_smollm2
+from rankgrpo.tiny import TinyConfig, corpus_lines, make_tiny, title_line
+
+RECIPE_FILE = "rankgrpo_init.json"
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
+HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
+HUB_IGNORED = ["original/*", "onnx/*", "consolidated*"]  # the same weights in other formats
+# A padding token other than EOS, in order of preference; the first is Llama 3's, the second Qwen's and SmolLM2's.
+PAD_TOKENS = ("<|finetune_right_pad_id|>", "<|endoftext|>", "<pad>", "[PAD]", "<unk>")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class ModelError(ValueError):
+    """A model that is not known, not there or not usable; the message says how to name a right one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Preset:
+    """A model and where it comes from. Example: Preset("qwen2.5-0.5b", "hub", "Qwen/Qwen2.5-0.5B-Instruct", "...")"""
+
+    name: str
+    origin: Literal["scratch", "package", "hub", "folder"]
+    """scratch and package: `make_init` writes a folder; hub and folder: `load_policy` opens `location`."""
+    location: str
+    """Hub id, folder or package; empty for scratch."""
+    about: str
+
+
+PRESETS: dict[str, Preset] = {
+    preset.name: preset
+    for preset in (
+        Preset("tiny", "scratch", "", "Qwen2 architecture, 5M parameters and a tokenizer made from the data; CPU"),
+        Preset("smollm2-135m", "package", PACKAGE, "SmolLM2-135M-Instruct out of a Python package; CPU or GPU"),
+        Preset("qwen2.5-0.5b", "hub", "Qwen/Qwen2.5-0.5B-Instruct", "GPU"),
+        Preset("llama3.2-1b", "hub", "meta-llama/Llama-3.2-1B-Instruct", "GPU; the hub asks to accept a licence"),
+        Preset("llama3.2-3b", "hub", "meta-llama/Llama-3.2-3B-Instruct", "GPU; the hub asks to accept a licence"),
+    )
+}
+
+
+def resolve_model(name_or_path: str | os.PathLike[str]) -> Preset:
+    """The preset of this name, or one made up for a folder or a hub id (`owner/model`).
+
+    A preset's name wins over a folder of the same name (write ./tiny for the folder). Raises ModelError for a name that
+    is none of these, listing the presets, and for a folder that does not hold a model.
+    """
+    name = os.fspath(name_or_path)
+    if name in PRESETS:
+        return PRESETS[name]
+    folder = Path(name).expanduser()
+    if folder.exists():
+        _check_folder(folder)
+        return Preset(name, "folder", str(folder), "local folder")
+    if HUB_ID.fullmatch(name):
+        return Preset(name, "hub", name, "model of the Hugging Face hub")
+    if os.sep in name:
+        raise ModelError(f"{name}: no such folder; MODEL takes a preset ({', '.join(PRESETS)}), a folder or a hub id")
+    raise ModelError(
+        f"unknown model {name!r}. Presets: {', '.join(PRESETS)}. Or give a folder in Hugging Face format "
+        "(MODEL=/path/to/folder) or a hub id (MODEL=owner/model)"
+    )
+
+
+def make_init(
+    name: str, dataset: Dataset, out_dir: str | os.PathLike[str], *, seed: int, tiny: TinyConfig | None = None
+) -> str:
+    """Make the model a run starts from; returns what `load_policy` opens.
+
+    `tiny` (random weights, tokenizer of `dataset`'s train split) and `smollm2-135m` (converted) are written to
+    `out_dir`, whole or not at all; for the others the folder or hub id itself comes back and nothing is written. A
+    second call with the same arguments finds the folder and leaves it. Raises ModelError when `out_dir` holds anything
+    else.
+    """
+    preset = resolve_model(name)
+    if preset.origin in ("hub", "folder"):
+        return preset.location
+    out_dir = Path(out_dir)
+    tiny = tiny or TinyConfig()
+    recipe = _recipe(preset, dataset, seed, tiny)
+    if out_dir.exists() and any(out_dir.iterdir()):
+        _check_recipe(out_dir, recipe)
+        return str(out_dir)
+    model, tokenizer = make_tiny(dataset, tiny, seed=seed) if preset.origin == "scratch" else convert_smollm2()
+    _set_stop_tokens(model, tokenizer, name)
+    with atomic_folder(out_dir) as temporary:
+        save_policy(model, tokenizer, temporary)
+        (temporary / RECIPE_FILE).write_text(json.dumps(recipe, indent=1) + "\n", encoding="utf-8")
+    return str(out_dir)
+
+
+def load_policy(
+    name_or_path: str | os.PathLike[str],
+    *,
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    device: str | torch.device = "cpu",
+    attn_implementation: str = "sdpa",
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Open a folder, a hub id or a hub preset: (model in evaluation mode, tokenizer).
+
+    The tokenizer's EOS is the token that ends an answer in its chat template, its padding token differs from it where
+    the vocabulary allows, and the model's generation config holds these ids and nothing else: a published one may set a
+    repetition penalty or top-p, under which sampled log-probabilities would not be the model's.
+
+    Raises ModelError when the model is neither here nor to be had from the hub, has no chat template or no safetensors,
+    or has fewer rows in its head than its tokenizer has ids.
+    """
+    preset = resolve_model(name_or_path)
+    if preset.origin in ("scratch", "package"):
+        raise ModelError(f"{preset.name} is made for a run, not loaded by name; give the folder that make_init wrote")
+    if dtype not in DTYPES:
+        raise ModelError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    folder = preset.location if preset.origin == "folder" else _download(preset)
+    try:
+        with _no_progress_bars():
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            model = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=DTYPES[dtype],
+                attn_implementation=attn_implementation,
+                use_safetensors=True,
+                trust_remote_code=False,
+            )
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"{folder}: the model cannot be read ({_first_line(error)})") from error
+    num_rows = model.get_output_embeddings().weight.shape[0]
+    if len(tokenizer) > num_rows:
+        raise ModelError(
+            f"{preset.location}: the tokenizer has {len(tokenizer)} ids, the model's head {num_rows} rows; this is the "
+            "tokenizer of another model"
+        )
+    _set_stop_tokens(model, tokenizer, preset.location)
+    return model.to(device), tokenizer
+
+
+def save_policy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | os.PathLike[str]) -> None:
+    """Write config, safetensors weights (tied ones once) and tokenizer into `folder`, for `from_pretrained` to read.
+
+    Not atomic: wrap it in `checkpoint.atomic_folder` where a reader must never see half of it.
+    """
+    folder = Path(folder)
+    with _no_progress_bars():
+        model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    for weights in folder.glob("*.safetensors"):  # written private to the user, unlike the files beside them
+        weights.chmod(stat.S_IMODE((folder / "config.json").stat().st_mode))
+
+
+def count_parameters(model: torch.nn.Module) -> int:
+    """Number of parameters; tied ones count once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def valid_token_mask(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    """(V,) bool on the CPU: True for the ids the tokenizer knows.
+
+    Qwen's head has rows beyond its tokenizer, for alignment. Their ids have no text, so they must neither be sampled
+    nor share in the log-sum-exp of the trainer.
+    """
+    mask_V = torch.zeros(model.get_output_embeddings().weight.shape[0], dtype=torch.bool)
+    mask_V[torch.tensor(sorted(tokenizer.get_vocab().values()))] = True
+    return mask_V
+
+
+def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The special token that closes an answer in the tokenizer's chat template; its EOS where the template has none.
+
+    The file's own EOS cannot be trusted: base and converted models often name the end of a document there.
+    Raises ModelError when there is no chat template, or neither token.
+    """
+    if not tokenizer.chat_template:
+        raise ModelError(
+            f"{tokenizer.name_or_path}: the tokenizer has no chat template; take the Instruct variant of the model, or "
+            "put a chat_template.jinja into its folder"
+        )
+    messages = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
+    closing = tokenizer.apply_chat_template(messages, tokenize=False).rpartition("answer")[2].lstrip()
+    first = tokenizer(closing, add_special_tokens=False)["input_ids"][:1]
+    added = tokenizer.added_tokens_decoder
+    if first and first[0] in added and added[first[0]].special:
+        return first[0]
+    if tokenizer.eos_token_id is None:
+        raise ModelError(
+            f"{tokenizer.name_or_path}: neither the chat template nor the tokenizer says what ends an answer"
+        )
+    return tokenizer.eos_token_id
+
+
+def _set_stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: str) -> None:
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end_of_turn_id(tokenizer))
+    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
+        vocabulary = tokenizer.get_vocab()
+        others = [token for token in PAD_TOKENS if token in vocabulary and token != tokenizer.eos_token]
+        tokenizer.pad_token = others[0] if others else tokenizer.eos_token
+    published = model.generation_config.eos_token_id if model.generation_config is not None else None
+    others = published if isinstance(published, list) else [published]
+    eos_ids = list(dict.fromkeys(i for i in (tokenizer.eos_token_id, *others) if i is not None))
+    model.config.eos_token_id = tokenizer.eos_token_id
+    model.config.pad_token_id = tokenizer.pad_token_id
+    model.generation_config = GenerationConfig(
+        bos_token_id=model.config.bos_token_id,
+        eos_token_id=eos_ids if len(eos_ids) > 1 else eos_ids[0],
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def _recipe(preset: Preset, dataset: Dataset, seed: int, tiny: TinyConfig) -> dict[str, Any]:
+    """All that decides what `make_init` writes, as JSON."""
+    if preset.origin == "package":
+        return {"preset": preset.name, "package": preset.location}
+    digest = hashlib.sha256()
+    titles = (title_line(item.title, item.year) for item in dataset.catalog.items)
+    targets = (title_line(title, year) for sample in dataset.train for title, year in sample.groundtruth)
+    completions = (sample.completion or "" for sample in dataset.train)
+    for texts in (corpus_lines(dataset), titles, targets, completions):
+        digest.update("\n".join(texts).encode() + b"\0")
+    return {"preset": preset.name, "seed": seed, "size": asdict(tiny), "data_sha256": digest.hexdigest()}
+
+
+def _check_recipe(folder: Path, recipe: dict[str, Any]) -> None:
+    file = folder / RECIPE_FILE
+    if not file.is_file():
+        raise ModelError(
+            f"{folder} is not empty and was not made by make_init (it has no {RECIPE_FILE}); choose another"
+        )
+    found = json.loads(file.read_text(encoding="utf-8"))
+    if differing := sorted(key for key in found.keys() | recipe.keys() if found.get(key) != recipe.get(key)):
+        raise ModelError(
+            f"{folder} holds a model made from something else (not the same: {', '.join(differing)}); delete it or "
+            "choose another"
+        )
+
+
+def _check_folder(folder: Path) -> None:
+    if not (folder / "config.json").is_file():
+        raise ModelError(
+            f"{folder}: no config.json, so this is not a model folder in Hugging Face format; it needs config.json, "
+            "model.safetensors and tokenizer.json"
+        )
+    if not any(folder.glob("*.safetensors")):
+        raise ModelError(
+            f"{folder}: no safetensors weights. Weights in pickle files (pytorch_model.bin) are not read: convert them "
+            "with model.save_pretrained of transformers"
+        )
+
+
+def _download(preset: Preset) -> str:
+    """The hub's folder of the model, from the cache where it is complete; one question to the hub, no pickles."""
+    try:
+        folder = snapshot_download(preset.location, allow_patterns=HUB_FILES, ignore_patterns=HUB_IGNORED)
+    except OSError as error:
+        raise ModelError(
+            f"{preset.name}: cannot get {preset.location} from the Hugging Face hub or cache ({_first_line(error)}). "
+            f"On a machine with network run `hf download {preset.location} --local-dir FOLDER`, then give that folder: "
+            "MODEL=/path/to/folder"
+        ) from error
+    _check_folder(Path(folder))
+    return folder
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
+
+
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    """Reading and writing weights takes seconds; its bars would tear those of the run apart."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

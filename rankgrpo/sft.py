@@ -1,0 +1,121 @@
+"""The supervised warm start: next-token loss on the demonstrations' lists, through the same forward as the RL update."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import torch
+
+from rankgrpo.checkpoint import atomic_folder, latest_checkpoint, load_checkpoint, save_checkpoint
+from rankgrpo.config import Config
+from rankgrpo.data import BatchOrder, Dataset, Sample
+from rankgrpo.distributed import Means, Parallel, sum_gradients, wait_for_all
+from rankgrpo.model import save_policy
+from rankgrpo.optim import check_finite, learning_rate, make_optimizer, optimizer_step
+from rankgrpo.packing import Group, plan_micro_batches
+from rankgrpo.policy import Policy, encode_prompts, open_policy
+from rankgrpo.tracker import MetricsLog
+from rankgrpo.validate import validate
+
+
+def train_sft(
+    config: Config,
+    dataset: Dataset,
+    demonstrations: dict[str, list[Sample]],
+    start: str | Path,
+    out: Path,
+    parallel: Parallel,
+) -> Path:
+    """Train `start` on demonstrations["train"] and return `out/final`, a Hugging Face folder.
+
+    demonstrations["validation"] gives loss/val_nll. Resumes from the newest checkpoint under `out`; returns at once
+    when `out/final` exists.
+    """
+    final = out / "final"
+    if final.is_dir():
+        return final
+    sft = config.sft
+    policy = open_policy(start, config.model, parallel.device)
+    optimizer = make_optimizer(policy.model, lr=sft.lr, betas=sft.betas, weight_decay=sft.weight_decay)
+    train_groups = demonstration_groups(policy.tokenizer, demonstrations["train"], config.data.max_prompt_tokens)
+    val_groups = demonstration_groups(policy.tokenizer, demonstrations["validation"], config.data.max_prompt_tokens)
+    order = BatchOrder(len(train_groups), sft.batch_size, config.seed, parallel.dp_rank, parallel.dp_world)
+
+    done = 0
+    if (checkpoint := latest_checkpoint(out / "checkpoints")) is not None:
+        done = load_checkpoint(checkpoint, policy.model, optimizer)["step"]
+    log = (
+        MetricsLog(out / "metrics.jsonl", resume_step=done, num_steps=sft.num_steps, title="SFT")
+        if parallel.is_main
+        else None
+    )
+
+    for step in range(done, sft.num_steps):
+        began = time.perf_counter()
+        where = f"SFT step {step + 1}"
+        global_groups = [train_groups[i] for i in order.global_indices(step)]
+        num_tokens = sum(len(group.completion_ids[0]) for group in global_groups)
+        nll = backward_nll(policy, [train_groups[i] for i in order.indices(step)], num_tokens, sft.token_budget)
+        sum_gradients(policy.model, parallel)
+        means = Means()
+        means.add_sum("loss/nll", nll)
+        metrics = means.reduce(parallel)
+        check_finite(metrics["loss/nll"], where, "the loss")
+        lr = learning_rate(
+            step, num_steps=sft.num_steps, peak=sft.lr, schedule=sft.schedule, warmup_frac=sft.warmup_frac
+        )
+        norm = optimizer_step(optimizer, policy.model.parameters(), lr=lr, grad_clip=sft.grad_clip, where=where)
+        metrics |= {
+            "grad/norm": norm,
+            "lr": lr,
+            "tokens/trained": num_tokens,
+            "time/update_s": time.perf_counter() - began,
+        }
+        finished = step + 1
+        if finished % sft.eval_every == 0 or finished == sft.num_steps:
+            metrics |= validation_nll(policy, val_groups[: sft.eval_samples], sft.token_budget)
+            metrics |= validate(policy, dataset.validation[: sft.eval_samples], dataset.catalog, config, parallel)
+        metrics["time/total_s"] = time.perf_counter() - began
+        if log is not None:
+            log.write(finished, metrics)
+            if finished % sft.save_every == 0 and finished < sft.num_steps:
+                save_checkpoint(out / "checkpoints", finished, policy.model, optimizer, {}, sft.keep_last)
+    if log is not None:
+        log.close()
+        with atomic_folder(final) as temporary:
+            save_policy(policy.model, policy.tokenizer, temporary)
+    wait_for_all(parallel)
+    return final
+
+
+def demonstration_groups(tokenizer, samples: list[Sample], max_prompt_tokens: int) -> list[Group]:
+    """One group of one list for every sample: its prompt, and its completion closed by the end-of-sequence id."""
+    missing = [sample.id for sample in samples if not sample.completion]
+    if missing:
+        raise ValueError(f"{len(missing)} demonstrations have no completion, the first is {missing[0]!r}")
+    prompts = encode_prompts(tokenizer, samples, max_prompt_tokens)
+    completions = tokenizer([sample.completion for sample in samples], add_special_tokens=False)["input_ids"]
+    return [Group(p, [[*c, tokenizer.eos_token_id]]) for p, c in zip(prompts, completions, strict=True)]
+
+
+def backward_nll(policy: Policy, groups: list[Group], num_tokens: int, token_budget: int) -> float:
+    """Accumulate the gradient of sum(-logp) / num_tokens over micro-batches; returns this process's share of the loss."""
+    total = torch.zeros((), device=policy.device)
+    for chosen in plan_micro_batches(groups, token_budget):
+        pack, logp_BT = policy.logprobs([groups[i] for i in chosen])
+        loss = -torch.where(pack.mask_BT, logp_BT, 0.0).sum() / num_tokens
+        loss.backward()
+        total += loss.detach()
+    return float(total)
+
+
+@torch.no_grad()
+def validation_nll(policy: Policy, groups: list[Group], token_budget: int) -> dict[str, float]:
+    """Mean negative log-probability of a demonstration's token."""
+    total, count = 0.0, 0
+    for chosen in plan_micro_batches(groups, token_budget):
+        pack, logp_BT = policy.logprobs([groups[i] for i in chosen])
+        total -= float(torch.where(pack.mask_BT, logp_BT, 0.0).sum())
+        count += int(pack.mask_BT.sum())
+    return {"loss/val_nll": total / count} if count else {}

@@ -1,0 +1,259 @@
+"""Rank-GRPO: sample G lists a prompt, reward every rank, step on the clipped rank-wise objective.
+
+The loop at the end reads top to bottom: sample -> score -> update -> validate -> checkpoint. Everything random is a
+function of (seed, step, prompt), so a run that is killed and started again writes the metrics it would have written.
+"""
+
+# Shape letters: P prompts, G lists a prompt, B = P*G, T tokens, K ranks, U units (ranks and penalties, tokens or lists).
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from rankgrpo.checkpoint import atomic_folder, latest_checkpoint, load_checkpoint, point_link, save_checkpoint
+from rankgrpo.config import Config
+from rankgrpo.data import BatchOrder, Dataset
+from rankgrpo.distributed import Means, Parallel, sum_gradients, wait_for_all
+from rankgrpo.loss import rank_grpo_loss
+from rankgrpo.model import save_policy
+from rankgrpo.optim import check_finite, learning_rate, make_optimizer, optimizer_step
+from rankgrpo.packing import Group, Pack, plan_micro_batches
+from rankgrpo.parse import RankSegmenter
+from rankgrpo.policy import Policy, encode_prompts, open_policy
+from rankgrpo.rollouts import score_groups
+from rankgrpo.sampler.base import prompt_seed
+from rankgrpo.tracker import MetricsLog
+from rankgrpo.units import Units, make_units
+from rankgrpo.validate import validate
+
+# Metrics that a process without a trained group adds nothing to.
+PER_PACK = (
+    "ratio/mean", "ratio/clip_low_frac", "ratio/clip_high_frac",
+    "mismatch/abs_logp", "mismatch/exp_abs_logp", "tokens/saved_frac",
+)  # fmt: skip
+
+
+@dataclass
+class MicroBatch:
+    """Whole groups of one forward pass, and what does not change between the updates of a batch."""
+
+    groups: list[Group]
+    advantage_BU: Tensor
+    sampler_logp: list[list[float]]
+    old_logp_BT: Tensor | None = None
+    """Set by the first update, whose policy is the one that sampled."""
+    ref_logp_BT: Tensor | None = None
+    units: Units | None = None
+
+
+class Updater:
+    """Optimizer steps on one batch of scored rollouts."""
+
+    def __init__(
+        self, policy: Policy, ref: Policy | None, optimizer: torch.optim.Optimizer, config: Config, parallel: Parallel
+    ):
+        self.policy, self.ref, self.optimizer, self.parallel = policy, ref, optimizer, parallel
+        self.rl, self.num_ranks = config.rl, config.data.num_ranks
+        self.segmenter = RankSegmenter(policy.tokenizer)
+        self.eos_ids = torch.tensor(policy.sampler().eos_ids, device=policy.device)
+
+    def step(self, batch: list[MicroBatch], denominator: float, lr: float, where: str, means: Means) -> float:
+        """One optimizer step on the whole batch; returns the gradient norm."""
+        loss_sum = torch.zeros((), device=self.policy.device)
+        for name in ("loss/policy", "loss/kl"):
+            means.add_sum(name, 0.0)
+        for micro_batch in batch:
+            loss_sum += self._backward(micro_batch, denominator, means)
+        check_finite(float(loss_sum), where, "the loss")
+        sum_gradients(self.policy.model, self.parallel)
+        return optimizer_step(
+            self.optimizer, self.policy.model.parameters(), lr=lr, grad_clip=self.rl.grad_clip, where=where
+        )
+
+    def _backward(self, micro_batch: MicroBatch, denominator: float, means: Means) -> Tensor:
+        rl = self.rl
+        if self.ref is not None and micro_batch.ref_logp_BT is None:
+            with torch.no_grad():
+                _, micro_batch.ref_logp_BT = self.ref.logprobs(micro_batch.groups, temperature=rl.temperature)
+        pack, logp_BT = self.policy.logprobs(micro_batch.groups, temperature=rl.temperature)
+        if micro_batch.units is None:
+            micro_batch.units = self._units(pack, micro_batch.advantage_BU)
+            describe_pack(pack, logp_BT.detach(), micro_batch.sampler_logp, means)
+        units = micro_batch.units
+        loss, metrics = rank_grpo_loss(
+            logp_BT,
+            micro_batch.old_logp_BT,
+            units.unit_BT,
+            units.advantage_BU,
+            clip_low=rl.clip_low,
+            clip_high=rl.clip_high,
+            ref_logp_BT=micro_batch.ref_logp_BT,
+            kl_coef=rl.kl_coef,
+            reduction=rl.reduction,
+            denominator=denominator,
+            weight_BK=units.weight_BU,
+        )
+        loss.backward()
+        if micro_batch.old_logp_BT is None and rl.updates_per_batch > 1:
+            micro_batch.old_logp_BT = logp_BT.detach()
+        num_units = metrics["ratio/num_units"]
+        for name in ("ratio/mean", "ratio/clip_low_frac", "ratio/clip_high_frac"):
+            means.add(name, metrics[name] * num_units, num_units)
+        share = 1 / rl.updates_per_batch  # sums over the step's units, averaged over its updates
+        for name in ("loss/policy", "loss/kl"):
+            means.add_sum(name, metrics[name] * share)
+        return loss.detach()
+
+    def _units(self, pack: Pack, advantage_BU: Tensor) -> Units:
+        eos_BT = torch.isin(pack.token_ids_BT, self.eos_ids) & pack.mask_BT
+        return make_units(
+            self.segmenter(pack.token_ids_BT, pack.mask_BT),
+            eos_BT,
+            advantage_BU,
+            unit=self.rl.unit,
+            num_ranks=self.num_ranks,
+            overflow_penalty=self.rl.overflow_penalty,
+            early_eos_penalty=self.rl.early_eos_penalty,
+            full_list_bonus=self.rl.full_list_bonus,
+        )
+
+
+def describe_pack(pack: Pack, logp_BT: Tensor, sampler_logp: list[list[float]], means: Means) -> None:
+    """Add tokens/* and the mismatch between the trainer's and the sampler's log-probs of the same tokens."""
+    sampled = torch.tensor([value for row in sampler_logp for value in row], device=logp_BT.device)
+    gap = (logp_BT[pack.mask_BT] - sampled).abs()
+    means.add("mismatch/abs_logp", gap.sum(), gap.numel())
+    means.add("mismatch/exp_abs_logp", gap.exp().sum(), gap.numel())
+    means.add("tokens/saved_frac", pack.tokens_dense - pack.tokens_shared, pack.tokens_dense)
+
+
+def train(config: Config, dataset: Dataset, start: str | Path, out: Path, parallel: Parallel) -> Path:
+    """Run Rank-GRPO from the model `start`; returns `out/best`, the best model by validation NDCG@K.
+
+    Writes out/metrics.jsonl, out/checkpoints, out/best and out/final (Hugging Face folders). Resumes from the newest
+    checkpoint; returns at once when `out/final` exists.
+    """
+    final = out / "final"
+    if final.is_dir():
+        return out / "best"
+    rl, num_ranks = config.rl, config.data.num_ranks
+    policy = open_policy(start, config.model, parallel.device)
+    ref = open_policy(start, config.model, parallel.device, trainable=False) if rl.kl_coef > 0 else None
+    optimizer = make_optimizer(policy.model, lr=rl.lr, betas=rl.betas, weight_decay=rl.weight_decay)
+    sampler = policy.sampler(rows=rl.sampler_rows)
+    updater = Updater(policy, ref, optimizer, config, parallel)
+    order = BatchOrder(len(dataset.train), rl.prompts_per_step, config.seed, parallel.dp_rank, parallel.dp_world)
+    prompts = encode_prompts(policy.tokenizer, dataset.train, config.data.max_prompt_tokens)
+    val_samples = dataset.validation[: rl.eval_samples]
+
+    done, best = 0, {"ndcg": -1.0, "step": 0}
+    if (checkpoint := latest_checkpoint(out / "checkpoints")) is not None:
+        state = load_checkpoint(checkpoint, policy.model, optimizer)
+        done, best = state["step"], state["best"]
+    log = (
+        MetricsLog(out / "metrics.jsonl", resume_step=done, num_steps=rl.num_steps, title="Rank-GRPO")
+        if parallel.is_main
+        else None
+    )
+
+    def validate_and_keep_best(finished: int) -> dict[str, float]:
+        nonlocal best
+        metrics = validate(policy, val_samples, dataset.catalog, config, parallel)
+        ndcg = metrics[f"eval/ndcg@{num_ranks}"]
+        if ndcg > best["ndcg"]:
+            best = {"ndcg": ndcg, "step": finished}
+            if parallel.is_main:
+                keep_best(policy, out, finished)
+        return metrics
+
+    if done == 0:
+        metrics = validate_and_keep_best(0)
+        if log is not None:
+            log.write(0, metrics)
+
+    for step in range(done, rl.num_steps):
+        began, means, where = time.perf_counter(), Means(PER_PACK), f"RL step {step + 1}"
+        indices = order.indices(step)
+        examples = [dataset.train[i] for i in indices]
+
+        rollouts = sampler.sample(
+            [prompts[i] for i in indices],
+            group_size=rl.group_size,
+            seeds=[prompt_seed(config.seed, step, example.id) for example in examples],
+            max_new_tokens=rl.max_new_tokens,
+            temperature=rl.temperature,
+        )
+        sampled = time.perf_counter()
+
+        scored = score_groups(rollouts, examples, dataset.catalog, rl, num_ranks, means)
+        # Without a KL term a group whose lists all earned the same moves nothing: leave it out, keep it in the count.
+        chosen = [p for p in range(len(indices)) if scored.carries_gradient[p] or rl.kl_coef > 0]
+        groups = [Group(prompts[indices[p]], [rollout.token_ids for rollout in rollouts[p]]) for p in chosen]
+        batch = [
+            MicroBatch(
+                [groups[i] for i in micro],
+                torch.cat([scored.advantage_PGU[chosen[i]] for i in micro]).to(policy.device),
+                [rollout.logp for i in micro for rollout in rollouts[chosen[i]]],
+            )
+            for micro in plan_micro_batches(groups, rl.token_budget)
+        ]
+        num_tokens = sum(len(rollout.token_ids) for group in rollouts for rollout in group)
+        units_per_list = num_ranks if rl.unit == "rank" else 1
+        denominator = rl.prompts_per_step * rl.group_size * units_per_list
+        if rl.reduction == "token":
+            (denominator,) = parallel.sum([num_tokens])
+        scored_at = time.perf_counter()
+
+        for update in range(rl.updates_per_batch):
+            lr = learning_rate(
+                step,
+                num_steps=rl.num_steps,
+                peak=rl.lr,
+                schedule=rl.schedule,
+                warmup_frac=rl.warmup_frac,
+                second_phase_at=rl.second_phase_at,
+                second_phase_lr=rl.second_phase_lr,
+            )
+            norm = updater.step(batch, denominator, lr, f"{where}, update {update + 1}", means)
+        updated = time.perf_counter()
+
+        means.add("groups/trained_frac", len(chosen), len(indices))
+        means.add("tokens/sampled", num_tokens, 1 / parallel.dp_world)
+        metrics = means.reduce(parallel)
+        metrics |= {"grad/norm": norm, "lr": lr}
+        finished = step + 1
+        if finished % rl.eval_every == 0 or finished == rl.num_steps:
+            metrics |= validate_and_keep_best(finished)
+        metrics |= {
+            "time/sample_s": sampled - began,
+            "time/score_s": scored_at - sampled,
+            "time/update_s": updated - scored_at,
+            "time/total_s": time.perf_counter() - began,
+        }
+        if log is not None:
+            log.write(finished, metrics)
+            if finished % rl.save_every == 0 and finished < rl.num_steps:
+                save_checkpoint(out / "checkpoints", finished, policy.model, optimizer, {"best": best}, rl.keep_last)
+    if log is not None:
+        log.close()
+        with atomic_folder(final) as temporary:
+            save_policy(policy.model, policy.tokenizer, temporary)
+    wait_for_all(parallel)
+    return out / "best"
+
+
+def keep_best(policy: Policy, out: Path, finished: int) -> None:
+    """Export the policy and point out/best at it; the export before it goes only once the link has moved."""
+    export = out / f"best-{finished:08d}"
+    with atomic_folder(export) as temporary:
+        save_policy(policy.model, policy.tokenizer, temporary)
+    point_link(out / "best", export)
+    for old in out.glob("best-*"):
+        if old.name != os.readlink(out / "best"):
+            shutil.rmtree(old)

@@ -1,0 +1,50 @@
+"""Greedy lists of a policy for many samples, and their recommender metrics during training."""
+
+from __future__ import annotations
+
+import time
+
+from tqdm import tqdm
+
+from rankgrpo.catalog import Catalog
+from rankgrpo.config import Config
+from rankgrpo.data import Sample
+from rankgrpo.distributed import Means, Parallel
+from rankgrpo.evaluate import score_completions
+from rankgrpo.policy import Policy, encode_prompts
+
+
+def recommend_lists(policy: Policy, samples: list[Sample], config: Config, *, title: str | None = None) -> list[str]:
+    """One greedily decoded list a sample, as text; a progress bar named `title` unless it is None."""
+    prompts = encode_prompts(policy.tokenizer, samples, config.data.max_prompt_tokens, quiet=title is None)
+    with tqdm(total=len(samples), desc=title, unit="list", disable=title is None, dynamic_ncols=True) as bar:
+        groups = policy.sampler(rows=128).sample(
+            prompts,
+            group_size=1,
+            seeds=[0] * len(prompts),
+            max_new_tokens=config.rl.max_new_tokens,
+            temperature=0.0,
+            on_progress=bar.update,
+        )
+    return [rollout.text for (rollout,) in groups]
+
+
+def validate(
+    policy: Policy, samples: list[Sample], catalog: Catalog, config: Config, parallel: Parallel
+) -> dict[str, float]:
+    """Means of the recommender metrics over `samples`, shared among the processes, as eval/* keys."""
+    began = time.perf_counter()
+    mine = samples[parallel.dp_rank :: parallel.dp_world]
+    means = Means()
+    evaluation = score_completions(
+        mine,
+        recommend_lists(policy, mine, config),
+        catalog,
+        num_ranks=config.data.num_ranks,
+        year_tolerance=config.rl.year_tolerance,
+    )
+    for name, values in evaluation.metrics.items():
+        means.add(f"eval/{name}", float(values.sum()), len(values))
+    for rank, hits in enumerate(evaluation.hits.sum(0).tolist()):
+        means.add(f"eval/hit_rank_{rank:02d}", hits, len(mine))
+    return means.reduce(parallel) | {"time/eval_s": time.perf_counter() - began}
