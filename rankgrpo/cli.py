@@ -220,10 +220,11 @@ def main() -> None:
     """Run the command line; a mistake in what the user gave is one message, not a traceback."""
     from rankgrpo.checkpoint import CheckpointError
     from rankgrpo.optim import TrainingError
+    from rankgrpo.sampler.base import SamplingError
 
     try:
         app.cli(prog="rankgrpo", description=__doc__)
-    except (ValueError, CheckpointError, TrainingError) as error:
+    except (ValueError, CheckpointError, TrainingError, SamplingError) as error:
         if os.environ.get("RANKGRPO_TRACEBACK"):
             raise
         sys.exit(f"rankgrpo: {error}")

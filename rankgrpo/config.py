@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import math
 import tomllib
 import types
 import typing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -38,7 +39,7 @@ class ModelConfig:
     ffn: int = 768
     heads: int = 4
     kv_heads: int = 2
-    vocab: int = 12288
+    vocab: int = 8192
 
     def __post_init__(self):
         for key in ("hidden", "layers", "ffn", "heads", "kv_heads", "vocab"):
@@ -71,15 +72,21 @@ class TeacherConfig:
     popularity_weight: float = 2e-4
     num_folds: int = 5
     """A training conversation's list comes from a model fitted without that dialog; 0 fits one model on all."""
+    short_requests: int = 0
+    """Extra demonstrations a training sample: one-line requests that name a few items of its dialog."""
 
     def __post_init__(self):
         _require(self.l2 > 0, "teacher.l2", "must be positive")
         _require(self.num_folds != 1 and self.num_folds >= 0, "teacher.num_folds", "must be 0, or 2 and more")
+        _require(self.short_requests >= 0, "teacher.short_requests", "must not be negative")
 
 
 @dataclass(frozen=True)
 class SftConfig:
-    num_steps: int = 400
+    num_steps: int = 0
+    """Optimizer steps; 0 takes them from num_epochs and the size of the data."""
+    num_epochs: float = 2.0
+    """Passes over the demonstrations."""
     batch_size: int = 64
     lr: float = 1e-3
     schedule: Literal["constant", "cosine"] = "cosine"
@@ -95,15 +102,19 @@ class SftConfig:
     keep_last: int = 2
 
     def __post_init__(self):
-        for key in ("num_steps", "batch_size", "token_budget", "eval_every", "save_every", "keep_last"):
+        for key in ("num_epochs", "batch_size", "token_budget", "eval_every", "save_every", "keep_last"):
             _require(getattr(self, key) > 0, f"sft.{key}", "must be positive")
         _require(self.lr > 0, "sft.lr", "must be positive")
+        _require(self.num_steps >= 0, "sft.num_steps", "must not be negative")
         _require(0 <= self.warmup_frac < 1, "sft.warmup_frac", "must be in [0, 1)")
 
 
 @dataclass(frozen=True)
 class RlConfig:
-    num_steps: int = 150
+    num_steps: int = 0
+    """Batches of rollouts; 0 takes them from num_epochs and the size of the data."""
+    num_epochs: float = 1.0
+    """Passes over the training conversations."""
     prompts_per_step: int = 32
     group_size: int = 8
     unit: Literal["rank", "token", "list"] = "rank"
@@ -147,7 +158,7 @@ class RlConfig:
 
     def __post_init__(self):
         positive = (
-            "num_steps",
+            "num_epochs",
             "prompts_per_step",
             "group_size",
             "updates_per_batch",
@@ -156,6 +167,7 @@ class RlConfig:
         )
         for key in (*positive, "sampler_rows", "eval_every", "save_every", "keep_last", "lr", "temperature"):
             _require(getattr(self, key) > 0, f"rl.{key}", "must be positive")
+        _require(self.num_steps >= 0, "rl.num_steps", "must not be negative")
         _require(0 < self.clip_low <= 1, "rl.clip_low", "must be in (0, 1]")
         _require(self.clip_high > 0, "rl.clip_high", "must be positive")
         _require(self.kl_coef >= 0, "rl.kl_coef", "must not be negative")
@@ -187,6 +199,15 @@ class Config:
     sft: SftConfig = field(default_factory=SftConfig)
     rl: RlConfig = field(default_factory=RlConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+
+
+def with_steps(config: Config, num_train: int) -> Config:
+    """`config` with the steps that its epochs mean for `num_train` training samples."""
+    sft, rl = config.sft, config.rl
+    num_demonstrations = num_train * (1 + config.teacher.short_requests)
+    sft_steps = sft.num_steps or math.ceil(sft.num_epochs * num_demonstrations / sft.batch_size)
+    rl_steps = rl.num_steps or math.ceil(rl.num_epochs * num_train / rl.prompts_per_step)
+    return replace(config, sft=replace(sft, num_steps=sft_steps), rl=replace(rl, num_steps=rl_steps))
 
 
 # Keys that change how a run is watched and kept, not what it computes: a run may resume with other values.

@@ -10,8 +10,8 @@ upstream gradient is exactly zero cost nothing in backward.
 same numbers through the model's ordinary padded forward; it is the oracle, never a fall-back.
 """
 
-# Shape letters: N tokens, C tokens of a chunk, R of them with a gradient, V vocabulary, D hidden, M predicted tokens of a
-# pack, B lists, T longest list.
+# Shape letters: N tokens, C tokens of a chunk, V vocabulary, D hidden; in a pack: M predicted tokens, B lists,
+# T longest list; S tokens of a padded row.
 
 from __future__ import annotations
 
@@ -153,7 +153,7 @@ def _logits(ctx, hidden: Tensor, weight: Tensor) -> Tensor:
 
 
 def _product(left: Tensor, right: Tensor, exact: torch.dtype) -> Tensor:
-    """left @ right in the exact type. A CPU rounds the result to the inputs' type first: it has no mixed-type product."""
+    """left @ right in the exact type. On a CPU it is first rounded to the inputs' type: no mixed product there."""
     if left.dtype == exact:
         return left @ right
     if left.device.type == "cuda":
@@ -261,7 +261,9 @@ def pack_logprobs(model, pack, *, temperature=1.0, impl="torch", entropy=False, 
     if output.logits is not results[0]:
         raise ValueError(f"{type(model).__name__} changes its head's output (scaling, soft cap or cast): not supported")
     if (calls := pack.layout.num_calls - calls_before) != model.config.num_hidden_layers:
-        raise ValueError(f"{calls} of {model.config.num_hidden_layers} layers used shared-prefix attention: not supported")
+        raise ValueError(
+            f"{calls} of {model.config.num_hidden_layers} layers used shared-prefix attention: not supported"
+        )
     logp_BT, *rest = (_to_lists(values_M, pack) for values_M in results)
     return (logp_BT, *rest) if entropy else logp_BT
 

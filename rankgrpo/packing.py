@@ -27,7 +27,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """One prompt and the lists sampled for it, as token ids. The ids trained on are the ids sampled, end token included.
+    """One prompt and the lists sampled for it, as token ids: the very ids sampled, end token included.
 
     Errors: ValueError when the prompt, the group or one of its lists is empty.
     """
@@ -37,11 +37,15 @@ class Group:
 
     def __post_init__(self) -> None:
         if not self.prompt_ids:
-            raise ValueError("a group needs at least one prompt token (the first list token is predicted from it), got none")
+            raise ValueError(
+                "a group needs at least one prompt token (the first list token is predicted from it), got none"
+            )
         if not self.completion_ids:
             raise ValueError("a group needs at least one list, got none")
         if empty := [i for i, ids in enumerate(self.completion_ids) if not ids]:
-            raise ValueError(f"every list of a group needs at least one token, lists {empty} have none; drop them first")
+            raise ValueError(
+                f"every list of a group needs at least one token, lists {empty} have none; drop them first"
+            )
 
     @property
     def tokens_shared(self) -> int:
@@ -125,8 +129,8 @@ def plan_micro_batches(
     """Split groups into as few micro-batches of at most `token_budget` packed tokens as balancing them allows.
 
     Longest first into the least loaded bin, with one bin more until every load fits; a group is never split. At least
-    `at_least` micro-batches come out, because data-parallel processes must all run the same number. The same groups give
-    the same plan on every machine; no groups give no micro-batch.
+    `at_least` micro-batches come out, because data-parallel processes must all run the same number. The same groups
+    give the same plan on every machine; no groups give no micro-batch.
 
     Returns lists of indices into `groups`, ascending inside a micro-batch. A group larger than the budget gets a
     micro-batch of its own, or with oversize="error" raises ValueError.
@@ -171,14 +175,10 @@ def build_pack(groups: Sequence[Group], device: torch.device | str = "cpu") -> P
         raise ValueError("a pack needs at least one group, got none")
     shared = [group for group in groups if len(group.completion_ids) > 1]
     alone = [group for group in groups if len(group.completion_ids) == 1]
-    pieces = [group.prompt_ids for group in shared]
-    pieces += [ids for group in shared for ids in group.completion_ids]
-    pieces += [group.prompt_ids + group.completion_ids[0] for group in alone]
-    positions = [range(len(group.prompt_ids)) for group in shared]
-    positions += [
-        range(len(group.prompt_ids), len(group.prompt_ids) + len(ids)) for group in shared for ids in group.completion_ids
-    ]
-    positions += [range(len(group.prompt_ids) + len(group.completion_ids[0])) for group in alone]
+    spans = [(group.prompt_ids, 0) for group in shared]  # token ids and the position of the first
+    spans += [(ids, len(group.prompt_ids)) for group in shared for ids in group.completion_ids]
+    spans += [(group.prompt_ids + group.completion_ids[0], 0) for group in alone]
+    positions = [range(first, first + len(ids)) for ids, first in spans]
 
     def tensor(values: list[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.int64).to(device)
@@ -192,14 +192,14 @@ def build_pack(groups: Sequence[Group], device: torch.device | str = "cpu") -> P
     mask_BT = torch.zeros_like(token_ids_BT, dtype=torch.bool)
     mask_BT.view(-1)[slot_M] = True
     return Pack(
-        input_ids_1N=tensor(list(chain.from_iterable(pieces)))[None],
+        input_ids_1N=tensor(list(chain.from_iterable(ids for ids, _ in spans)))[None],
         position_ids_1N=tensor(list(chain.from_iterable(positions)))[None],
         source_row_M=tensor(_source_rows(groups)),
         target_ids_M=target_ids_M,
         slot_M=slot_M,
         token_ids_BT=token_ids_BT,
         mask_BT=mask_BT,
-        layout=_layout(shared, [len(ids) for ids in pieces], max(r.stop for r in positions), device),
+        layout=_layout(shared, [len(ids) for ids, _ in spans], max(r.stop for r in positions), device),
         tokens_shared=sum(group.tokens_shared for group in groups),
         tokens_dense=sum(group.tokens_dense for group in groups),
     )

@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -20,8 +21,9 @@ from typing import Literal
 import torch
 
 from rankgrpo.checkpoint import write_atomic
-from rankgrpo.config import Config, ConfigError, changed_keys, load_config, to_toml
+from rankgrpo.config import Config, ConfigError, changed_keys, load_config, to_toml, with_steps
 from rankgrpo.data import Dataset, Sample, load_dataset, read_samples, write_samples
+from rankgrpo.distill.augment import short_demonstrations
 from rankgrpo.distill.teacher import EaseTeacher, make_demonstrations, popularity_lists
 from rankgrpo.distributed import Parallel, start_parallel, wait_for_all
 from rankgrpo.evaluate import Evaluation, read_evaluation, score_completions, score_items, summarise, write_evaluation
@@ -46,11 +48,12 @@ def run_pipeline(config: Config, run_dir: Path, *, until: Until = "report", rl_s
     Raises ConfigError when `run_dir` was started with another configuration.
     """
     parallel = start_parallel()
+    dataset = load_config_dataset(config)
+    config = with_steps(config, len(dataset.train))
     if parallel.is_main:
         open_run(config, run_dir)
     wait_for_all(parallel)
     say(parallel, f"run folder {run_dir}")
-    dataset = load_config_dataset(config)
     if dataset.problems:
         say(
             parallel,
@@ -99,18 +102,22 @@ def open_run(config: Config, run_dir: Path) -> None:
 def describe_machine() -> dict:
     """Versions, commit, command and machine, for the record."""
     packages = ("rankgrpo", "torch", "transformers", "tokenizers", "numpy")
-    versions = {name: installed_version(name) for name in packages}
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent, check=False
-    ).stdout.strip()
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "commit": commit or None,
+        "command": " ".join(["rankgrpo", *sys.argv[1:]]),
+        "commit": source_commit(),
         "python": platform.python_version(),
-        "versions": versions,
+        "versions": {name: installed_version(name) for name in packages},
         "machine": ", ".join(gpus) if gpus else f"{platform.machine()}, {os.cpu_count()} CPUs",
     }
+
+
+def source_commit() -> str | None:
+    """Commit of the source tree; None without git or outside a repository."""
+    if shutil.which("git") is None:
+        return None
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or None
 
 
 def installed_version(package: str) -> str | None:
@@ -139,8 +146,19 @@ def teach(config: Config, dataset: Dataset, run_dir: Path, parallel: Parallel) -
     if parallel.is_main and not all(path.exists() for path in paths.values()):
         say(parallel, "teacher: EASE on the training split")
         teacher = fit_teacher(config, dataset, num_folds=config.teacher.num_folds)
+        num_items = config.data.num_ranks
         for split, path in paths.items():
-            write_samples(path, make_demonstrations(dataset.split(split), teacher))
+            demonstrations = make_demonstrations(dataset.split(split), teacher, num_items=num_items)
+            if split == "train":
+                demonstrations += short_demonstrations(
+                    dataset.train,
+                    teacher,
+                    dataset.catalog,
+                    num_variants=config.teacher.short_requests,
+                    num_items=num_items,
+                    seed=config.seed,
+                )
+            write_samples(path, demonstrations)
     wait_for_all(parallel)
     return {split: read_samples(path)[0] for split, path in paths.items()}
 
@@ -223,7 +241,7 @@ def is_run(folder: Path) -> bool:
 
 
 def recommend_from(model: str, data: str | None, conversation: str | None, batch: Path | None) -> None:
-    """Recommend with the best model of a run, or with any model; the catalog is the run's unless `data` names another."""
+    """Recommend with a run's best model, or with any model; the catalog is the run's unless `data` names another."""
     folder = Path(model)
     config = load_config(folder / "config.toml") if is_run(folder) else Config()
     if is_run(folder):

@@ -37,7 +37,7 @@ def read_conversation(text: str) -> tuple[Turn, ...]:
 
 
 def format_list(text: str, catalog: Catalog) -> str:
-    """The list with its ranks; `+` marks an item of the catalog, `?` one that is not, `!` a line without title and year."""
+    """The list with ranks; `+` marks an item of the catalog, `?` one that is not, `!` a line without title and year."""
     lines = []
     for rank, item in enumerate(parse_list(text), start=1):
         if item.title is None:

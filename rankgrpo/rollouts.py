@@ -1,4 +1,4 @@
-"""From sampled lists to advantages: parse once, relevance, returns, group advantage, and what to log about the lists."""
+"""From sampled lists to advantages: parse once, relevance, returns, group advantage; and what to log of the lists."""
 
 # Shape letters: P prompts, G lists a prompt, K ranks.
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The supervised warm start: next-token loss on the demonstrations' lists, through the same forward as the RL update."""
+"""The supervised warm start: next-token loss on the demonstrations' lists, through the forward of the RL update."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def demonstration_groups(tokenizer, samples: list[Sample], max_prompt_tokens: in
 
 
 def backward_nll(policy: Policy, groups: list[Group], num_tokens: int, token_budget: int) -> float:
-    """Accumulate the gradient of sum(-logp) / num_tokens over micro-batches; returns this process's share of the loss."""
+    """Accumulate the gradient of sum(-logp) / num_tokens over micro-batches; returns this process's loss."""
     total = torch.zeros((), device=policy.device)
     for chosen in plan_micro_batches(groups, token_budget):
         pack, logp_BT = policy.logprobs([groups[i] for i in chosen])

@@ -4,7 +4,7 @@ The loop at the end reads top to bottom: sample -> score -> update -> validate -
 function of (seed, step, prompt), so a run that is killed and started again writes the metrics it would have written.
 """
 
-# Shape letters: P prompts, G lists a prompt, B = P*G, T tokens, K ranks, U units (ranks and penalties, tokens or lists).
+# Shape letters: P prompts, G lists a prompt, B = P*G, T tokens, K ranks, U units (ranks and penalties, tokens, lists).
 from __future__ import annotations
 
 import os
@@ -66,7 +66,7 @@ class Updater:
     def step(self, batch: list[MicroBatch], denominator: float, lr: float, where: str, means: Means) -> float:
         """One optimizer step on the whole batch; returns the gradient norm."""
         loss_sum = torch.zeros((), device=self.policy.device)
-        for name in ("loss/policy", "loss/kl"):
+        for name in ("loss/policy", "loss/kl", "tokens/trained"):
             means.add_sum(name, 0.0)
         for micro_batch in batch:
             loss_sum += self._backward(micro_batch, denominator, means)
@@ -131,6 +131,7 @@ def describe_pack(pack: Pack, logp_BT: Tensor, sampler_logp: list[list[float]], 
     means.add("mismatch/abs_logp", gap.sum(), gap.numel())
     means.add("mismatch/exp_abs_logp", gap.exp().sum(), gap.numel())
     means.add("tokens/saved_frac", pack.tokens_dense - pack.tokens_shared, pack.tokens_dense)
+    means.add_sum("tokens/trained", pack.tokens_shared)
 
 
 def train(config: Config, dataset: Dataset, start: str | Path, out: Path, parallel: Parallel) -> Path:

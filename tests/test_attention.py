@@ -74,9 +74,7 @@ def test_equals_loop(name, heads, backend):
     expected = loop_attention(*qkv, groups, 0.3)
     torch.testing.assert_close(out, expected)
     grad = torch.randn_like(out)
-    for got, want in zip(
-        torch.autograd.grad(out, qkv, grad), torch.autograd.grad(expected, qkv, grad), strict=True
-    ):
+    for got, want in zip(torch.autograd.grad(out, qkv, grad), torch.autograd.grad(expected, qkv, grad), strict=True):
         torch.testing.assert_close(got, want)
 
 
@@ -158,9 +156,7 @@ def test_cuda_backend_calls(monkeypatch):
     expected = shared_prefix_attention(*qkv, layout, scale=0.3, backend="concat")
     torch.testing.assert_close(out, expected)
     grad = torch.randn_like(out)
-    for got, want in zip(
-        torch.autograd.grad(out, qkv, grad), torch.autograd.grad(expected, qkv, grad), strict=True
-    ):
+    for got, want in zip(torch.autograd.grad(out, qkv, grad), torch.autograd.grad(expected, qkv, grad), strict=True):
         torch.testing.assert_close(got, want)
 
 

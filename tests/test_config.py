@@ -2,7 +2,7 @@ import dataclasses
 
 import pytest
 
-from rankgrpo.config import Config, ConfigError, changed_keys, flatten, load_config, presets_dir, to_toml
+from rankgrpo.config import Config, ConfigError, changed_keys, flatten, load_config, presets_dir, to_toml, with_steps
 
 
 def test_defaults_are_the_papers_settings_of_the_loss():
@@ -86,3 +86,14 @@ def test_every_preset_loads_and_is_named_after_its_model(path):
 def test_presets_are_there():
     stems = {path.stem for path in presets_dir().glob("*.toml")}
     assert {"tiny", "smollm2-135m", "qwen2.5-0.5b", "llama3.2-1b", "llama3.2-3b"} <= stems
+
+
+def test_epochs_become_steps():
+    config = load_config(
+        None, ["sft.num_epochs=2", "sft.batch_size=16", "teacher.short_requests=2", "rl.num_epochs=1.5"]
+    )
+    steps = with_steps(config, 1000)
+    assert (steps.sft.num_steps, steps.rl.num_steps) == (375, 47)  # ceil(2*3000/16), ceil(1.5*1000/32)
+    given = with_steps(load_config(None, ["sft.num_steps=7", "rl.num_steps=9"]), 1000)
+    assert (given.sft.num_steps, given.rl.num_steps) == (7, 9)
+    assert with_steps(steps, 50) == steps

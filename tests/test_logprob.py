@@ -397,7 +397,7 @@ def one_process():
 
 @pytest.mark.parametrize("name", ["qwen2_tied", "llama"])
 def test_sharded_equals_plain(one_process, name):
-    """FSDP2 gathers weights in the root's forward hooks; the head must run inside them. With activation checkpointing."""
+    """FSDP2 gathers weights in the root's forward hooks, so the head must run inside them. With checkpointing."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 

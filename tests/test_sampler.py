@@ -144,5 +144,10 @@ def test_wrong_calls(model):
 def test_prompt_seed_literals():
     # Literals: a resumed run on another machine must draw the same samples.
     assert prompt_seed(3407, 0, "redial-1") == prompt_seed(3407, 0, "redial-1")
-    assert len({prompt_seed(3407, 0, "a"), prompt_seed(3407, 1, "a"), prompt_seed(3408, 0, "a"), prompt_seed(3407, 0, "b")}) == 4
+    assert (
+        len(
+            {prompt_seed(3407, 0, "a"), prompt_seed(3407, 1, "a"), prompt_seed(3408, 0, "a"), prompt_seed(3407, 0, "b")}
+        )
+        == 4
+    )
     assert all(0 <= prompt_seed(s, 1, "x") < 2**63 for s in range(100))

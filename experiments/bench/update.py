@@ -5,12 +5,14 @@ Providers, all on the same model, rollouts and weighted-sum loss:
   dense_packed  every list with its own copy of the prompt, sequences end to end without padding, same streamed head
   dense_rows    the same as a batch of equal-length rows through PyTorch SDPA, causal and unmasked, same streamed head;
                 only where the lists of a group have one length
+  dense_model   dense_rows through the model's ordinary head: full logits of every position
   dense_padded  prompts left-padded and lists right-padded to the longest of a micro-batch of shuffled rows, padding
                 mask, full logits of the completion positions
 
 Providers take turns, so a machine that slows down slows all of them. Times are the best and the median of the trials,
-and the least processor time, which a busy machine distorts less; ratios are of the best. Memory is the peak of what PyTorch allocated during one step beyond parameters and gradients
-(profiler, in a run of its own). Agreement with `shared` is checked before anything is timed.
+and the least processor time, which a busy machine distorts less; ratios are of the best. Memory is the peak of what
+PyTorch allocated during one step beyond parameters and gradients (profiler, in a run of its own). That all providers
+compute the same gradients is checked before anything is timed.
 
     python experiments/bench/update.py --case p300 p700 p2048 mix
     python experiments/bench/update.py --shape tiny --case tiny --providers shared dense_packed dense_padded
@@ -59,7 +61,7 @@ class Shape:
 
 
 SHAPES = {
-    "body": Shape(512, 4, 8, 2, 2048, 2048),
+    "body": Shape(512, 4, 8, 2, 2752, 1024),  # proportions of Qwen2.5-0.5B, a vocabulary that does not dominate
     "tiny": Shape(256, 4, 4, 2, 768, 12288),
     "qwen2.5-0.5b": Shape(896, 2, 14, 2, 4864, 151936),  # two of its 24 layers
 }
@@ -121,15 +123,19 @@ def dense_packed_step(model, groups: list[Group], weights: list[list[Tensor]], b
     return packed_step(model, alone, [[w] for row in weights for w in row], budget)
 
 
-def dense_rows_step(model, groups: list[Group], weights: list[list[Tensor]]) -> float:
+def dense_rows_step(model, groups: list[Group], weights: list[list[Tensor]], *, streamed: bool) -> float:
     total = 0.0
     for group, group_weights in zip(groups, weights, strict=True):
         ids_BS = torch.tensor([group.prompt_ids + ids for ids in group.completion_ids], device=model.device)
         target_BT = ids_BS[:, len(group.prompt_ids) :]
         with ordinary_attention(model):
-            hidden_BSD = model.model(input_ids=ids_BS, use_cache=False).last_hidden_state
-            hidden_MD = hidden_BSD[:, len(group.prompt_ids) - 1 : -1].flatten(0, 1)
-            logp_BT = token_logprobs(hidden_MD, model.lm_head.weight, target_BT.flatten()).view(target_BT.shape)
+            if streamed:
+                hidden_BSD = model.model(input_ids=ids_BS, use_cache=False).last_hidden_state
+                hidden_MD = hidden_BSD[:, len(group.prompt_ids) - 1 : -1].flatten(0, 1)
+                logp_BT = token_logprobs(hidden_MD, model.lm_head.weight, target_BT.flatten()).view(target_BT.shape)
+            else:
+                logits_BTV = model(input_ids=ids_BS, use_cache=False).logits[:, len(group.prompt_ids) - 1 : -1]
+                logp_BT = logits_BTV.float().log_softmax(-1).gather(-1, target_BT[..., None])[..., 0]
             loss = weighted_sum(logp_BT, group_weights)
             loss.backward()
         total += float(loss.detach())
@@ -173,11 +179,12 @@ def make_providers(args, model, groups: list[Group]) -> dict[str, Callable[[], f
     steps = {
         "shared": lambda: packed_step(model, groups, weights, args.token_budget),
         "dense_packed": lambda: dense_packed_step(model, groups, weights, args.token_budget),
-        "dense_rows": lambda: dense_rows_step(model, groups, weights),
+        "dense_rows": lambda: dense_rows_step(model, groups, weights, streamed=True),
+        "dense_model": lambda: dense_rows_step(model, groups, weights, streamed=False),
         "dense_padded": lambda: dense_padded_step(model, groups, weights, args.rows),
     }
     if any(len(set(map(len, group.completion_ids))) > 1 for group in groups):
-        del steps["dense_rows"]
+        del steps["dense_rows"], steps["dense_model"]
     return {name: step for name, step in steps.items() if name in args.providers}
 
 
@@ -274,14 +281,10 @@ def environment(device: torch.device) -> dict[str, str | int]:
 def print_case(result: dict) -> None:
     saved = 1 - result["tokens_shared"] / result["tokens_dense"]
     print(f"\n{result['case']}: {result['tokens_shared']} tokens for {result['tokens_dense']} ({saved:.0%} saved)")
-    print(f"{'provider':<14}{'best s':>9}{'median s':>10}{'time x':>8}{'cpu s':>8}{'cpu x':>7}{'peak MiB':>10}{'memory x':>10}{'grad err':>10}")
+    columns = ("best_s", "median_s", "time_ratio", "cpu_s", "cpu_ratio", "peak_mib", "memory_ratio", "gradient_error")
+    print(f"{'provider':<14}" + "".join(f"{column:>15}" for column in columns))
     for name, row in result["providers"].items():
-        memory = f"{row['peak_mib']:>10.0f}{row['memory_ratio']:>10.2f}" if row["peak_mib"] else f"{'-':>10}{'-':>10}"
-        print(
-            f"{name:<14}{row['best_s']:>9.3f}{row['median_s']:>10.3f}{row['time_ratio']:>8.2f}"
-            f"{row['cpu_s']:>8.2f}{row['cpu_ratio']:>7.2f}{memory}"
-            f"{row['gradient_error']:>10.1e}"
-        )
+        print(f"{name:<14}" + "".join(f"{'-' if row[c] is None else format(row[c], '.3g'):>15}" for c in columns))
 
 
 def parse_args() -> argparse.Namespace:
@@ -290,7 +293,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--case", nargs="+", default=["p300", "p700", "p2048"], help="pN (one prompt of N tokens), mix, tiny"
     )
-    parser.add_argument("--providers", nargs="+", default=["shared", "dense_packed", "dense_rows", "dense_padded"])
+    names = ["shared", "dense_packed", "dense_rows", "dense_model", "dense_padded"]
+    parser.add_argument("--providers", nargs="+", choices=names, default=names)
     parser.add_argument("--trials", type=int, default=3, help="timed steps a provider (default: 3)")
     parser.add_argument("--token-budget", type=int, default=16384, help="packed tokens a micro-batch (default: 16384)")
     parser.add_argument("--rows", type=int, default=8, help="rows a micro-batch of dense_padded (default: 8)")

@@ -12,6 +12,10 @@ from dataclasses import dataclass
 from typing import Protocol
 
 
+class SamplingError(RuntimeError):
+    """The model cannot be sampled from."""
+
+
 @dataclass(frozen=True, slots=True)
 class Rollout:
     """One sampled completion.

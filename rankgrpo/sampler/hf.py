@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 
-from rankgrpo.sampler.base import Rollout
+from rankgrpo.sampler.base import Rollout, SamplingError
 
 ATTENTION_NAME = "rankgrpo_decode"
 
@@ -211,6 +211,8 @@ class HFSampler:
         if temperature > 0:
             logits_BV = logits_BV / temperature
         lse_B = logits_BV.logsumexp(1)
+        if not bool(lse_B.isfinite().all()):
+            raise SamplingError("the model's logits are not finite: its weights are broken or training has diverged")
         if temperature == 0:
             token_B = logits_BV.argmax(1)
         else:

@@ -1,0 +1,42 @@
+from tiny_world import tiny_dataset
+
+from rankgrpo.distill.augment import MAX_NAMED, short_demonstrations
+from rankgrpo.distill.teacher import EaseTeacher, make_demonstrations, named_items
+from rankgrpo.parse import parse_list
+
+
+def demonstrations(seed=0, num_variants=3):
+    dataset = tiny_dataset()
+    teacher = EaseTeacher.fit(dataset.train, dataset.catalog, num_folds=2)
+    made = short_demonstrations(dataset.train, teacher, dataset.catalog, num_variants=num_variants, seed=seed)
+    return dataset, teacher, made
+
+
+def test_each_names_a_few_items_of_its_dialog_and_is_answered_by_the_teacher():
+    dataset, _, made = demonstrations()
+    source = {sample.id: sample for sample in dataset.train}
+    assert len(made) == 3 * len(dataset.train) == len({sample.id for sample in made})
+    for sample in made:
+        origin = source[sample.id.rpartition("+")[0]]
+        named = named_items(sample, dataset.catalog)
+        wanted = [dataset.catalog.lookup(*entry) for entry in origin.groundtruth]
+        assert 1 <= len(named) <= MAX_NAMED
+        assert set(named) <= {*named_items(origin, dataset.catalog), *wanted}
+        listed = [dataset.catalog.lookup(item.title, item.year) for item in parse_list(sample.completion)]
+        assert len(listed) == len(set(listed)) == 20 and None not in listed
+        assert not set(listed) & set(named)
+
+
+def test_a_function_of_the_seed():
+    assert demonstrations(1)[2] == demonstrations(1)[2] != demonstrations(2)[2]
+
+
+def test_the_teacher_leaves_the_dialog_out():
+    from dataclasses import replace
+
+    _, teacher, made = demonstrations()
+    # Asked under an id it never saw, the teacher answers with the model of all dialogs.
+    full = make_demonstrations([replace(sample, id="stranger") for sample in made], teacher)
+    assert any(a.completion != b.completion for a, b in zip(made, full, strict=True))
+    own = make_demonstrations([replace(sample, id=sample.id.rpartition("+")[0]) for sample in made], teacher)
+    assert all(a.completion == b.completion for a, b in zip(made, own, strict=True))

@@ -1,0 +1,67 @@
+import subprocess
+import sys
+
+import pytest
+
+from rankgrpo.cli import default_run_dir
+from rankgrpo.config import ConfigError
+from rankgrpo.pipeline import name_sources
+
+
+def command(*words, **settings):
+    return subprocess.run(
+        [sys.executable, "-m", "rankgrpo", *words], capture_output=True, text=True, timeout=120, check=False, **settings
+    )
+
+
+@pytest.mark.parametrize(
+    "words", [[], ["run"], ["evaluate"], ["recommend"], ["data", "check"], ["data", "demo"]], ids=" ".join
+)
+def test_help_has_examples(words):
+    done = command(*words, "--help")
+    assert done.returncode == 0
+    assert "rankgrpo" in done.stdout and (not words or "Example" in done.stdout)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["run", "--model", "tinny"], "unknown model 'tinny'. Presets: tiny, smollm2-135m, qwen2.5-0.5b"),
+        (["run", "--set", "rl.speed=1"], "unknown key 'rl.speed'"),
+        (["run", "--data", "no-such-folder"], "no-such-folder does not exist"),
+        (["recommend", "hello"], "no such run; `make train`"),
+        (["report", "runs/none"], "no such run folder"),
+        (["evaluate", "nothing"], "unknown model"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_mistakes_are_one_message(tmp_path, words, message):
+    done = command(*words, cwd=tmp_path)
+    assert done.returncode == 1
+    assert message in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_hub_model_without_network_says_how_to_give_a_path(tmp_path):
+    import os
+
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    done = command("run", "--model", "qwen2.5-0.5b", "--set", "data.num_train=40", cwd=tmp_path, env=environment)
+    assert done.returncode == 1
+    assert "MODEL=/path/to/folder" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_run_folder_names():
+    assert str(default_run_dir("tiny", "demo")) == "runs/tiny-demo"
+    assert str(default_run_dir("models/mine", "../data/redial/")) == "runs/mine-redial"
+
+
+def test_a_run_stands_for_its_models(tmp_path):
+    run = tmp_path / "run"
+    (run / "sft" / "final").mkdir(parents=True)
+    (run / "config.toml").write_text("")
+    assert name_sources([str(run), "ease"]) == {"run/sft": str(run / "sft" / "final"), "ease": "ease"}
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "config.toml").write_text("")
+    with pytest.raises(ConfigError, match="no model yet"):
+        name_sources([str(tmp_path / "empty")])

@@ -1,0 +1,36 @@
+import pytest
+
+from rankgrpo.catalog import Catalog, Item
+from rankgrpo.data import DataError, Turn
+from rankgrpo.recommend import format_list, read_conversation
+
+
+def test_plain_text_is_one_user_turn():
+    assert read_conversation("Something like Heat (1995)?\n") == (Turn("user", "Something like Heat (1995)?"),)
+    assert read_conversation("one line\nand another") == (Turn("user", "one line and another"),)
+
+
+def test_speakers_open_turns():
+    text = "User: I loved Alien (1979)\nASSISTANT: More space?\nyou: Yes:\nand scary"
+    expected = (Turn("user", "I loved Alien (1979)"), Turn("assistant", "More space?"), Turn("user", "Yes: and scary"))
+    assert read_conversation(text) == expected
+
+
+def test_a_colon_alone_is_no_speaker():
+    assert read_conversation("My wish: Heat (1995)") == (Turn("user", "My wish: Heat (1995)"),)
+
+
+@pytest.mark.parametrize("text", ["", "  \n ", "User:"])
+def test_no_conversation(text):
+    with pytest.raises(DataError, match="standard input"):
+        read_conversation(text)
+
+
+def test_marks():
+    catalog = Catalog([Item("Heat", 1995)])
+    assert format_list("Heat (1995)\n\nNowhere (1999)\nwhat?", catalog).splitlines() == [
+        "  1 + Heat (1995)",
+        "  2 ? Nowhere (1999)",
+        "  3 ! what?",
+    ]
+    assert format_list("", catalog) == "(an empty list)"

@@ -1,0 +1,128 @@
+"""Real processes, killed with SIGKILL at several moments: the same command must finish the run it would have been."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from tiny_world import WORDS
+
+from rankgrpo.checkpoint import TEMPORARY, list_checkpoints
+
+TESTS = Path(__file__).parent
+
+# The process under test. Slow syncs hold every save open long enough to be killed in the middle of it.
+PROGRAM = """
+import sys, time
+import rankgrpo.checkpoint as checkpoint
+from rankgrpo.cli import main
+sync, delay = checkpoint._sync, float(sys.argv.pop(1))
+def slow_sync(path):
+    time.sleep(delay)
+    sync(path)
+checkpoint._sync = slow_sync
+main()
+"""
+
+
+def start(run: Path, *words: str, delay: float = 0.0) -> subprocess.Popen:
+    command = [sys.executable, "-c", PROGRAM, str(delay), "run", "--run", str(run), "--set", *WORDS, *words]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS.parent)}
+    return subprocess.Popen(
+        command, cwd=run.parent, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def finish(process: subprocess.Popen) -> str:
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    return output
+
+
+def kill_when(process: subprocess.Popen, reached) -> None:
+    deadline = time.monotonic() + 240
+    while not reached():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline, "the moment to kill never came"
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+
+
+def rows(run: Path, phase: str) -> list[dict]:
+    lines = (run / phase / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if not k.startswith("time/")} for line in lines]
+
+
+def num_rows(run: Path, phase: str) -> int:
+    path = run / phase / "metrics.jsonl"
+    return path.read_text().count("\n") if path.exists() else 0
+
+
+def being_saved(folder: Path) -> bool:
+    return any(folder.glob(f"{TEMPORARY}*"))
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    run = tmp_path_factory.mktemp("whole") / "run"
+    finish(start(run))
+    return run
+
+
+@pytest.mark.slow
+def test_kill_at_any_moment_changes_nothing(uninterrupted, tmp_path):
+    run = tmp_path / "run"
+    sft, rl = run / "sft", run / "rl"
+    moments = [
+        lambda: num_rows(run, "sft") >= 3,  # between two checkpoints of the warm start
+        lambda: being_saved(sft / "checkpoints"),
+        lambda: being_saved(sft),  # the warm start's export
+        lambda: num_rows(run, "rl") >= 2,  # before the first checkpoint of Rank-GRPO
+        lambda: bool(list_checkpoints(rl / "checkpoints")) and being_saved(rl / "checkpoints"),
+        lambda: (run / "eval").exists(),
+    ]
+    for moment in moments:
+        process = start(run, delay=0.15)
+        saved = set(list_checkpoints(sft / "checkpoints") + list_checkpoints(rl / "checkpoints"))
+        kill_when(process, moment)
+        assert (
+            saved <= set(list_checkpoints(sft / "checkpoints") + list_checkpoints(rl / "checkpoints")) or sft.exists()
+        )
+    output = finish(start(run))
+    for phase in ("sft", "rl"):
+        assert rows(run, phase) == rows(uninterrupted, phase)
+    table = (uninterrupted / "eval" / "test" / "rank-grpo.json").read_text()
+    assert (run / "eval" / "test" / "rank-grpo.json").read_text() == table
+    assert "report.html" in output and (run / "report.html").is_file()
+    assert not list(run.rglob(f"{TEMPORARY}*"))
+
+
+@pytest.mark.slow
+def test_a_changed_configuration_is_refused_and_nothing_is_touched(uninterrupted):
+    before = sorted(path.stat().st_mtime_ns for path in uninterrupted.rglob("*"))
+    process = start(uninterrupted, "rl.lr=0.5")
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "rl.lr: 0.001 -> 0.5" in output and "new run folder" in output and "Traceback" not in output
+    assert sorted(path.stat().st_mtime_ns for path in uninterrupted.rglob("*")) == before
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(uninterrupted, tmp_path):
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "rankgrpo"]
+    command += ["run", "--run", str(run), "--set", *WORDS]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS.parent)}
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    for phase in ("sft", "rl"):
+        for two, one in zip(rows(run, phase), rows(uninterrupted, phase), strict=True):
+            assert two == pytest.approx(one, rel=1e-3, abs=1e-5), (phase, one["step"])

@@ -1,0 +1,76 @@
+import pytest
+import torch
+
+from rankgrpo.catalog import Catalog, Item
+from rankgrpo.config import RlConfig
+from rankgrpo.data import Sample, Turn
+from rankgrpo.distributed import Means, Parallel
+from rankgrpo.rollouts import score_groups
+from rankgrpo.sampler.base import Rollout
+
+CATALOG = Catalog([Item("Heat", 1995), Item("Ronin", 1998), Item("Thief", 1981), Item("Alien", 1979)])
+EXAMPLE = Sample("a", (Turn("user", "I like Alien (1979)"),), ("Alien",), (("Heat", 1995), ("Thief", 1981)))
+ALONE = Parallel(0, 1, torch.device("cpu"))
+
+
+def rollout(text, finished=True, num_tokens=4):
+    return Rollout(list(range(num_tokens)), [-0.5] * num_tokens, text, finished)
+
+
+def score(*texts, **settings):
+    means = Means()
+    group = [text if isinstance(text, Rollout) else rollout(text) for text in texts]
+    rl = RlConfig(group_size=len(group), **settings)
+    return score_groups([group], [EXAMPLE], CATALOG, rl, 3, means), means.reduce(ALONE)
+
+
+FULL = "Ronin (1998)\nHeat (1995)\nThief (1981)"
+MISS = "Ronin (1998)\nAlien (1979)\nRonin (1998)"
+
+
+def test_rewards_and_advantages_by_rank():
+    scored, means = score(FULL, MISS)
+    assert scored.reward_PGK.tolist() == [[[0, 1, 1], [0, 0, 0]]]
+    half = 0.5 / (2**-0.5 + 1e-4)
+    torch.testing.assert_close(scored.advantage_PGU, torch.tensor([[[0, half, half], [0, -half, -half]]]))
+    assert scored.carries_gradient == [True]
+    assert means["reward/mean"] == pytest.approx(2 / 6)
+    assert (means["reward/rank_00"], means["reward/rank_01"]) == (0.0, 0.5)
+    assert means["reward/zero_std_frac"] == pytest.approx(1 / 3)
+    assert (means["reward/zero_std_rank_00"], means["reward/zero_std_rank_02"]) == (1.0, 0.0)
+    assert (means["list/hit_frac"], means["list/hits_mean"]) == (0.5, 1.0)
+
+
+def test_returns_and_units():
+    scored, _ = score(FULL, MISS, returns="exp", gamma=2.0)
+    assert scored.reward_PGK[0, 0].tolist() == [0.75, 1.5, 1.0]
+    scored, means = score(FULL, MISS, unit="list")
+    assert scored.advantage_PGU.shape == (1, 2, 1)
+    assert "reward/zero_std_rank_00" not in means
+
+
+def test_what_a_list_is_made_of():
+    _, means = score("Heat (1995)\nno year\nNowhere (2050)\nHeat (1995)", rollout("", finished=False))
+    assert means["list/items_mean"] == 2.0
+    assert means["list/parsed_frac"] == 3 / 4
+    assert means["list/in_catalog_frac"] == 2 / 4
+    assert means["list/duplicate_frac"] == 1 / 4
+    assert means["list/finished_frac"] == 0.5
+    assert means["policy/entropy"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("texts", "settings", "carries"),
+    [
+        ((MISS, MISS), {}, False),
+        (("Ronin (1998)", MISS), {}, True),  # stopped early
+        (("Ronin (1998)", MISS), {"early_eos_penalty": 0.0}, False),
+        ((MISS + "\nAlien (1979)", MISS), {}, True),  # overflows
+        ((MISS + "\nAlien (1979)", MISS), {"overflow_penalty": 0.0}, False),
+        ((rollout("Ronin (1998)", finished=False), MISS), {}, False),  # cut off, not stopped
+        ((MISS, MISS), {"full_list_bonus": 0.1}, True),
+        (("Ronin (1998)", MISS), {"unit": "list"}, False),
+    ],
+)
+def test_which_groups_carry_a_gradient(texts, settings, carries):
+    assert score(*texts, **settings)[0].carries_gradient == [carries]

@@ -1,0 +1,204 @@
+import json
+import math
+import shutil
+
+import pytest
+import torch
+from tiny_world import ALONE, taught_dataset, tiny_config, tiny_dataset, tiny_demonstrations
+from transformers import AutoModelForCausalLM
+
+from rankgrpo.model import make_init
+from rankgrpo.optim import TrainingError
+from rankgrpo.sampler.base import SamplingError
+from rankgrpo.sft import demonstration_groups, train_sft
+from rankgrpo.tiny import TinyConfig
+from rankgrpo.tracker import read_metrics
+from rankgrpo.train import train
+
+
+@pytest.fixture(scope="module")
+def warm(tmp_path_factory):
+    """A warm-started model: (folder, rows of its training)."""
+    folder = tmp_path_factory.mktemp("warm")
+    config = tiny_config("sft.num_steps=40")
+    size = config.model
+    init = make_init(
+        "tiny",
+        taught_dataset(),
+        folder / "init",
+        seed=0,
+        tiny=TinyConfig(size.hidden, size.layers, size.ffn, size.heads, size.kv_heads, size.vocab),
+    )
+    final = train_sft(config, tiny_dataset(), tiny_demonstrations(), init, folder / "sft", ALONE)
+    return final, read_metrics(folder / "sft" / "metrics.jsonl")[0]
+
+
+def run(warm, tmp_path, *words):
+    train(tiny_config(*words), tiny_dataset(), warm[0], tmp_path / "rl", ALONE)
+    return read_metrics(tmp_path / "rl" / "metrics.jsonl")[0]
+
+
+def without_times(rows):
+    return [{key: value for key, value in row.items() if not key.startswith("time/")} for row in rows]
+
+
+def test_sft_learns_the_demonstrations(warm):
+    losses = [row["loss/nll"] for row in warm[1]]
+    assert losses[-1] < 0.5 * losses[0]
+    assert [row["step"] for row in warm[1]] == list(range(1, 41))
+    assert warm[1][-1]["loss/val_nll"] < losses[0]
+
+
+def test_demonstrations_end_with_eos_and_keep_the_prompt(warm):
+    from rankgrpo.model import load_policy
+
+    _, tokenizer = load_policy(str(warm[0]))
+    samples = tiny_demonstrations()["train"][:3]
+    for group, sample in zip(demonstration_groups(tokenizer, samples, 512), samples, strict=True):
+        (ids,) = group.completion_ids
+        assert ids[-1] == tokenizer.eos_token_id
+        assert tokenizer.decode(ids[:-1]) == sample.completion
+        assert sample.conversation[-1].content in tokenizer.decode(group.prompt_ids)
+
+
+def test_metrics_of_a_run(warm, tmp_path):
+    rows = run(warm, tmp_path)
+    assert [row["step"] for row in rows] == list(range(7))
+    assert all(math.isfinite(value) for row in rows for value in row.values())
+    for key in ("reward/mean", "reward/rank_04", "reward/zero_std_frac", "list/parsed_frac", "list/in_catalog_frac",
+                "loss/kl", "policy/entropy", "ratio/mean", "grad/norm", "time/sample_s", "tokens/trained"):  # fmt: skip
+        assert key in rows[1], key
+    assert "eval/ndcg@5" in rows[0] and "eval/ndcg@5" in rows[3] and "eval/ndcg@5" not in rows[1]
+    # On-policy: the trainer's log-probs are the sampler's, and every ratio is 1.
+    assert rows[1]["mismatch/exp_abs_logp"] == pytest.approx(1.0, abs=1e-4)
+    assert rows[1]["ratio/mean"] == pytest.approx(1.0, abs=1e-6)
+    assert rows[1]["loss/kl"] == pytest.approx(0.0, abs=1e-6) and rows[-1]["loss/kl"] > 0
+
+
+def test_exports_load_in_transformers(warm, tmp_path):
+    run(warm, tmp_path)
+    for name in ("best", "final"):
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "rl" / name)
+        assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+
+
+def test_micro_batches_change_nothing(warm, tmp_path):
+    whole = run(warm, tmp_path / "a", "rl.token_budget=100000")
+    split = run(warm, tmp_path / "b", "rl.token_budget=1")
+    for a, b in zip(without_times(whole), without_times(split), strict=True):
+        assert a == pytest.approx(b, abs=2e-5, rel=2e-4)
+
+
+def test_skipping_groups_without_gradient_changes_nothing(warm, tmp_path, monkeypatch):
+    words = ("rl.kl_coef=0", "rl.overflow_penalty=0", "rl.early_eos_penalty=0")
+    skipped = run(warm, tmp_path / "a", *words)
+    assert min(row["groups/trained_frac"] for row in skipped[1:]) < 1
+    import rankgrpo.train as module
+
+    score = module.score_groups
+
+    def train_on_all(*args):
+        scored = score(*args)
+        scored.carries_gradient[:] = [True] * len(scored.carries_gradient)
+        return scored
+
+    monkeypatch.setattr(module, "score_groups", train_on_all)
+    trained = run(warm, tmp_path / "b", *words)
+    for a, b in zip(skipped, trained, strict=True):
+        for key in ("reward/mean", "grad/norm", "loss/policy", "list/tokens_mean"):
+            assert key not in a or a[key] == pytest.approx(b[key], abs=2e-5, rel=2e-4), key
+
+
+def test_several_updates_on_a_batch_leave_the_sampling_policy(warm, tmp_path):
+    rows = run(warm, tmp_path, "rl.updates_per_batch=3", "rl.lr=1e-2", "rl.num_steps=3")
+    assert any(abs(row["ratio/mean"] - 1) > 1e-5 for row in rows[1:])
+    assert any(row["ratio/clip_high_frac"] + row["ratio/clip_low_frac"] > 0 for row in rows[1:])
+
+
+@pytest.mark.parametrize(
+    "words",
+    [("rl.unit=token",), ("rl.unit=list",), ("rl.reduction=token",), ("rl.returns=log",), ("rl.returns=exp",),
+     ("rl.full_list_bonus=0.1", "rl.scale_by_std=false"), ("model.gradient_checkpointing=true",)],
+    ids=lambda words: " ".join(words),
+)  # fmt: skip
+def test_every_variant_runs(warm, tmp_path, words):
+    rows = run(warm, tmp_path, *words, "rl.num_steps=2")
+    assert rows[-1]["step"] == 2 and math.isfinite(rows[-1]["grad/norm"])
+
+
+def test_gradient_checkpointing_changes_nothing(warm, tmp_path):
+    plain = run(warm, tmp_path / "a", "rl.num_steps=3")
+    recomputed = run(warm, tmp_path / "b", "rl.num_steps=3", "model.gradient_checkpointing=true")
+    for a, b in zip(without_times(plain), without_times(recomputed), strict=True):
+        assert a == pytest.approx(b, abs=1e-5, rel=1e-4)
+
+
+def test_a_second_run_is_the_same_bit_for_bit(warm, tmp_path):
+    assert without_times(run(warm, tmp_path / "a")) == without_times(run(warm, tmp_path / "b"))
+
+
+def test_a_finished_run_is_not_repeated(warm, tmp_path):
+    run(warm, tmp_path)
+    before = (tmp_path / "rl" / "metrics.jsonl").stat().st_mtime_ns
+    run(warm, tmp_path)
+    assert (tmp_path / "rl" / "metrics.jsonl").stat().st_mtime_ns == before
+
+
+def test_rewards_rise_when_the_right_answer_is_one_film(warm, tmp_path):
+    """The signal reaches the right tokens: with the same single film wanted by everybody, its rank-0 rate must rise."""
+    from dataclasses import replace
+
+    dataset = tiny_dataset()
+    item = dataset.catalog.items[max(range(len(dataset.catalog)), key=lambda i: dataset.catalog.items[i].popularity)]
+    easy = [replace(s, groundtruth=((item.title, item.year),), seen_titles=()) for s in dataset.train]
+    config = tiny_config("rl.num_steps=25", "rl.lr=3e-3", "rl.prompts_per_step=8", "rl.group_size=8", "rl.kl_coef=0")
+    train(config, replace(dataset, train=easy), warm[0], tmp_path / "rl", ALONE)
+    rewards = [row["reward/mean"] for row in read_metrics(tmp_path / "rl" / "metrics.jsonl")[0][1:]]
+    assert sum(rewards[-5:]) > 2 * sum(rewards[:5])
+
+
+def broken_copy(folder, to):
+    shutil.copytree(folder, to)
+    model = AutoModelForCausalLM.from_pretrained(to)
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight[0, 0] = math.nan
+    model.save_pretrained(to)
+    return to
+
+
+def test_a_model_that_is_broken_is_named_before_training(warm, tmp_path):
+    with pytest.raises(SamplingError, match="not finite"):
+        train(tiny_config(), tiny_dataset(), broken_copy(warm[0], tmp_path / "broken"), tmp_path / "rl", ALONE)
+
+
+def test_nan_in_the_loss_stops_and_keeps_the_last_checkpoint(warm, tmp_path, monkeypatch):
+    import rankgrpo.train as module
+
+    loss_function, calls = module.rank_grpo_loss, []
+
+    def nan_at_the_fourth_step(*args, **kwargs):
+        loss, metrics = loss_function(*args, **kwargs)
+        calls.append(loss)
+        return (loss * math.nan if len(calls) == 4 else loss), metrics
+
+    monkeypatch.setattr(module, "rank_grpo_loss", nan_at_the_fourth_step)
+    with pytest.raises(TrainingError, match="RL step 4, update 1: the loss is nan.*checkpoint is intact"):
+        run(warm, tmp_path)
+    assert [path.name for path in (tmp_path / "rl" / "checkpoints").iterdir()] == ["step-00000002"]
+    monkeypatch.undo()
+    run(warm, tmp_path / "whole")
+    run(warm, tmp_path)  # the same command goes on
+    rows = [read_metrics(folder / "rl" / "metrics.jsonl")[0] for folder in (tmp_path, tmp_path / "whole")]
+    assert without_times(rows[0]) == without_times(rows[1])
+
+
+def test_resume_cuts_the_metrics_back_to_the_checkpoint(warm, tmp_path):
+    whole = run(warm, tmp_path / "a")
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    out = tmp_path / "b" / "rl"
+    shutil.rmtree(out / "final")
+    shutil.rmtree(out / "checkpoints" / "step-00000004")
+    with (out / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 7, "rew')  # a row cut short by a kill
+    assert json.loads((out / "checkpoints" / "step-00000002" / "state.json").read_text())["step"] == 2
+    assert without_times(run(warm, tmp_path / "b")) == without_times(whole)

@@ -1,0 +1,64 @@
+"""A world small enough to train on in a second: used by the tests of the loops."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+
+import torch
+
+from rankgrpo.config import Config, load_config
+from rankgrpo.data import Dataset, Sample
+from rankgrpo.demo import make_demo
+from rankgrpo.distill.teacher import EaseTeacher, make_demonstrations
+from rankgrpo.distributed import Parallel
+
+ALONE = Parallel(0, 1, torch.device("cpu"))
+
+# As words of the command line, so that the tests of whole processes use the same run.
+WORDS = [
+    "data.num_train=48",
+    "data.num_ranks=5",
+    "model.hidden=32",
+    "model.layers=2",
+    "model.ffn=64",
+    "model.heads=2",
+    "model.kv_heads=1",
+    "model.vocab=1024",
+    "sft.num_steps=6",
+    "sft.batch_size=8",
+    "sft.lr=1e-2",
+    "sft.eval_every=3",
+    "sft.eval_samples=4",
+    "sft.save_every=2",
+    "rl.num_steps=6",
+    "rl.prompts_per_step=4",
+    "rl.group_size=3",
+    "rl.lr=1e-3",
+    "rl.max_new_tokens=24",
+    "rl.eval_every=3",
+    "rl.eval_samples=4",
+    "rl.save_every=2",
+    "eval.num_samples=8",
+    "teacher.num_folds=2",
+]
+
+
+def tiny_config(*words: str) -> Config:
+    return load_config(None, [*WORDS, *words])
+
+
+@cache
+def tiny_dataset() -> Dataset:
+    return make_demo(num_train=48, num_validation=8, num_test=8, seed=0)
+
+
+@cache
+def tiny_demonstrations() -> dict[str, list[Sample]]:
+    dataset = tiny_dataset()
+    teacher = EaseTeacher.fit(dataset.train, dataset.catalog, num_folds=2)
+    return {split: make_demonstrations(dataset.split(split), teacher, num_items=5) for split in ("train", "validation")}
+
+
+def taught_dataset() -> Dataset:
+    return replace(tiny_dataset(), train=tiny_demonstrations()["train"])
