@@ -39,7 +39,7 @@ smoke:
 	$(MAKE) train RUN=runs/smoke SET="data.num_train=300 sft.num_steps=40 sft.eval_samples=32 rl.num_steps=8 rl.prompts_per_step=8 rl.eval_every=4 rl.eval_samples=32 eval.num_samples=64"
 
 eval: $(READY)
-	$(ENV) $(MALLOC) $(PYTHON) -m rankgrpo evaluate $(RUN) popularity ease --data $(DATA)
+	$(ENV) $(MALLOC) $(PYTHON) -m rankgrpo evaluate $(RUN) popularity ease
 
 report: $(READY)
 	$(ENV) $(PYTHON) -m rankgrpo report $(RUN)

@@ -95,13 +95,13 @@ def train(
 def evaluate(
     models: Positional[Annotated[list[str], arg(help="run folders, model folders, hub ids, or `popularity`, `ease`")]],
     *,
-    data: Data = "demo",
+    data: Annotated[str | None, arg(help="data set (default: the first run's own, or demo)")] = None,
     split: Literal["validation", "test"] = "test",
     num_samples: Annotated[int, arg(help="samples scored, from the beginning of the split; 0 is all")] = 0,
     out: Annotated[
-        Path | None, arg(help="also write the results as JSON, and every list as JSONL, into this folder")
+        Path | None, arg(help="also write the results as JSON, every list as JSONL, into this folder")
     ] = None,
-    set: Set = [],  # noqa: B006
+    markdown: Annotated[bool, arg(help="print the table in Markdown")] = False,
 ) -> None:
     """Compare any number of models, the popularity list and EASE: Recall and NDCG with 95 % bootstrap intervals.
 
@@ -109,9 +109,9 @@ def evaluate(
       rankgrpo evaluate runs/tiny-demo popularity ease
       rankgrpo evaluate runs/a/sft/final runs/a/rl/best --data path/to/redial --split validation --out results
     """
-    from rankgrpo.pipeline import evaluate_models
+    from rankgrpo.compare import evaluate_models
 
-    print(evaluate_models(models, _settings("tiny", data, None, set), split=split, num_samples=num_samples, out=out))
+    print(evaluate_models(models, data=data, split=split, num_samples=num_samples, out=out, markdown=markdown))
 
 
 @app.command
@@ -133,7 +133,7 @@ def recommend(
       printf 'User: I loved Alien (1979)\\nAssistant: More space?\\nUser: Yes, and scary' | rankgrpo recommend
       rankgrpo recommend --model runs/tiny-demo --batch requests.jsonl
     """
-    from rankgrpo.pipeline import recommend_from
+    from rankgrpo.compare import recommend_from
 
     recommend_from(model, data, conversation, batch)
 

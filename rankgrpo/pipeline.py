@@ -10,7 +10,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import re
 import shutil
 import subprocess
 import sys
@@ -21,25 +20,19 @@ from typing import Literal
 import torch
 
 from rankgrpo.checkpoint import write_atomic
+from rankgrpo.compare import evaluate_run, fit_teacher, load_config_dataset, results_table
 from rankgrpo.config import Config, ConfigError, changed_keys, load_config, to_toml, with_steps
-from rankgrpo.data import Dataset, Sample, load_dataset, read_samples, write_samples
+from rankgrpo.data import Dataset, Sample, read_samples, write_samples
 from rankgrpo.distill.augment import short_demonstrations
-from rankgrpo.distill.teacher import EaseTeacher, make_demonstrations, popularity_lists
+from rankgrpo.distill.teacher import make_demonstrations
 from rankgrpo.distributed import Parallel, start_parallel, wait_for_all
-from rankgrpo.evaluate import Evaluation, read_evaluation, score_completions, score_items, summarise, write_evaluation
 from rankgrpo.model import make_init
-from rankgrpo.policy import open_policy
-from rankgrpo.recommend import recommend
 from rankgrpo.report import build_report
 from rankgrpo.sft import train_sft
-from rankgrpo.tables import format_table
 from rankgrpo.tiny import TinyConfig
 from rankgrpo.train import train
-from rankgrpo.validate import recommend_lists
 
 Until = Literal["sft", "rl", "report"]
-BASELINES = ("popularity", "ease")
-DEFAULT_RUN = "runs/tiny-demo"
 
 
 def run_pipeline(config: Config, run_dir: Path, *, until: Until = "report", rl_start: str | None = None) -> None:
@@ -78,10 +71,6 @@ def run_pipeline(config: Config, run_dir: Path, *, until: Until = "report", rl_s
 def say(parallel: Parallel, text: str) -> None:
     if parallel.is_main:
         print(f"> {text}", flush=True)
-
-
-def load_config_dataset(config: Config) -> Dataset:
-    return load_dataset(config.data.path, num_train=config.data.num_train or None)
 
 
 def open_run(config: Config, run_dir: Path) -> None:
@@ -128,18 +117,6 @@ def installed_version(package: str) -> str | None:
         return None
 
 
-def fit_teacher(config: Config, dataset: Dataset, *, num_folds: int) -> EaseTeacher:
-    teacher = config.teacher
-    return EaseTeacher.fit(
-        dataset.train,
-        dataset.catalog,
-        l2=teacher.l2,
-        popularity_weight=teacher.popularity_weight,
-        num_folds=num_folds,
-        seed=config.seed,
-    )
-
-
 def teach(config: Config, dataset: Dataset, run_dir: Path, parallel: Parallel) -> dict[str, list[Sample]]:
     """The teacher's lists for the training and validation conversations, from disk when they are there."""
     paths = {split: run_dir / f"demonstrations-{split}.jsonl" for split in ("train", "validation")}
@@ -176,100 +153,3 @@ def make_start(
     if parallel.is_main:
         wait_for_all(parallel)
     return start
-
-
-def evaluate_run(config: Config, dataset: Dataset, run_dir: Path, rl_start: str, parallel: Parallel) -> None:
-    """Score the run's three models and the two baselines on the evaluation split; finished ones are kept."""
-    split = config.eval.split
-    samples = first_samples(dataset, split, config.eval.num_samples)
-    before = run_dir / "init" if (run_dir / "init").is_dir() else config.model.name
-    sources = {"before": before, "sft": rl_start, "rank-grpo": run_dir / "rl" / "best"}
-    for name in (*sources, *BASELINES):
-        if not evaluation_path(run_dir, split, name).exists():
-            evaluation = score_source(str(sources.get(name, name)), samples, config, dataset, parallel)
-            write_evaluation(run_dir, evaluation, name=name, split=split)
-
-
-def score_source(
-    source: str, samples: list[Sample], config: Config, dataset: Dataset, parallel: Parallel
-) -> Evaluation:
-    """Scores of `popularity`, `ease`, or a model folder or hub id on `samples`."""
-    num_ranks, year_tolerance = config.data.num_ranks, config.rl.year_tolerance
-    if source in BASELINES:
-        if source == "popularity":
-            lists = popularity_lists(dataset.train, samples, dataset.catalog, num_items=num_ranks)
-        else:
-            lists = fit_teacher(config, dataset, num_folds=0).rank_all(samples, num_items=num_ranks)
-        return score_items(samples, lists, dataset.catalog, num_ranks=num_ranks, year_tolerance=year_tolerance)
-    policy = open_policy(source, config.model, parallel.device, trainable=False)
-    texts = recommend_lists(policy, samples, config, title=f"evaluate {source}")
-    return score_completions(samples, texts, dataset.catalog, num_ranks=num_ranks, year_tolerance=year_tolerance)
-
-
-def evaluate_models(models: list[str], config: Config, *, split: str, num_samples: int, out: Path | None) -> str:
-    """Table of any models and baselines on one split; a run folder stands for its three models."""
-    parallel = start_parallel()
-    dataset = load_config_dataset(config)
-    samples = first_samples(dataset, split, num_samples)
-    summaries = []
-    for name, source in name_sources(models).items():
-        evaluation = score_source(source, samples, config, dataset, parallel)
-        summaries.append(summarise(evaluation, name=name, split=split))
-        if out is not None:
-            write_evaluation(out, evaluation, name=re.sub(r"[^\w.@+-]", "-", name), split=split)
-    return format_table(summaries)
-
-
-def name_sources(models: list[str]) -> dict[str, str]:
-    """Name shown -> what to load, in order. Raises ConfigError for a run folder without a trained model."""
-    sources = {}
-    for model in models:
-        folder = Path(model)
-        if model in BASELINES or not is_run(folder):
-            sources[model] = model
-            continue
-        stages = {"before": folder / "init", "sft": folder / "sft" / "final", "rank-grpo": folder / "rl" / "best"}
-        found = {f"{folder.name}/{stage}": str(path) for stage, path in stages.items() if path.is_dir()}
-        if not found:
-            raise ConfigError(f"{folder}: this run has no model yet; `rankgrpo run --run {folder}` continues it")
-        sources |= found
-    return sources
-
-
-def is_run(folder: Path) -> bool:
-    return (folder / "config.toml").is_file()
-
-
-def recommend_from(model: str, data: str | None, conversation: str | None, batch: Path | None) -> None:
-    """Recommend with a run's best model, or with any model; the catalog is the run's unless `data` names another."""
-    folder = Path(model)
-    config = load_config(folder / "config.toml") if is_run(folder) else Config()
-    if is_run(folder):
-        trained = [path for path in (folder / "rl" / "best", folder / "sft" / "final") if path.is_dir()]
-        if not trained:
-            raise ConfigError(
-                f"{folder}: this run has no trained model yet; `rankgrpo run --run {folder}` continues it"
-            )
-        model = str(trained[0])
-    elif model == DEFAULT_RUN and not folder.exists():
-        raise ConfigError(
-            f"{model}: no such run; `make train` (or `rankgrpo run`) makes it, or name a model with --model"
-        )
-    if data is not None:
-        config = replace(config, data=replace(config.data, path=data))
-    policy = open_policy(model, config.model, start_parallel().device, trainable=False)
-    recommend(policy, load_config_dataset(config).catalog, config, conversation=conversation, batch=batch)
-
-
-def first_samples(dataset: Dataset, split: str, num_samples: int) -> list[Sample]:
-    samples = dataset.split(split)
-    return samples[:num_samples] if num_samples else samples
-
-
-def evaluation_path(run_dir: Path, split: str, name: str) -> Path:
-    return run_dir / "eval" / split / f"{name}.json"
-
-
-def results_table(run_dir: Path, split: str) -> str:
-    names = ("before", "sft", "rank-grpo", *BASELINES)
-    return format_table([read_evaluation(evaluation_path(run_dir, split, name)) for name in names])

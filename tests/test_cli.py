@@ -4,8 +4,8 @@ import sys
 import pytest
 
 from rankgrpo.cli import default_run_dir
+from rankgrpo.compare import list_sources
 from rankgrpo.config import ConfigError
-from rankgrpo.pipeline import name_sources
 
 
 def command(*words, **settings):
@@ -56,12 +56,18 @@ def test_run_folder_names():
     assert str(default_run_dir("models/mine", "../data/redial/")) == "runs/mine-redial"
 
 
-def test_a_run_stands_for_its_models(tmp_path):
+def test_a_run_stands_for_its_models_on_one_data_set(tmp_path):
     run = tmp_path / "run"
     (run / "sft" / "final").mkdir(parents=True)
-    (run / "config.toml").write_text("")
-    assert name_sources([str(run), "ease"]) == {"run/sft": str(run / "sft" / "final"), "ease": "ease"}
+    (run / "config.toml").write_text("[data]\npath = 'elsewhere'\nnum_train = 9\n[rl]\nmax_new_tokens = 33\n")
+    sft, ease = list_sources([str(run), "ease"], None)
+    assert (sft.name, sft.location, ease.location) == ("run/sft", str(run / "sft" / "final"), "ease")
+    assert sft.config.rl.max_new_tokens == 33
+    assert sft.config.data == ease.config.data and ease.config.data.path == "elsewhere"
+    assert {s.config.data.path for s in list_sources(["popularity", str(run)], "other")} == {"other"}
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "config.toml").write_text("")
     with pytest.raises(ConfigError, match="no model yet"):
-        name_sources([str(tmp_path / "empty")])
+        list_sources([str(tmp_path / "empty")], None)
+    with pytest.raises(ConfigError, match="nothing to evaluate"):
+        list_sources([], None)

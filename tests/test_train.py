@@ -202,3 +202,19 @@ def test_resume_cuts_the_metrics_back_to_the_checkpoint(warm, tmp_path):
         file.write('{"step": 7, "rew')  # a row cut short by a kill
     assert json.loads((out / "checkpoints" / "step-00000002" / "state.json").read_text())["step"] == 2
     assert without_times(run(warm, tmp_path / "b")) == without_times(whole)
+
+
+def test_ranks_of_the_tiny_tokenizer_are_the_parsers(warm):
+    """Its titles are added tokens, stored as text and not in the byte alphabet: the segmenter must read both kinds."""
+    from rankgrpo.model import load_policy
+    from rankgrpo.parse import RankSegmenter, parse_list
+
+    _, tokenizer = load_policy(str(warm[0]))
+    segmenter = RankSegmenter(tokenizer)
+    for sample in tiny_demonstrations()["train"][:10]:
+        text = sample.completion + "\n\nTitle no token holds (1999)\n"
+        ids = torch.tensor([[*tokenizer(text)["input_ids"], tokenizer.eos_token_id]])
+        (rank_T,) = segmenter(ids, torch.ones_like(ids, dtype=torch.bool)).tolist()
+        for rank, item in enumerate(parse_list(text)):
+            of_rank = [i for i, r in zip(ids[0].tolist(), rank_T, strict=True) if r == rank]
+            assert tokenizer.decode(of_rank, skip_special_tokens=True).strip() == text[slice(*item.chars)].strip()

@@ -1,0 +1,496 @@
+"""The Rank-GRPO loss as one Triton kernel forward and one backward (paper: "Rank-GRPO", arXiv 2510.20150, Eq. 6).
+
+`fused_rank_grpo_loss` computes what `rankgrpo.loss.rank_grpo_loss(impl="torch")` computes and is checked against it.
+The forward kernel owns one list a program: a segmented scan sums the log-ratios of every rank, then each rank gets its
+clipped surrogate and the factor of its gradient. The backward kernel gives every token the factor of its rank.
+
+Nothing is added by atomics, so equal inputs give bitwise equal results. Lists whose ranks ascend along the tokens (what
+`RankSegmenter` and `make_units` produce, masked tokens anywhere) cost O(T + K). Any other order is right as well, but
+costs O(T * K) for that list.
+
+Float64 is refused: that is the plain implementation's job. Gradients flow to `logp_BT` alone.
+"""
+
+# Shape letters: B lists, T completion tokens, K units of a list (ranks unless said otherwise), M sums of a list,
+# F fields of a unit.
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from rankgrpo.loss import MAX_LOG_RATIO
+
+INTERPRETED: bool = triton.knobs.runtime.interpret  # read once, where triton.jit reads it
+TOKEN_DTYPES = (torch.float32, torch.bfloat16)
+FACTOR_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+NUM_SUMS = 8  # loss, policy, kl, ratio, clipped low, clipped high, units with tokens, tokens
+
+_MAX_LOG_RATIO = tl.constexpr(MAX_LOG_RATIO)
+_NUM_SUMS = tl.constexpr(NUM_SUMS)
+
+
+def fused_rank_grpo_loss(
+    logp_BT: Tensor,
+    old_logp_BT: Tensor | None,
+    rank_BT: Tensor,
+    advantage_BK: Tensor,
+    *,
+    clip_low: float = 0.06,
+    clip_high: float = 0.08,
+    ref_logp_BT: Tensor | None = None,
+    kl_coef: float = 0.0,
+    reduction: Literal["rank", "token"] = "rank",
+    denominator: float | Tensor | None = None,
+    weight_BK: Tensor | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Clipped surrogate with one ratio and one advantage a rank, plus the KL to a reference.
+
+    loss = -(1/Z) sum_{i,k} c_{i,k} min(w_{i,k} A_{i,k}, clip(w_{i,k}, 1 - clip_low, 1 + clip_high) A_{i,k})
+           + kl_coef (1/Z) sum_{i,k} c_{i,k} (mean of exp(d) - d - 1 over the tokens of rank k, d = ref_logp - logp)
+
+    with w_{i,k} = exp(mean of logp - old_logp over the tokens of rank k), c = 1 for reduction="rank" and the number of
+    tokens for "token", times `weight_BK`. Arguments, edge cases and metrics are those of
+    `rankgrpo.loss.rank_grpo_loss`, with two differences: log-probs may be bfloat16 (arithmetic and loss are float32
+    all the same, the gradient has the dtype of `logp_BT`), and they may not be float64.
+
+    Raises ValueError for wrong shapes, dtypes, devices or options, and where the kernel cannot run: it needs tensors on
+    a CUDA device, or TRITON_INTERPRET=1 in the environment before triton is imported (slow; for tests).
+    """
+    _check_inputs(logp_BT, old_logp_BT, rank_BT, advantage_BK, ref_logp_BT, weight_BK)
+    _check_options(reduction, kl_coef, ref_logp_BT, denominator)
+    if denominator is None and reduction == "rank":
+        denominator = max(advantage_BK.numel(), 1)
+    # A number is divided by inside the kernel. A tensor stays unread on its device, and divides afterwards.
+    scale = 1.0 if denominator is None or isinstance(denominator, Tensor) else 1.0 / denominator
+    options = _Options(1 - clip_low, 1 + clip_high, kl_coef, reduction == "token", scale)
+    loss, sum_M = _RankLoss.apply(
+        logp_BT, _rows(old_logp_BT), _rows(rank_BT), advantage_BK, _rows(ref_logp_BT), weight_BK, options
+    )
+    losses_2 = sum_M[1:3]
+    if denominator is None:
+        denominator = sum_M[7].clamp(min=1)
+    if isinstance(denominator, Tensor):
+        loss, losses_2 = loss / denominator, losses_2 / denominator
+    return loss, _metrics(losses_2, sum_M)
+
+
+class _Options(NamedTuple):
+    ratio_low: float
+    ratio_high: float
+    kl_coef: float
+    per_token: bool
+    scale: float
+
+
+class _RankLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logp_BT, old_logp_BT, rank_BT, advantage_BK, ref_logp_BT, weight_BK, options):
+        logp_BT = _rows(logp_BT)
+        unit_BKF, sum_M = _launch_forward(logp_BT, old_logp_BT, rank_BT, advantage_BK, ref_logp_BT, weight_BK, options)
+        ctx.has_kl = options.kl_coef != 0
+        ctx.save_for_backward(rank_BT, unit_BKF, *((logp_BT, ref_logp_BT) if ctx.has_kl else ()))
+        ctx.dtype = logp_BT.dtype
+        loss = sum_M[0].clone()  # an output of its own: autograd tracks it, the sums beside it are metrics
+        ctx.mark_non_differentiable(sum_M)
+        return loss, sum_M
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_loss, _grad_sum_M):
+        rank_BT, unit_BKF, *kl_inputs = ctx.saved_tensors
+        logp_BT, ref_logp_BT = kl_inputs if ctx.has_kl else (None, None)
+        grad_BT = _launch_backward(grad_loss, rank_BT, unit_BKF, logp_BT, ref_logp_BT, ctx.dtype)
+        return grad_BT, None, None, None, None, None, None
+
+
+def _metrics(losses_2: Tensor, sum_M: Tensor) -> dict[str, Tensor]:
+    policy, kl = losses_2.unbind()
+    mean, low, high = (sum_M[3:6] / sum_M[6].clamp(min=1)).unbind()
+    return {
+        "ratio/mean": mean,
+        "ratio/clip_low_frac": low,
+        "ratio/clip_high_frac": high,
+        "ratio/num_units": sum_M[6],
+        "loss/policy": policy,
+        "loss/kl": kl,
+    }
+
+
+def _rows(x_BT: Tensor | None) -> Tensor | None:
+    """The kernels walk along rows with stride 1; the rows may lie anywhere."""
+    return x_BT if x_BT is None or x_BT.stride(1) == 1 else x_BT.contiguous()
+
+
+def _strides(x: Tensor | None) -> tuple[int, ...]:
+    return (0, 0) if x is None else x.stride()
+
+
+def _check_inputs(
+    logp_BT: Tensor,
+    old_logp_BT: Tensor | None,
+    rank_BT: Tensor,
+    advantage_BK: Tensor,
+    ref_logp_BT: Tensor | None,
+    weight_BK: Tensor | None,
+) -> None:
+    """What the kernels' memory accesses rely on."""
+    if not logp_BT.is_cuda and not INTERPRETED:
+        raise ValueError(
+            f"the Triton kernel needs tensors on a CUDA device, got {logp_BT.device}: use impl='torch', or set "
+            "TRITON_INTERPRET=1 before triton is imported to test it without a GPU"
+        )
+    if logp_BT.ndim != 2 or advantage_BK.ndim != 2:
+        shapes = f"{tuple(logp_BT.shape)} and {tuple(advantage_BK.shape)}"
+        raise ValueError(f"logp_BT must be (B, T) and advantage_BK (B, K), got {shapes}")
+    bt, bk = logp_BT.shape, (logp_BT.shape[0], advantage_BK.shape[1])
+    inputs = {
+        "logp_BT": (logp_BT, bt, TOKEN_DTYPES, "float32 or bfloat16 (impl='torch' takes float64)"),
+        "old_logp_BT": (old_logp_BT, bt, TOKEN_DTYPES, "float32 or bfloat16"),
+        "ref_logp_BT": (ref_logp_BT, bt, TOKEN_DTYPES, "float32 or bfloat16"),
+        "rank_BT": (rank_BT, bt, (torch.int64, torch.int32, torch.int16), "int64, int32 or int16"),
+        "advantage_BK": (advantage_BK, bk, FACTOR_DTYPES, "floating point"),
+        "weight_BK": (weight_BK, bk, FACTOR_DTYPES, "floating point"),
+    }
+    for name, (value, shape, dtypes, wanted) in inputs.items():
+        if value is None:
+            continue
+        if value.shape != shape:
+            raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(value.shape)}")
+        if value.device != logp_BT.device:
+            raise ValueError(f"{name} must be on {logp_BT.device} like logp_BT, got {value.device}")
+        if value.dtype not in dtypes:
+            raise ValueError(f"{name} must be {wanted}, got {value.dtype}")
+
+
+def _check_options(
+    reduction: str, kl_coef: float, ref_logp_BT: Tensor | None, denominator: float | Tensor | None
+) -> None:
+    if reduction not in ("rank", "token"):
+        raise ValueError(f"reduction must be 'rank' or 'token', got {reduction!r}")
+    if not kl_coef >= 0:
+        raise ValueError(f"kl_coef must be >= 0, got {kl_coef}")
+    if kl_coef > 0 and ref_logp_BT is None:
+        raise ValueError(f"kl_coef={kl_coef} needs ref_logp_BT, the log-probs under the reference")
+    if isinstance(denominator, Tensor):
+        if denominator.ndim != 0:
+            raise ValueError(f"denominator must be a number or a 0-dim tensor, got shape {tuple(denominator.shape)}")
+    elif denominator is not None and not denominator > 0:
+        raise ValueError(f"denominator must be > 0, got {denominator}")
+
+
+def forward_config(num_tokens: int, num_units: int) -> dict[str, int]:
+    """Blocks and warps of the forward kernel: 16 tokens a thread and few warps, so that many lists are in flight."""
+    block_t = min(max(triton.next_power_of_2(num_tokens), 128), 2048)
+    block_k = min(max(triton.next_power_of_2(num_units), 32), 256)
+    return {"BLOCK_T": block_t, "BLOCK_K": block_k, "num_warps": min(max(block_t // 512, 1), 4)}
+
+
+def backward_config(num_tokens: int) -> dict[str, int]:
+    block_t = min(max(triton.next_power_of_2(num_tokens), 128), 1024)
+    return {"BLOCK_T": block_t, "num_warps": min(max(block_t // 256, 1), 4)}
+
+
+def _launch_forward(
+    logp_BT: Tensor,
+    old_logp_BT: Tensor | None,
+    rank_BT: Tensor,
+    advantage_BK: Tensor,
+    ref_logp_BT: Tensor | None,
+    weight_BK: Tensor | None,
+    options: _Options,
+) -> tuple[Tensor, Tensor]:
+    """What the backward pass needs by unit, (B, K, F), see the kernel; and the sums over all lists, (M,)."""
+    (num_lists, num_tokens), num_units = logp_BT.shape, advantage_BK.shape[1]
+    num_fields = 2 if ref_logp_BT is None else 3
+    unit_BKF = torch.empty(num_lists, num_units, num_fields, dtype=torch.float32, device=logp_BT.device)
+    sum_BM = torch.empty(num_lists, NUM_SUMS, dtype=torch.float32, device=logp_BT.device)
+    config = forward_config(num_tokens, num_units)
+    with torch.cuda.device_of(logp_BT):
+        _forward_kernel[(num_lists,)](
+            logp_BT, old_logp_BT, rank_BT, ref_logp_BT, advantage_BK, weight_BK, unit_BKF, sum_BM,
+            num_tokens, num_units,
+            logp_BT.stride(0), _strides(old_logp_BT)[0], rank_BT.stride(0), _strides(ref_logp_BT)[0],
+            *advantage_BK.stride(), *_strides(weight_BK),
+            options.ratio_low, options.ratio_high, options.kl_coef, options.scale,
+            FIELDS=num_fields, PER_TOKEN=options.per_token, KL_IN_LOSS=options.kl_coef != 0,
+            ONE_BLOCK=num_tokens <= config["BLOCK_T"], **config,
+        )  # fmt: skip
+    return unit_BKF, sum_BM.sum(0)
+
+
+def _launch_backward(
+    grad_loss: Tensor,
+    rank_BT: Tensor,
+    unit_BKF: Tensor,
+    logp_BT: Tensor | None,
+    ref_logp_BT: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    num_lists, num_units, num_fields = unit_BKF.shape
+    num_tokens = rank_BT.shape[1]
+    grad_BT = torch.empty(num_lists, num_tokens, dtype=dtype, device=rank_BT.device)
+    config = backward_config(num_tokens)
+    num_blocks = triton.cdiv(num_tokens, config["BLOCK_T"])
+    with torch.cuda.device_of(rank_BT):
+        _backward_kernel[(num_lists * num_blocks,)](
+            grad_loss, rank_BT, unit_BKF, logp_BT, ref_logp_BT, grad_BT,
+            num_tokens, num_units, num_blocks, rank_BT.stride(0), _strides(logp_BT)[0], _strides(ref_logp_BT)[0],
+            FIELDS=num_fields, **config,
+        )  # fmt: skip
+    return grad_BT
+
+
+@triton.jit
+def _k3(x):
+    """exp(x) - 1 - x. The series (ten terms, |x| <= 1) keeps the digits that the difference would lose."""
+    series = 1.0 / 3628800
+    series = series * x + 1.0 / 362880
+    series = series * x + 1.0 / 40320
+    series = series * x + 1.0 / 5040
+    series = series * x + 1.0 / 720
+    series = series * x + 1.0 / 120
+    series = series * x + 1.0 / 24
+    series = series * x + 1.0 / 6
+    series = series * x + 0.5
+    return tl.where(tl.abs(x) <= 1.0, series * x * x, tl.exp(x) - 1.0 - x)
+
+
+@triton.jit
+def _bounded(x):
+    """Clamped to +-MAX_LOG_RATIO; NaN where x is not finite."""
+    clamped = tl.where(x > _MAX_LOG_RATIO, _MAX_LOG_RATIO, tl.where(x < -_MAX_LOG_RATIO, -_MAX_LOG_RATIO, x))
+    return tl.where(tl.abs(x) < float("inf"), clamped, float("nan"))
+
+
+@triton.jit
+def _keys(rank, K):
+    """Ranks as int32; -1 for tokens that take no part. The unsigned comparison, in 64 bits, catches both ends."""
+    return tl.where(rank.to(tl.int64).to(tl.uint64) < K, rank, -1).to(tl.int32)
+
+
+@triton.jit
+def _join(key_l, ratio_l, count_l, key_r, ratio_r, count_r):
+    """Joins two neighbouring stretches of tokens: highest rank so far, and the sums over the tokens of that rank."""
+    same = key_l >= key_r  # key_l > key_r only if all on the right take no part (ranks ascend, or the sums are redone)
+    return (
+        tl.maximum(key_l, key_r),
+        tl.where(same, ratio_l, 0.0) + ratio_r,
+        tl.where(same, count_l, 0.0) + count_r,
+    )
+
+
+@triton.jit
+def _join_kl(key_l, ratio_l, count_l, kl_l, key_r, ratio_r, count_r, kl_r):
+    same = key_l >= key_r  # key_l > key_r only if all on the right take no part (ranks ascend, or the sums are redone)
+    return (
+        tl.maximum(key_l, key_r),
+        tl.where(same, ratio_l, 0.0) + ratio_r,
+        tl.where(same, count_l, 0.0) + count_r,
+        tl.where(same, kl_l, 0.0) + kl_r,
+    )
+
+
+@triton.jit
+def _token_terms(logp_ptr, old_ptr, ref_ptr, t, in_list, takes_part):
+    """Log-ratio and k3 of the tokens at t; 0 where they take no part, whatever is stored there."""
+    logp = tl.load(logp_ptr + t, mask=in_list, other=0.0).to(tl.float32)
+    old = logp  # on-policy: the ratio is 1, yet a log-prob that is not finite still shows
+    if old_ptr is not None:
+        old = tl.load(old_ptr + t, mask=in_list, other=0.0).to(tl.float32)
+    kl = tl.zeros_like(logp)
+    if ref_ptr is not None:
+        ref = tl.load(ref_ptr + t, mask=in_list, other=0.0).to(tl.float32)
+        kl = tl.where(takes_part, _k3(_bounded(ref - logp)), 0.0)
+    return tl.where(takes_part, logp - old, 0.0), kl
+
+
+@triton.jit
+def _sum_ascending(
+    logp_ptr, old_ptr, rank_ptr, ref_ptr, unit_ptr, T, K,
+    FIELDS: tl.constexpr, ONE_BLOCK: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    """Sums by rank, each stored by the last token of its rank. Returns whether the ranks of some tokens descend."""
+    carry_key = tl.full((), -1, tl.int32)
+    carry_ratio = tl.full((), 0.0, tl.float32)
+    carry_count = tl.full((), 0.0, tl.float32)
+    carry_kl = tl.full((), 0.0, tl.float32)
+    descends = tl.full((), 0, tl.int32)
+    lane = tl.arange(0, BLOCK_T)
+    for start in range(0, T, BLOCK_T):
+        t = start + lane
+        in_list = t < T
+        own = _keys(tl.load(rank_ptr + t, mask=in_list, other=-1), K)
+        following = _keys(tl.load(rank_ptr + t + 1, mask=t + 1 < T, other=-1), K)
+        takes_part = own >= 0
+        ratio, kl = _token_terms(logp_ptr, old_ptr, ref_ptr, t, in_list, takes_part)
+        count = takes_part.to(tl.float32)
+        if ref_ptr is not None:
+            key, ratio, count, kl = tl.associative_scan((own, ratio, count, kl), 0, _join_kl)
+        else:
+            key, ratio, count = tl.associative_scan((own, ratio, count), 0, _join)
+        if not ONE_BLOCK:  # the rank that the previous block left open goes on
+            same = key <= carry_key
+            key = tl.maximum(key, carry_key)
+            ratio += tl.where(same, carry_ratio, 0.0)
+            count += tl.where(same, carry_count, 0.0)
+            kl += tl.where(same, carry_kl, 0.0)
+            final = lane == BLOCK_T - 1
+            carry_key = tl.max(key, axis=0)
+            carry_ratio = tl.sum(tl.where(final, ratio, 0.0), axis=0)
+            carry_count = tl.sum(tl.where(final, count, 0.0), axis=0)
+            carry_kl = tl.sum(tl.where(final, kl, 0.0), axis=0)
+        descends = tl.maximum(descends, tl.max((takes_part & (own < key)).to(tl.int32), axis=0))
+
+        closes = in_list & (key >= 0) & ((following > key) | (t == T - 1))
+        slot_ptr = unit_ptr + key * FIELDS
+        tl.store(slot_ptr, ratio, mask=closes)
+        tl.store(slot_ptr + 1, count, mask=closes)
+        if ref_ptr is not None:
+            tl.store(slot_ptr + 2, kl, mask=closes)
+    return descends
+
+
+@triton.jit
+def _sum_any_order(logp_ptr, old_ptr, rank_ptr, ref_ptr, unit_ptr, T, K, FIELDS: tl.constexpr):
+    """Sums by rank for ranks in any order: every block of ranks reads all tokens."""
+    for start_k in range(0, K, 32):
+        k = start_k + tl.arange(0, 32)
+        ratio = tl.zeros((32,), tl.float32)
+        count = tl.zeros((32,), tl.float32)
+        kl = tl.zeros((32,), tl.float32)
+        for start_t in range(0, T, 16):
+            t = start_t + tl.arange(0, 16)
+            in_list = t < T
+            own = _keys(tl.load(rank_ptr + t, mask=in_list, other=-1), K)
+            ratio_t, kl_t = _token_terms(logp_ptr, old_ptr, ref_ptr, t, in_list, own >= 0)
+            hit = own[:, None] == k[None, :]
+            ratio += tl.sum(tl.where(hit, ratio_t[:, None], 0.0), axis=0)
+            count += tl.sum(hit.to(tl.float32), axis=0)
+            kl += tl.sum(tl.where(hit, kl_t[:, None], 0.0), axis=0)
+        slot_ptr = unit_ptr + k * FIELDS
+        tl.store(slot_ptr, ratio, mask=k < K)
+        tl.store(slot_ptr + 1, count, mask=k < K)
+        if ref_ptr is not None:
+            tl.store(slot_ptr + 2, kl, mask=k < K)
+
+
+@triton.jit
+def _forward_kernel(
+    logp_ptr, old_ptr, rank_ptr, ref_ptr, advantage_ptr, weight_ptr, unit_ptr, sum_ptr, T, K,
+    stride_logp, stride_old, stride_rank, stride_ref,
+    stride_advantage_b, stride_advantage_k, stride_weight_b, stride_weight_k,
+    ratio_low, ratio_high, kl_coef, scale,
+    FIELDS: tl.constexpr, PER_TOKEN: tl.constexpr, KL_IN_LOSS: tl.constexpr,
+    ONE_BLOCK: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """One list a program. The fields of a unit first hold its sums (log-ratio, tokens, k3), then what the backward pass
+    needs: d loss / d logp of its tokens, their number, the weight of a token's k3 in the loss."""
+    row = tl.program_id(0).to(tl.int64)
+    logp_ptr += row * stride_logp
+    rank_ptr += row * stride_rank
+    unit_ptr += row * K * FIELDS
+    if old_ptr is not None:
+        old_ptr += row * stride_old
+    if ref_ptr is not None:
+        ref_ptr += row * stride_ref
+
+    for start in range(0, K, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        tl.store(unit_ptr + k * FIELDS + 1, tl.zeros((BLOCK_K,), tl.float32), mask=k < K)
+    tl.debug_barrier()  # what a thread stores here, and below, other threads of the program go on with
+    descends = _sum_ascending(
+        logp_ptr, old_ptr, rank_ptr, ref_ptr, unit_ptr, T, K, FIELDS=FIELDS, ONE_BLOCK=ONE_BLOCK, BLOCK_T=BLOCK_T
+    )
+    if descends > 0:
+        tl.debug_barrier()
+        _sum_any_order(logp_ptr, old_ptr, rank_ptr, ref_ptr, unit_ptr, T, K, FIELDS=FIELDS)
+    tl.debug_barrier()
+
+    policy = tl.zeros((BLOCK_K,), tl.float32)
+    kl = tl.zeros((BLOCK_K,), tl.float32)
+    ratios = tl.zeros((BLOCK_K,), tl.float32)
+    low = tl.zeros((BLOCK_K,), tl.float32)
+    high = tl.zeros((BLOCK_K,), tl.float32)
+    units = tl.zeros((BLOCK_K,), tl.float32)
+    tokens = tl.zeros((BLOCK_K,), tl.float32)
+    for start in range(0, K, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        in_list = k < K
+        slot_ptr = unit_ptr + k * FIELDS
+        count = tl.load(slot_ptr + 1, mask=in_list, other=0.0)
+        present = count > 0
+        length = tl.maximum(count, 1.0)
+        log_ratio = tl.load(slot_ptr, mask=present, other=0.0) / length
+        advantage_k = row * stride_advantage_b + k * stride_advantage_k
+        advantage = tl.load(advantage_ptr + advantage_k, mask=in_list, other=0.0).to(tl.float32)
+        share = tl.where(in_list, scale, 0.0)
+        if PER_TOKEN:
+            share *= count
+        if weight_ptr is not None:
+            weight_k = row * stride_weight_b + k * stride_weight_k
+            share *= tl.load(weight_ptr + weight_k, mask=in_list, other=0.0).to(tl.float32)
+
+        bounded = _bounded(log_ratio)
+        ratio = tl.where(tl.abs(bounded) <= 1.0, 1.0 + (bounded + _k3(bounded)), tl.exp(bounded))
+        clipped = tl.where(ratio < ratio_low, ratio_low, tl.where(ratio > ratio_high, ratio_high, ratio))
+        unclipped = ratio * advantage <= clipped * advantage
+        surrogate = tl.where(unclipped, ratio, clipped) * advantage
+        moves = unclipped & (tl.abs(log_ratio) <= _MAX_LOG_RATIO)
+        tl.store(slot_ptr, tl.where(moves, -share * ratio * advantage / length, 0.0), mask=present)
+        policy -= share * surrogate
+        if ref_ptr is not None:
+            kl += share * (tl.load(slot_ptr + 2, mask=present, other=0.0) / length)
+            tl.store(slot_ptr + 2, kl_coef * share / length, mask=present)
+        ratios += tl.where(present, ratio, 0.0)
+        low += (present & (ratio < ratio_low) & (advantage < 0)).to(tl.float32)
+        high += (present & (ratio > ratio_high) & (advantage > 0)).to(tl.float32)
+        units += present.to(tl.float32)
+        tokens += count
+
+    sum_ptr += row * _NUM_SUMS
+    policy_sum = tl.sum(policy, axis=0)
+    kl_sum = tl.sum(kl, axis=0)
+    loss = policy_sum
+    if KL_IN_LOSS:  # else 0 * NaN of a reference that only feeds the metric would poison the loss
+        loss += kl_coef * kl_sum
+    tl.store(sum_ptr, loss)
+    tl.store(sum_ptr + 1, policy_sum)
+    tl.store(sum_ptr + 2, kl_sum)
+    tl.store(sum_ptr + 3, tl.sum(ratios, axis=0))
+    tl.store(sum_ptr + 4, tl.sum(low, axis=0))
+    tl.store(sum_ptr + 5, tl.sum(high, axis=0))
+    tl.store(sum_ptr + 6, tl.sum(units, axis=0))
+    tl.store(sum_ptr + 7, tl.sum(tokens, axis=0))
+
+
+@triton.jit
+def _backward_kernel(
+    grad_loss_ptr, rank_ptr, unit_ptr, logp_ptr, ref_ptr, grad_ptr,
+    T, K, num_blocks, stride_rank, stride_logp, stride_ref,
+    FIELDS: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    """d loss / d logp of a stretch of tokens: the factor of their rank, plus the slope of their own k3."""
+    row = (tl.program_id(0) // num_blocks).to(tl.int64)
+    t = (tl.program_id(0) % num_blocks) * BLOCK_T + tl.arange(0, BLOCK_T)
+    in_list = t < T
+    own = _keys(tl.load(rank_ptr + row * stride_rank + t, mask=in_list, other=-1), K)
+    takes_part = own >= 0
+    slot_ptr = unit_ptr + row * K * FIELDS + own * FIELDS
+    slope = tl.load(slot_ptr, mask=takes_part, other=0.0)
+    if logp_ptr is not None:
+        logp = tl.load(logp_ptr + row * stride_logp + t, mask=in_list, other=0.0).to(tl.float32)
+        ref = tl.load(ref_ptr + row * stride_ref + t, mask=in_list, other=0.0).to(tl.float32)
+        d = ref - logp
+        moves = takes_part & (tl.abs(d) <= _MAX_LOG_RATIO)
+        d = tl.where(moves, d, 0.0)
+        weight = tl.load(slot_ptr + 2, mask=moves, other=0.0)
+        slope -= weight * (_k3(d) + d)
+    grad = tl.load(grad_loss_ptr).to(tl.float32) * slope
+    # A token that takes no part gets 0 even when the gradient of the loss is not finite.
+    grad = tl.where(takes_part, grad, 0.0)
+    tl.store(grad_ptr + row * T + t, grad.to(grad_ptr.dtype.element_ty), mask=in_list)

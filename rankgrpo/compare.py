@@ -1,0 +1,161 @@
+"""Scores of runs, models and baselines side by side, and lists from any of them.
+
+A run folder stands for its three models (before, sft, rank-grpo), each evaluated with the settings it was trained with.
+`popularity` and `ease` are fitted on the training split of the data set that everything is compared on.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from rankgrpo.config import Config, ConfigError, load_config
+from rankgrpo.data import Dataset, Sample, load_dataset
+from rankgrpo.distill.teacher import EaseTeacher, popularity_lists
+from rankgrpo.distributed import Parallel, start_parallel
+from rankgrpo.evaluate import Evaluation, read_evaluation, score_completions, score_items, summarise, write_evaluation
+from rankgrpo.model import resolve_model
+from rankgrpo.policy import open_policy
+from rankgrpo.recommend import recommend
+from rankgrpo.tables import format_table
+from rankgrpo.validate import recommend_lists
+
+BASELINES = ("popularity", "ease")
+DEFAULT_RUN = "runs/tiny-demo"
+
+
+@dataclass(frozen=True)
+class Source:
+    """What is evaluated: a name for the table, a model folder, hub id or baseline, and the settings that go with it."""
+
+    name: str
+    location: str
+    config: Config
+
+
+def load_config_dataset(config: Config) -> Dataset:
+    return load_dataset(config.data.path, num_train=config.data.num_train or None)
+
+
+def fit_teacher(config: Config, dataset: Dataset, *, num_folds: int) -> EaseTeacher:
+    teacher = config.teacher
+    return EaseTeacher.fit(
+        dataset.train,
+        dataset.catalog,
+        l2=teacher.l2,
+        popularity_weight=teacher.popularity_weight,
+        num_folds=num_folds,
+        seed=config.seed,
+    )
+
+
+def score_source(source: Source, samples: list[Sample], dataset: Dataset, parallel: Parallel) -> Evaluation:
+    """Scores of a model's greedy lists, or of a baseline's, on `samples`."""
+    config = source.config
+    num_ranks, year_tolerance = config.data.num_ranks, config.rl.year_tolerance
+    if source.location in BASELINES:
+        if source.location == "popularity":
+            lists = popularity_lists(dataset.train, samples, dataset.catalog, num_items=num_ranks)
+        else:
+            lists = fit_teacher(config, dataset, num_folds=0).rank_all(samples, num_items=num_ranks)
+        return score_items(samples, lists, dataset.catalog, num_ranks=num_ranks, year_tolerance=year_tolerance)
+    policy = open_policy(source.location, config.model, parallel.device, trainable=False)
+    texts = recommend_lists(policy, samples, config, title=f"evaluate {source.name}")
+    return score_completions(samples, texts, dataset.catalog, num_ranks=num_ranks, year_tolerance=year_tolerance)
+
+
+def evaluate_run(config: Config, dataset: Dataset, run_dir: Path, rl_start: str, parallel: Parallel) -> None:
+    """Score the run's three models and the two baselines on the evaluation split; finished ones are kept."""
+    split = config.eval.split
+    samples = first_samples(dataset, split, config.eval.num_samples)
+    before = run_dir / "init" if (run_dir / "init").is_dir() else config.model.name
+    locations = {"before": before, "sft": rl_start, "rank-grpo": run_dir / "rl" / "best"}
+    for name in (*locations, *BASELINES):
+        if not evaluation_path(run_dir, split, name).exists():
+            source = Source(name, str(locations.get(name, name)), config)
+            write_evaluation(run_dir, score_source(source, samples, dataset, parallel), name=name, split=split)
+
+
+def results_table(run_dir: Path, split: str) -> str:
+    """The table at the end of a run."""
+    names = ("before", "sft", "rank-grpo", *BASELINES)
+    return format_table([read_evaluation(evaluation_path(run_dir, split, name)) for name in names])
+
+
+def evaluate_models(
+    models: list[str], *, data: str | None, split: str, num_samples: int, out: Path | None, markdown: bool = False
+) -> str:
+    """Table of any models and baselines on one split of `data` (default: the first run's data set, or the demo).
+
+    Raises ConfigError and ModelError for what cannot be evaluated, before anything is computed.
+    """
+    sources = list_sources(models, data)
+    parallel = start_parallel()
+    dataset = load_config_dataset(sources[0].config)
+    samples = first_samples(dataset, split, num_samples)
+    summaries = []
+    for source in sources:
+        evaluation = score_source(source, samples, dataset, parallel)
+        summaries.append(summarise(evaluation, name=source.name, split=split))
+        if out is not None:
+            write_evaluation(out, evaluation, name=re.sub(r"[^\w.@+-]", "-", source.name), split=split)
+    return format_table(summaries, markdown=markdown)
+
+
+def list_sources(models: list[str], data: str | None) -> list[Source]:
+    """What the words of `rankgrpo evaluate` stand for, in order, all on one data set."""
+    if not models:
+        raise ConfigError("nothing to evaluate: name run folders, models, `popularity` or `ease`")
+    runs = [Path(model) for model in models if is_run(Path(model))]
+    common = load_config(runs[0] / "config.toml") if runs else Config()
+    chosen = replace(common.data, path=data, num_train=0) if data is not None else common.data
+    sources = []
+    for model in models:
+        folder = Path(model)
+        if is_run(folder):
+            config = load_config(folder / "config.toml")
+            config = replace(config, data=replace(config.data, path=chosen.path, num_train=chosen.num_train))
+            stages = run_models(folder)
+            sources += [Source(f"{folder.name}/{stage}", str(path), config) for stage, path in stages.items()]
+        else:
+            if model not in BASELINES:
+                resolve_model(model)
+            sources.append(Source(model, model, replace(common, data=chosen)))
+    return sources
+
+
+def is_run(folder: Path) -> bool:
+    return (folder / "config.toml").is_file()
+
+
+def run_models(folder: Path) -> dict[str, Path]:
+    """The models that a run folder holds, in the order they were made. Raises ConfigError when there is none."""
+    stages = {"before": folder / "init", "sft": folder / "sft" / "final", "rank-grpo": folder / "rl" / "best"}
+    found = {stage: path for stage, path in stages.items() if path.is_dir()}
+    if not found:
+        raise ConfigError(f"{folder}: this run has no model yet; `rankgrpo run --run {folder}` continues it")
+    return found
+
+
+def recommend_from(model: str, data: str | None, conversation: str | None, batch: Path | None) -> None:
+    """Recommend with a run's latest model, or with any model; the catalog is the run's unless `data` names another."""
+    folder = Path(model)
+    config = load_config(folder / "config.toml") if is_run(folder) else Config()
+    if is_run(folder):
+        *_, model = map(str, run_models(folder).values())
+    elif model == DEFAULT_RUN and not folder.exists():
+        raise ConfigError(f"{model}: no such run; `make train` (or `rankgrpo run`) makes it, or name one with --model")
+    if data is not None:
+        config = replace(config, data=replace(config.data, path=data))
+    policy = open_policy(model, config.model, start_parallel().device, trainable=False)
+    recommend(policy, load_config_dataset(config).catalog, config, conversation=conversation, batch=batch)
+
+
+def first_samples(dataset: Dataset, split: str, num_samples: int) -> list[Sample]:
+    samples = dataset.split(split)
+    return samples[:num_samples] if num_samples else samples
+
+
+def evaluation_path(run_dir: Path, split: str, name: str) -> Path:
+    return run_dir / "eval" / split / f"{name}.json"
