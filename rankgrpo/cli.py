@@ -30,23 +30,28 @@ def run(
     *,
     model: Model = "tiny",
     data: Data = "demo",
-    run: Annotated[
+    run_dir: Annotated[
         Path | None, arg(help="run folder (default: runs/MODEL-DATA); the same command continues it")
     ] = None,
     config: Annotated[Path | None, arg(help="TOML file (default: the preset's, experiments/MODEL.toml)")] = None,
     set: Set = [],  # noqa: B006  (tyro reads the default, nothing writes to it)
+    check: Annotated[bool, arg(help="only check the settings, the model's name, the data and the run folder")] = False,
 ) -> None:
     """The whole pipeline: demonstrations, warm start, Rank-GRPO, evaluation, report. Finished stages are not repeated.
 
-    Examples:
+    Try:
       rankgrpo run
-      rankgrpo run --model tiny --data path/to/redial --run runs/redial
+      rankgrpo run --model tiny --data path/to/redial --run-dir runs/redial
       rankgrpo run --model smollm2-135m --set rl.num_steps=50 rl.group_size=4
       torchrun --nproc-per-node 2 -m rankgrpo run
     """
-    from rankgrpo.pipeline import run_pipeline
+    from rankgrpo.pipeline import check_run, run_pipeline
 
-    run_pipeline(_settings(model, data, config, set), run or default_run_dir(model, data))
+    settings, run_dir = _settings(model, data, config, set), run_dir or default_run_dir(model, data)
+    if check:
+        check_run(settings, run_dir)
+    else:
+        run_pipeline(settings, run_dir)
 
 
 @app.command
@@ -54,18 +59,18 @@ def sft(
     *,
     model: Model = "tiny",
     data: Data = "demo",
-    run: Annotated[Path | None, arg(help="run folder (default: runs/MODEL-DATA)")] = None,
+    run_dir: Annotated[Path | None, arg(help="run folder (default: runs/MODEL-DATA)")] = None,
     config: Annotated[Path | None, arg(help="TOML file (default: the preset's)")] = None,
     set: Set = [],  # noqa: B006
 ) -> None:
     """The pipeline up to the supervised warm start; `rankgrpo run` or `rankgrpo train` continues the same run folder.
 
-    Example:
-      rankgrpo sft --model tiny --data demo --run runs/mine
+    Try:
+      rankgrpo sft --model tiny --data demo --run-dir runs/mine
     """
     from rankgrpo.pipeline import run_pipeline
 
-    run_pipeline(_settings(model, data, config, set), run or default_run_dir(model, data), until="sft")
+    run_pipeline(_settings(model, data, config, set), run_dir or default_run_dir(model, data), until="sft")
 
 
 @app.command
@@ -73,22 +78,24 @@ def train(
     *,
     model: Model = "tiny",
     data: Data = "demo",
-    run: Annotated[Path | None, arg(help="run folder (default: runs/MODEL-DATA)")] = None,
+    run_dir: Annotated[Path | None, arg(help="run folder (default: runs/MODEL-DATA)")] = None,
     config: Annotated[Path | None, arg(help="TOML file (default: the preset's)")] = None,
-    start: Annotated[
-        str | None, arg(help="model that Rank-GRPO starts from, in place of the run's own warm start")
+    from_model: Annotated[
+        str | None, arg(help="model that Rank-GRPO starts from, in place of the run's warm start")
     ] = None,
     set: Set = [],  # noqa: B006
 ) -> None:
-    """Rank-GRPO alone, from the run's warm start or from --start (an SFT model of your own).
+    """Rank-GRPO alone, from the run's warm start or from --from-model (an SFT model of your own).
 
-    Examples:
-      rankgrpo train --run runs/mine
-      rankgrpo train --start path/to/sft-model --data path/to/redial --run runs/from-mine
+    Try:
+      rankgrpo train --run-dir runs/mine
+      rankgrpo train --from-model path/to/sft-model --data path/to/redial --run-dir runs/from-mine
     """
     from rankgrpo.pipeline import run_pipeline
 
-    run_pipeline(_settings(model, data, config, set), run or default_run_dir(model, data), until="rl", rl_start=start)
+    run_pipeline(
+        _settings(model, data, config, set), run_dir or default_run_dir(model, data), until="rl", rl_start=from_model
+    )
 
 
 @app.command
@@ -105,7 +112,7 @@ def evaluate(
 ) -> None:
     """Compare any number of models, the popularity list and EASE: Recall and NDCG with 95 % bootstrap intervals.
 
-    Examples:
+    Try:
       rankgrpo evaluate runs/tiny-demo popularity ease
       rankgrpo evaluate runs/a/sft/final runs/a/rl/best --data path/to/redial --split validation --out results
     """
@@ -128,7 +135,7 @@ def recommend(
 ) -> None:
     """Print a ranked list: `+` in the catalog, `?` not in the catalog, `!` not a title with a year.
 
-    Examples:
+    Try:
       rankgrpo recommend "Something slow and eerie like Stalker (1979)?"
       printf 'User: I loved Alien (1979)\\nAssistant: More space?\\nUser: Yes, and scary' | rankgrpo recommend
       rankgrpo recommend --model runs/tiny-demo --batch requests.jsonl
@@ -142,7 +149,7 @@ def recommend(
 def report(run: Positional[RunDir] = Path("runs/tiny-demo")) -> None:
     """Rebuild report.html and the plots of a run folder, finished or not.
 
-    Example:
+    Try:
       rankgrpo report runs/tiny-demo
     """
     from rankgrpo.report import build_report
@@ -168,7 +175,7 @@ def check(
 ) -> None:
     """Health report of a data set: problems by file and line, counts, lengths, ground truth in the catalog, baselines.
 
-    Example:
+    Try:
       rankgrpo data check path/to/redial
     """
     from rankgrpo.data import load_dataset
@@ -181,14 +188,14 @@ def check(
 def demo(
     out: Positional[Annotated[Path, arg(help="folder to write")]],
     *,
-    num_train: int = 3000,
+    num_train: int = 5000,
     num_validation: int = 200,
     num_test: int = 500,
     seed: int = 0,
 ) -> None:
     """Write the built-in demo world as a data set folder.
 
-    Example:
+    Try:
       rankgrpo data demo my-demo --num-train 10000
     """
     from rankgrpo.demo import write_demo
@@ -218,6 +225,8 @@ def _settings(model: str, data: str, config: Path | None, overrides: list[str]):
 
 def main() -> None:
     """Run the command line; a mistake in what the user gave is one message, not a traceback."""
+    if os.environ.get("RANK", "0") != "0":
+        os.environ["TQDM_DISABLE"] = "1"  # one process shows progress; read when tqdm is imported
     from rankgrpo.checkpoint import CheckpointError
     from rankgrpo.optim import TrainingError
     from rankgrpo.sampler.base import SamplingError

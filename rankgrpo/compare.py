@@ -134,7 +134,7 @@ def run_models(folder: Path) -> dict[str, Path]:
     stages = {"before": folder / "init", "sft": folder / "sft" / "final", "rank-grpo": folder / "rl" / "best"}
     found = {stage: path for stage, path in stages.items() if path.is_dir()}
     if not found:
-        raise ConfigError(f"{folder}: this run has no model yet; `rankgrpo run --run {folder}` continues it")
+        raise ConfigError(f"{folder}: this run has no model yet; `rankgrpo run --run-dir {folder}` continues it")
     return found
 
 

@@ -136,6 +136,8 @@ class RlConfig:
     early_eos_penalty: float = -0.1
     full_list_bonus: float = 0.0
     """The released code adds 0.1 here; the paper has none."""
+    repeat_penalty: float = 0.0
+    """Advantage added to a rank that repeats an earlier item, like the two penalties above; the paper has none."""
     year_tolerance: int = 0
     lr: float = 1e-6
     schedule: Literal["constant", "cosine", "two-phase"] = "constant"
@@ -173,6 +175,11 @@ class RlConfig:
         _require(self.kl_coef >= 0, "rl.kl_coef", "must not be negative")
         _require(self.gamma > 1, "rl.gamma", "must be above 1")
         _require(self.group_size > 1, "rl.group_size", "must be at least 2: an advantage compares the lists of a group")
+        _require(
+            self.unit == "rank" or self.repeat_penalty == 0,
+            "rl.repeat_penalty",
+            "belongs to ranks: needs rl.unit = rank",
+        )
         _require(
             self.unit == "rank" or self.reduction == "rank",
             "rl.reduction",

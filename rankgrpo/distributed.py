@@ -58,11 +58,16 @@ def sum_gradients(model: nn.Module, parallel: Parallel) -> None:
     """Replace every gradient by its sum over the processes."""
     if parallel.dp_world == 1:
         return
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            if parameter.grad is None:  # this process had no group with a gradient, the others may have
-                parameter.grad = torch.zeros_like(parameter)
-            td.all_reduce(parameter.grad)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        if parameter.grad is None:  # this process had no group with a gradient, the others may have
+            parameter.grad = torch.zeros_like(parameter)
+    for dtype in dict.fromkeys(parameter.dtype for parameter in trained):
+        grads = [parameter.grad for parameter in trained if parameter.dtype == dtype]
+        flat = torch.cat([grad.flatten() for grad in grads])  # one message: a small model is all latency
+        td.all_reduce(flat)
+        for grad, summed in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
+            grad.copy_(summed.view_as(grad))
 
 
 class Means:

@@ -73,17 +73,26 @@ def say(parallel: Parallel, text: str) -> None:
         print(f"> {text}", flush=True)
 
 
-def open_run(config: Config, run_dir: Path) -> None:
-    """Write config.toml and meta.json, or check that the run there was started with this configuration."""
+def check_run(config: Config, run_dir: Path) -> None:
+    """Raise what a run would raise at its start: about the data, and about a run folder of another configuration."""
+    check_resumable(with_steps(config, len(load_config_dataset(config).train)), run_dir)
+
+
+def check_resumable(config: Config, run_dir: Path) -> None:
+    """Raise ConfigError when the run in `run_dir` was started with a configuration that computes something else."""
     saved = run_dir / "config.toml"
-    if saved.exists():
-        changed = changed_keys(load_config(saved), config)
-        if changed:
-            raise ConfigError(
-                f"{saved}: this run was started with another configuration ({'; '.join(changed)}). Repeat the command "
-                f"with the saved values to continue it, or name a new run folder"
-            )
-    write_atomic(saved, to_toml(config))
+    changed = changed_keys(load_config(saved), config) if saved.exists() else []
+    if changed:
+        raise ConfigError(
+            f"{saved}: this run was started with another configuration ({'; '.join(changed)}). Repeat the command "
+            f"with the saved values to continue it, or name a new run folder"
+        )
+
+
+def open_run(config: Config, run_dir: Path) -> None:
+    """Write config.toml and meta.json, unless the run there was started with another configuration."""
+    check_resumable(config, run_dir)
+    write_atomic(run_dir / "config.toml", to_toml(config))
     if not (run_dir / "meta.json").exists():
         write_atomic(run_dir / "meta.json", json.dumps(describe_machine(), indent=2))
 

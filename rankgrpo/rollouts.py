@@ -13,7 +13,7 @@ from rankgrpo.catalog import Catalog
 from rankgrpo.config import RlConfig
 from rankgrpo.data import Sample
 from rankgrpo.distributed import Means
-from rankgrpo.parse import parse_list
+from rankgrpo.parse import ListedItem, parse_list
 from rankgrpo.reward import list_return, rank_returns, relevance
 from rankgrpo.sampler.base import Rollout
 
@@ -34,7 +34,7 @@ def score_groups(
     groups: list[list[Rollout]], examples: list[Sample], catalog: Catalog, rl: RlConfig, num_ranks: int, means: Means
 ) -> ScoredGroups:
     """Score sampled groups against their examples' ground truth; adds reward/* and list/* to `means`."""
-    relevance_rows, has_penalty = [], []
+    relevance_rows, repeat_rows, has_penalty = [], [], []
     for rollouts, example in zip(groups, examples, strict=True):
         penalised = False
         for rollout in rollouts:
@@ -49,6 +49,7 @@ def score_groups(
                     year_tolerance=rl.year_tolerance,
                 )
             )
+            repeat_rows.append(repeats(items, catalog, num_ranks))
             _describe_list(items, rollout, catalog, num_ranks, means)
             overflows, early = len(items) > num_ranks, rollout.finished and len(items) < num_ranks
             penalised |= bool(overflows and rl.overflow_penalty) or bool(early and rl.early_eos_penalty)
@@ -60,11 +61,28 @@ def score_groups(
     reward_PGK = rank_returns(relevance_BK, kind=rl.returns, gamma=gamma).view(P, G, num_ranks)
     scored_PGU = reward_PGK if rl.unit == "rank" else list_return(relevance_BK).view(P, G, 1)
     advantage_PGU = group_advantage(scored_PGU, scale_by_std=rl.scale_by_std)
+    if rl.repeat_penalty:
+        # After normalisation, like the other penalties: before it, a repeat would weigh as much as a hit wherever no
+        # list of the group has one, which is almost everywhere.
+        advantage_PGU = advantage_PGU + rl.repeat_penalty * torch.stack(repeat_rows).view(P, G, num_ranks)
     _describe_rewards(relevance_BK.view(P, G, num_ranks), reward_PGK, scored_PGU, means)
     has_advantage = (advantage_PGU != 0).flatten(1).any(1).tolist()
     # Penalties belong to ranks: with another unit they do not apply.
     carries = [a or (p and rl.unit == "rank") for a, p in zip(has_advantage, has_penalty, strict=True)]
     return ScoredGroups(reward_PGK, advantage_PGU, carries)
+
+
+def repeats(items: list[ListedItem], catalog: Catalog, num_ranks: int) -> Tensor:
+    """(K,) 1 where a line names an item that an earlier line named, by catalog item or by title and year outside it."""
+    repeat_K, earlier = torch.zeros(num_ranks), set()
+    for rank, item in enumerate(items[:num_ranks]):
+        if item.title is None:
+            continue
+        index = catalog.lookup(item.title, item.year)
+        key = (catalog.title_key(item.title), item.year) if index is None else index
+        repeat_K[rank] = key in earlier
+        earlier.add(key)
+    return repeat_K
 
 
 def _describe_list(items, rollout: Rollout, catalog: Catalog, num_ranks: int, means: Means) -> None:

@@ -263,6 +263,10 @@ def test_the_loss_scales_its_gradient():
     logp.requires_grad_()
     (3 * fused_rank_grpo_loss(logp, old, rank, advantage)[0]).backward()
     torch.testing.assert_close(logp.grad, 3 * run(fused_rank_grpo_loss, logp, old, rank, advantage)[1])
+    logp.grad = None
+    (torch.inf * fused_rank_grpo_loss(logp, old, rank, advantage)[0]).backward()
+    takes_part = (rank >= 0) & (rank < 5)
+    assert not logp.grad[takes_part].isfinite().any() and (logp.grad[~takes_part] == 0).all()
 
 
 def test_it_is_public_through_the_loss():

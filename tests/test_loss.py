@@ -448,7 +448,7 @@ def test_triton_receives_every_argument(monkeypatch):
 
 
 def test_triton_without_the_kernels_raises(monkeypatch):
-    monkeypatch.setitem(sys.modules, "rankgrpo_kernels", None)
+    monkeypatch.setitem(sys.modules, "rankgrpo_kernels.rank_ratio", None)  # as if it could not be imported
     logp_BT, old_BT, _, advantage_BK, _ = make_batch()
     with pytest.raises(ImportError):
         rank_grpo_loss(logp_BT, old_BT, RANK_BT, advantage_BK, impl="triton")
