@@ -381,37 +381,23 @@ def _sum_any_order(logp_ptr, old_ptr, rank_ptr, ref_ptr, unit_ptr, T, K, FIELDS:
 
 
 @triton.jit
-def _forward_kernel(
-    logp_ptr, old_ptr, rank_ptr, ref_ptr, advantage_ptr, weight_ptr, unit_ptr, sum_ptr, T, K,
-    stride_logp, stride_old, stride_rank, stride_ref,
-    stride_advantage_b, stride_advantage_k, stride_weight_b, stride_weight_k,
+def _surrogate(log_ratio, advantage, ratio_low, ratio_high):
+    """Ratio of a unit, its clipped surrogate, and the slope of that in the log-ratio."""
+    bounded = _bounded(log_ratio)
+    ratio = tl.where(tl.abs(bounded) <= 1.0, 1.0 + (bounded + _k3(bounded)), tl.exp(bounded))
+    clipped = tl.where(ratio < ratio_low, ratio_low, tl.where(ratio > ratio_high, ratio_high, ratio))
+    unclipped = ratio * advantage <= clipped * advantage
+    moves = unclipped & (tl.abs(log_ratio) <= _MAX_LOG_RATIO)
+    return ratio, tl.where(unclipped, ratio, clipped) * advantage, tl.where(moves, ratio * advantage, 0.0)
+
+
+@triton.jit
+def _close_units(
+    advantage_ptr, weight_ptr, unit_ptr, sum_ptr, K, stride_advantage, stride_weight,
     ratio_low, ratio_high, kl_coef, scale,
-    FIELDS: tl.constexpr, PER_TOKEN: tl.constexpr, KL_IN_LOSS: tl.constexpr,
-    ONE_BLOCK: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr,
+    FIELDS: tl.constexpr, PER_TOKEN: tl.constexpr, KL_IN_LOSS: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One list a program. The fields of a unit first hold its sums (log-ratio, tokens, k3), then what the backward pass
-    needs: d loss / d logp of its tokens, their number, the weight of a token's k3 in the loss."""
-    row = tl.program_id(0).to(tl.int64)
-    logp_ptr += row * stride_logp
-    rank_ptr += row * stride_rank
-    unit_ptr += row * K * FIELDS
-    if old_ptr is not None:
-        old_ptr += row * stride_old
-    if ref_ptr is not None:
-        ref_ptr += row * stride_ref
-
-    for start in range(0, K, BLOCK_K):
-        k = start + tl.arange(0, BLOCK_K)
-        tl.store(unit_ptr + k * FIELDS + 1, tl.zeros((BLOCK_K,), tl.float32), mask=k < K)
-    tl.debug_barrier()  # what a thread stores here, and below, other threads of the program go on with
-    descends = _sum_ascending(
-        logp_ptr, old_ptr, rank_ptr, ref_ptr, unit_ptr, T, K, FIELDS=FIELDS, ONE_BLOCK=ONE_BLOCK, BLOCK_T=BLOCK_T
-    )
-    if descends > 0:
-        tl.debug_barrier()
-        _sum_any_order(logp_ptr, old_ptr, rank_ptr, ref_ptr, unit_ptr, T, K, FIELDS=FIELDS)
-    tl.debug_barrier()
-
+    """From the sums of every unit to what backward needs of it, and to the sums of the list."""
     policy = tl.zeros((BLOCK_K,), tl.float32)
     kl = tl.zeros((BLOCK_K,), tl.float32)
     ratios = tl.zeros((BLOCK_K,), tl.float32)
@@ -427,27 +413,20 @@ def _forward_kernel(
         present = count > 0
         length = tl.maximum(count, 1.0)
         log_ratio = tl.load(slot_ptr, mask=present, other=0.0) / length
-        advantage_k = row * stride_advantage_b + k * stride_advantage_k
-        advantage = tl.load(advantage_ptr + advantage_k, mask=in_list, other=0.0).to(tl.float32)
+        advantage = tl.load(advantage_ptr + k * stride_advantage, mask=in_list, other=0.0).to(tl.float32)
         share = tl.where(in_list, scale, 0.0)
         if PER_TOKEN:
             share *= count
         if weight_ptr is not None:
-            weight_k = row * stride_weight_b + k * stride_weight_k
-            share *= tl.load(weight_ptr + weight_k, mask=in_list, other=0.0).to(tl.float32)
+            share *= tl.load(weight_ptr + k * stride_weight, mask=in_list, other=0.0).to(tl.float32)
 
-        bounded = _bounded(log_ratio)
-        ratio = tl.where(tl.abs(bounded) <= 1.0, 1.0 + (bounded + _k3(bounded)), tl.exp(bounded))
-        clipped = tl.where(ratio < ratio_low, ratio_low, tl.where(ratio > ratio_high, ratio_high, ratio))
-        unclipped = ratio * advantage <= clipped * advantage
-        surrogate = tl.where(unclipped, ratio, clipped) * advantage
-        moves = unclipped & (tl.abs(log_ratio) <= _MAX_LOG_RATIO)
+        ratio, surrogate, slope = _surrogate(log_ratio, advantage, ratio_low, ratio_high)
         policy -= share * surrogate
-        if ref_ptr is not None:
+        if FIELDS == 3:
             kl += share * (tl.load(slot_ptr + 2, mask=present, other=0.0) / length)
-        tl.debug_barrier()  # several threads may hold the same rank: all have read its sums before one overwrites them
-        tl.store(slot_ptr, tl.where(moves, -share * ratio * advantage / length, 0.0), mask=present)
-        if ref_ptr is not None:
+        tl.debug_barrier()  # several threads may hold the same unit: all have read its sums before one overwrites them
+        tl.store(slot_ptr, -share * slope / length, mask=present)
+        if FIELDS == 3:
             tl.store(slot_ptr + 2, kl_coef * share / length, mask=present)
         ratios += tl.where(present, ratio, 0.0)
         low += (present & (ratio < ratio_low) & (advantage < 0)).to(tl.float32)
@@ -455,7 +434,6 @@ def _forward_kernel(
         units += present.to(tl.float32)
         tokens += count
 
-    sum_ptr += row * _NUM_SUMS
     policy_sum = tl.sum(policy, axis=0)
     kl_sum = tl.sum(kl, axis=0)
     loss = policy_sum
@@ -469,6 +447,47 @@ def _forward_kernel(
     tl.store(sum_ptr + 5, tl.sum(high, axis=0))
     tl.store(sum_ptr + 6, tl.sum(units, axis=0))
     tl.store(sum_ptr + 7, tl.sum(tokens, axis=0))
+
+
+@triton.jit
+def _forward_kernel(
+    logp_ptr, old_ptr, rank_ptr, ref_ptr, advantage_ptr, weight_ptr, unit_ptr, sum_ptr, T, K,
+    stride_logp, stride_old, stride_rank, stride_ref,
+    stride_advantage_b, stride_advantage_k, stride_weight_b, stride_weight_k,
+    ratio_low, ratio_high, kl_coef, scale,
+    FIELDS: tl.constexpr, PER_TOKEN: tl.constexpr, KL_IN_LOSS: tl.constexpr,
+    ONE_BLOCK: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """One list a program. The fields of a unit first hold its sums (log-ratio, tokens, k3), then what the backward pass
+    needs: d loss / d logp of its tokens, their number, the weight of a token's k3 in the loss."""
+    row = tl.program_id(0).to(tl.int64)
+    logp_ptr += row * stride_logp
+    rank_ptr += row * stride_rank
+    advantage_ptr += row * stride_advantage_b
+    unit_ptr += row * K * FIELDS
+    if old_ptr is not None:
+        old_ptr += row * stride_old
+    if ref_ptr is not None:
+        ref_ptr += row * stride_ref
+    if weight_ptr is not None:
+        weight_ptr += row * stride_weight_b
+
+    for start in range(0, K, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        tl.store(unit_ptr + k * FIELDS + 1, tl.zeros((BLOCK_K,), tl.float32), mask=k < K)
+    tl.debug_barrier()  # what a thread stores here, and below, other threads of the program go on with
+    descends = _sum_ascending(
+        logp_ptr, old_ptr, rank_ptr, ref_ptr, unit_ptr, T, K, FIELDS=FIELDS, ONE_BLOCK=ONE_BLOCK, BLOCK_T=BLOCK_T
+    )
+    if descends > 0:
+        tl.debug_barrier()
+        _sum_any_order(logp_ptr, old_ptr, rank_ptr, ref_ptr, unit_ptr, T, K, FIELDS=FIELDS)
+    tl.debug_barrier()
+    _close_units(
+        advantage_ptr, weight_ptr, unit_ptr, sum_ptr + row * _NUM_SUMS, K, stride_advantage_k, stride_weight_k,
+        ratio_low, ratio_high, kl_coef, scale,
+        FIELDS=FIELDS, PER_TOKEN=PER_TOKEN, KL_IN_LOSS=KL_IN_LOSS, BLOCK_K=BLOCK_K,
+    )  # fmt: skip
 
 
 @triton.jit

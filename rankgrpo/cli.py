@@ -188,7 +188,7 @@ def check(
 def demo(
     out: Positional[Annotated[Path, arg(help="folder to write")]],
     *,
-    num_train: int = 5000,
+    num_train: int = 4000,
     num_validation: int = 200,
     num_test: int = 500,
     seed: int = 0,

@@ -51,7 +51,7 @@ def fit_teacher(config: Config, dataset: Dataset, *, num_folds: int) -> EaseTeac
 
 
 def score_source(source: Source, samples: list[Sample], dataset: Dataset, parallel: Parallel) -> Evaluation:
-    """Scores of a model's greedy lists, or of a baseline's, on `samples`."""
+    """Scores of a model's lists, or of a baseline's, on `samples`."""
     config = source.config
     num_ranks, year_tolerance = config.data.num_ranks, config.rl.year_tolerance
     if source.location in BASELINES:

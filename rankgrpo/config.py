@@ -192,9 +192,12 @@ class EvalConfig:
     split: Literal["validation", "test"] = "test"
     num_samples: int = 0
     """Samples of the split that are scored, from its beginning; 0 is all."""
+    temperature: float = 0.0
+    """Of the one list that is decoded a conversation, in validation too; 0 is greedy, as in the paper."""
 
     def __post_init__(self):
         _require(self.num_samples >= 0, "eval.num_samples", "must not be negative")
+        _require(self.temperature >= 0, "eval.temperature", "must not be negative")
 
 
 @dataclass(frozen=True)

@@ -135,7 +135,7 @@ def demo_catalog() -> Catalog:
     )
 
 
-def make_demo(num_train: int = 5000, num_validation: int = 200, num_test: int = 500, seed: int = 0) -> Dataset:
+def make_demo(num_train: int = 4000, num_validation: int = 200, num_test: int = 500, seed: int = 0) -> Dataset:
     """Simulate the users and their conversations. Popularity in the catalog counts the training ground truth.
 
     The same arguments give the same data, and user i of a split is the same in a larger data set. Ids read
@@ -152,7 +152,7 @@ def make_demo(num_train: int = 5000, num_validation: int = 200, num_test: int = 
 
 def write_demo(
     folder: str | os.PathLike[str],
-    num_train: int = 5000,
+    num_train: int = 4000,
     num_validation: int = 200,
     num_test: int = 500,
     seed: int = 0,

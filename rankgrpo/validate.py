@@ -1,4 +1,4 @@
-"""Greedy lists of a policy for many samples, and their recommender metrics during training."""
+"""One list of a policy for each of many samples, and their recommender metrics during training."""
 
 from __future__ import annotations
 
@@ -12,18 +12,22 @@ from rankgrpo.data import Sample
 from rankgrpo.distributed import Means, Parallel
 from rankgrpo.evaluate import score_completions
 from rankgrpo.policy import Policy, encode_prompts
+from rankgrpo.sampler.base import prompt_seed
 
 
 def recommend_lists(policy: Policy, samples: list[Sample], config: Config, *, title: str | None = None) -> list[str]:
-    """One greedily decoded list a sample, as text; a progress bar named `title` unless it is None."""
+    """One list a sample at eval.temperature, as text; a progress bar named `title` unless it is None.
+
+    With a temperature above 0 the draw depends on (config.seed, sample id) alone, so models meet the same luck.
+    """
     prompts = encode_prompts(policy.tokenizer, samples, config.data.max_prompt_tokens, quiet=title is None)
     with tqdm(total=len(samples), desc=title, unit="list", disable=title is None, dynamic_ncols=True) as bar:
         groups = policy.sampler(rows=128).sample(
             prompts,
             group_size=1,
-            seeds=[0] * len(prompts),
+            seeds=[prompt_seed(config.seed, 0, sample.id) for sample in samples],
             max_new_tokens=config.rl.max_new_tokens,
-            temperature=0.0,
+            temperature=config.eval.temperature,
             on_progress=bar.update,
         )
     return [rollout.text for (rollout,) in groups]

@@ -75,6 +75,22 @@ def test_metrics_of_a_run(warm, tmp_path):
     assert rows[1]["loss/kl"] == pytest.approx(0.0, abs=1e-6) and rows[-1]["loss/kl"] > 0
 
 
+def test_lists_for_evaluation_are_greedy_or_drawn_by_seed_and_sample(warm):
+    from rankgrpo.policy import open_policy
+    from rankgrpo.validate import recommend_lists
+
+    samples = tiny_dataset().validation
+
+    def lists(*words, of=samples):
+        config = tiny_config(*words)
+        return recommend_lists(open_policy(warm[0], config.model, ALONE.device, trainable=False), of, config)
+
+    assert lists() == lists("seed=1")
+    drawn = lists("eval.temperature=1.0")
+    assert drawn != lists() and drawn != lists("eval.temperature=1.0", "seed=1")
+    assert lists("eval.temperature=1.0", of=samples[::-1])[::-1] == drawn
+
+
 def test_exports_load_in_transformers(warm, tmp_path):
     run(warm, tmp_path)
     for name in ("best", "final"):
