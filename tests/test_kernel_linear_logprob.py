@@ -1,5 +1,6 @@
 """The fused head in Triton's interpreter: same code as on a GPU, tiny shapes. tests/gpu has the real ones."""
 
+import json
 import os
 import subprocess
 import sys
@@ -307,3 +308,17 @@ def test_the_kernels_compile_for_hopper_and_use_its_tensor_cores(tmp_path):
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert sum("wgmma" in line for line in lines) == 4 and len(lines) == 8  # bfloat16 does, exact float32 cannot
+
+
+def test_the_benchmark_runs_on_a_cpu_and_leaves_a_record(tmp_path):
+    script, out = Path(__file__).parents[1] / "kernels" / "bench" / "linear_logprob.py", tmp_path / "record.json"
+    options = ["--device", "cpu", "--budget", "0.01", "--out", out]
+    shape = ["--tokens", "8", "--vocabulary", "64", "--hidden", "16", "--live", "0.5"]
+    done = subprocess.run([sys.executable, script, *options, *shape], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "left out: triton (it needs a GPU" in done.stdout
+    record = json.loads(out.read_text())
+    assert {"op", "machine", "versions", "commit", "command", "rows"} <= record.keys()
+    assert record["op"] == "linear_logprob" and all(row["median_ms"] > 0 for row in record["rows"])
+    asked = subprocess.run([sys.executable, script, "--providers", "triton", *options], capture_output=True, text=True)
+    assert asked.returncode == 1 and "triton cannot run: it needs a GPU" in asked.stderr

@@ -1,5 +1,6 @@
 """The rank kernel in Triton's interpreter: same code as on a GPU, tiny shapes. tests/gpu has the real ones."""
 
+import json
 import os
 import subprocess
 import sys
@@ -332,3 +333,17 @@ def test_the_kernels_compile_for_hopper(tmp_path):
     done = subprocess.run([sys.executable, script, "rank_ratio"], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("_forward_kernel") == 4 and done.stdout.count("_backward_kernel") == 4
+
+
+def test_the_benchmark_runs_on_a_cpu_and_leaves_a_record(tmp_path):
+    script, out = Path(__file__).parents[1] / "kernels" / "bench" / "rank_ratio.py", tmp_path / "record.json"
+    options = ["--device", "cpu", "--budget", "0.01", "--out", out]
+    shape = ["--sizes", "4x32", "--kl-coef", "0.1"]
+    done = subprocess.run([sys.executable, script, *options, *shape], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "left out: triton (it needs a GPU" in done.stdout
+    record = json.loads(out.read_text())
+    assert {"op", "machine", "versions", "commit", "command", "rows"} <= record.keys()
+    assert record["op"] == "rank_ratio" and all(row["median_ms"] > 0 for row in record["rows"])
+    asked = subprocess.run([sys.executable, script, "--providers", "triton", *options], capture_output=True, text=True)
+    assert asked.returncode == 1 and "triton cannot run: it needs a GPU" in asked.stderr
