@@ -1,6 +1,9 @@
+from dataclasses import replace
+
 from tiny_world import tiny_dataset
 
-from rankgrpo.distill.augment import MAX_NAMED, short_demonstrations
+from rankgrpo.data import Sample, Turn
+from rankgrpo.distill.augment import MAX_NAMED, short_demonstrations, similar_items
 from rankgrpo.distill.teacher import EaseTeacher, make_demonstrations, named_items
 from rankgrpo.parse import parse_list
 
@@ -13,7 +16,8 @@ def demonstrations(seed=0, num_variants=3):
 
 
 def test_each_names_a_few_items_of_its_dialog_and_is_answered_by_the_teacher():
-    dataset, _, made = demonstrations()
+    dataset, teacher, made = demonstrations()
+    similar, exchanged = similar_items(range(len(dataset.catalog)), teacher, 20), 0
     source = {sample.id: sample for sample in dataset.train}
     assert len(made) == 3 * len(dataset.train) == len({sample.id for sample in made})
     for sample in made:
@@ -21,10 +25,20 @@ def test_each_names_a_few_items_of_its_dialog_and_is_answered_by_the_teacher():
         named = named_items(sample, dataset.catalog)
         wanted = [dataset.catalog.lookup(*entry) for entry in origin.groundtruth]
         assert 1 <= len(named) <= MAX_NAMED
-        assert set(named) <= {*named_items(origin, dataset.catalog), *wanted}
+        items = {*named_items(origin, dataset.catalog), *wanted}
+        assert set(named) <= items.union(*(similar[index] for index in items))
+        exchanged += not set(named) <= items
         listed = [dataset.catalog.lookup(item.title, item.year) for item in parse_list(sample.completion)]
         assert len(listed) == len(set(listed)) == 20 and None not in listed
         assert not set(listed) & set(named)
+    assert 0.3 < exchanged / len(made) < 0.95
+
+
+def test_similar_items_are_the_teachers_list_for_one_title():
+    dataset, teacher, _ = demonstrations()
+    item = dataset.catalog.items[3]
+    request = Sample("x", (Turn("user", f"I like {item.title} ({item.year})"),), (), ())
+    assert similar_items([3], teacher, 20) == {3: teacher.rank_all([request])[0]}
 
 
 def test_a_function_of_the_seed():
@@ -32,8 +46,6 @@ def test_a_function_of_the_seed():
 
 
 def test_the_teacher_leaves_the_dialog_out():
-    from dataclasses import replace
-
     _, teacher, made = demonstrations()
     # Asked under an id it never saw, the teacher answers with the model of all dialogs.
     full = make_demonstrations([replace(sample, id="stranger") for sample in made], teacher)

@@ -1,13 +1,17 @@
 """Short requests: more demonstrations from the same dialogs, for models that start from nothing.
 
 A dialog teaches which items go together, but a small model first has to find their titles among the small talk. A short
-request names a few of a dialog's items and nothing else, and the teacher answers it like any conversation; it costs
-half the tokens of a real one. Real conversations stay in the mix, so the model still learns to read them.
+request names a few items and nothing else, and the teacher answers it like any conversation; it costs half the tokens
+of a real one. Real conversations stay in the mix, so the model still learns to read them.
+
+The items are those of a dialog, each exchanged with probability 1/2 for one that the teacher finds similar. Dialogs are
+few, and a model that meets the same few sets of items over and over learns their lists by heart: what it is to learn is
+the teacher's answer to any set.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -17,6 +21,7 @@ from rankgrpo.data import Sample, Turn
 from rankgrpo.distill.teacher import Teacher, make_demonstrations, named_items
 
 MAX_NAMED = 5
+EXCHANGED = 0.5
 REQUESTS = (
     "I like {}",
     "I loved {}",
@@ -32,25 +37,47 @@ def short_demonstrations(
 ) -> list[Sample]:
     """`num_variants` answered short requests a sample, with ids `<id>+0`, `<id>+1`, ...; a function of `seed`.
 
-    Each names 1 to 5 of the items that its sample names or holds as ground truth. The teacher sees the sample's own id,
-    so a cross-fitted one leaves the sample's dialog out. Samples without catalog items give none.
+    Each names 1 to 5 items: some that its sample names or holds as ground truth, some that the teacher lists for those.
+    The teacher sees the sample's own id, so a cross-fitted one leaves the sample's dialog out. Samples without catalog
+    items give none.
     """
+    items_of = [_items(sample, catalog) for sample in samples]
+    similar = (
+        similar_items({index for items in items_of for index in items}, teacher, num_items) if num_variants else {}
+    )
     demonstrations = []
     for variant in range(num_variants):
         rng = np.random.default_rng([seed, variant])
-        requests = [request for sample in samples if (request := _request(sample, catalog, rng)) is not None]
+        requests = []
+        for sample, items in zip(samples, items_of, strict=True):
+            if items:
+                chosen = rng.permutation(items)[: rng.integers(1, min(MAX_NAMED, len(items)) + 1)].tolist()
+                exchanged = [rng.choice(similar[index]) if rng.random() < EXCHANGED else index for index in chosen]
+                requests.append(_request(sample, list(dict.fromkeys(exchanged)), catalog, rng))
         answered = make_demonstrations(requests, teacher, num_items=num_items)
         demonstrations += [replace(sample, id=f"{sample.id}+{variant}") for sample in answered]
     return demonstrations
 
 
-def _request(sample: Sample, catalog: Catalog, rng: np.random.Generator) -> Sample | None:
+def similar_items(items: Iterable[int], teacher: Teacher, num_items: int) -> dict[int, list[int]]:
+    """For each item what the teacher lists for a request that names it alone."""
+    items = sorted(items)
+    requests = []
+    for index in items:
+        item = teacher.catalog.items[index]
+        requests.append(
+            Sample(f"similar to {index}", (Turn("user", f"{item.title} ({item.year})"),), (item.title,), ())
+        )
+    return dict(zip(items, teacher.rank_all(requests, num_items=num_items), strict=True))
+
+
+def _items(sample: Sample, catalog: Catalog) -> list[int]:
     wanted = (catalog.lookup(title, year) for title, year in sample.groundtruth)
-    items = list(dict.fromkeys([*named_items(sample, catalog), *(index for index in wanted if index is not None)]))
-    if not items:
-        return None
-    rng.shuffle(items)
-    named = [catalog.items[index] for index in items[: rng.integers(1, min(MAX_NAMED, len(items)) + 1)]]
+    return list(dict.fromkeys([*named_items(sample, catalog), *(index for index in wanted if index is not None)]))
+
+
+def _request(sample: Sample, items: Sequence[int], catalog: Catalog, rng: np.random.Generator) -> Sample:
+    named = [catalog.items[index] for index in items]
     *others, last = [f"{item.title} ({item.year})" for item in named]
     text = f"{', '.join(others)} and {last}" if others else last
     request = REQUESTS[rng.integers(len(REQUESTS))].format(text)
