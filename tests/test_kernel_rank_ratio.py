@@ -19,9 +19,8 @@ if not triton.knobs.runtime.interpret:
     pytest.skip(reason, allow_module_level=True)
 
 import rankgrpo_kernels.rank_ratio as op  # noqa: E402
-from rankgrpo_kernels.rank_ratio import fused_rank_grpo_loss  # noqa: E402
-
 from rankgrpo.loss import rank_grpo_loss  # noqa: E402
+from rankgrpo_kernels.rank_ratio import fused_rank_grpo_loss  # noqa: E402
 
 CLIP = {"clip_low": 0.06, "clip_high": 0.08}
 # T, K: one token; a list shorter than a block; no power of two; K beyond a block of ranks; three blocks of tokens.

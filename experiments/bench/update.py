@@ -1,6 +1,6 @@
-"""Update-step benchmark: forward and backward of policy log-probabilities, shared prefix against dense.
+"""Update-step benchmark: forward and backward of policy log-probabilities, shared prefix against dense and TRL.
 
-Providers, all on the same model, rollouts and weighted-sum loss:
+Providers, all on the same weights, rollouts and weighted-sum loss:
   shared        packs of whole groups, each prompt once (the trainer's path)
   dense_packed  every list with its own copy of the prompt, sequences end to end without padding, same streamed head
   dense_rows    the same as a batch of equal-length rows through PyTorch SDPA, causal and unmasked, same streamed head;
@@ -8,26 +8,22 @@ Providers, all on the same model, rollouts and weighted-sum loss:
   dense_model   dense_rows through the model's ordinary head: full logits of every position
   dense_padded  prompts left-padded and lists right-padded to the longest of a micro-batch of shuffled rows, padding
                 mask, full logits of the completion positions
+  trl           GRPOTrainer.compute_loss and backward, rows padded to the longest of the batch as the trainer does it
+  trl_trimmed   the same with rows of like length together, padded to the longest of the micro-batch, as it does not
+TRL's two are timed at every micro-batch size of --trl-rows; the table names the best. They need the extra [bench].
 
 Providers take turns, so a machine that slows down slows all of them. Times are the best and the median of the trials,
 and the least processor time, which a busy machine distorts less; ratios are of the best. Memory is the peak of what
 PyTorch allocated during one step beyond parameters and gradients (profiler, in a run of its own). That all providers
 compute the same gradients is checked before anything is timed.
-
-    python experiments/bench/update.py --case p300 p700 p2048 mix
-    python experiments/bench/update.py --shape tiny --case tiny --providers shared dense_packed dense_padded
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
-import json
-import os
-import platform
+import importlib.util
 import random
-import subprocess
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -35,15 +31,22 @@ from pathlib import Path
 from statistics import median
 
 import torch
-import transformers
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from rankgrpo.attention import ordinary_attention, use_shared_prefix
 from rankgrpo.logprob import pack_logprobs, token_logprobs
 from rankgrpo.packing import Group, build_pack, plan_micro_batches
+from rankgrpo_kernels.bench.common import peak_extra_bytes, print_table, record, write_json
 
+EXAMPLE = """examples:
+  python experiments/bench/update.py --case p300 p700 p2048 mix
+  python experiments/bench/update.py --shape tiny --case tiny --providers shared dense_packed dense_padded"""
+PROVIDERS = ("shared", "dense_packed", "dense_rows", "dense_model", "dense_padded", "trl", "trl_trimmed")
+COLUMNS = {
+    "provider": "", "best_s": ".3g", "median_s": ".3g", "time_ratio": ".2f", "cpu_s": ".3g", "cpu_ratio": ".2f",
+    "peak_mib": ".0f", "memory_ratio": ".2f", "gradient_error": ".1e",
+}  # fmt: skip
 GROUP_SIZE, LIST_TOKENS = 8, 230
 MIX = (180, 260, 350, 450, 560, 720, 1032, 2048)  # prompt lengths, mean 700
 
@@ -174,7 +177,15 @@ def dense_padded_step(model, groups: list[Group], weights: list[list[Tensor]], n
     return total
 
 
-def make_providers(args, model, groups: list[Group]) -> dict[str, Callable[[], float]]:
+@dataclass(frozen=True)
+class Provider:
+    """One way to compute the gradients of a batch, on weights of its own or shared ones."""
+
+    model: torch.nn.Module
+    step: Callable[[], float]
+
+
+def make_providers(args, model, groups: list[Group]) -> dict[str, Provider]:
     weights = list_weights(groups)
     steps = {
         "shared": lambda: packed_step(model, groups, weights, args.token_budget),
@@ -185,7 +196,28 @@ def make_providers(args, model, groups: list[Group]) -> dict[str, Callable[[], f
     }
     if any(len(set(map(len, group.completion_ids))) > 1 for group in groups):
         del steps["dense_rows"], steps["dense_model"]
-    return {name: step for name, step in steps.items() if name in args.providers}
+    providers = {name: Provider(model, step) for name, step in steps.items() if name in args.providers}
+    return providers | trl_providers(args, model, groups, weights)
+
+
+def trl_providers(args, model, groups: list[Group], weights: list[list[Tensor]]) -> dict[str, Provider]:
+    asked = [name for name in ("trl", "trl_trimmed") if name in args.providers]
+    if not asked:
+        return {}
+    from update_trl import make_trainer, trl_step
+
+    trainer = make_trainer(model)
+    in_order = sorted(range(len(groups)), key=lambda i: len(groups[i].prompt_ids))
+    groups, weights = [groups[i] for i in in_order], [weights[i] for i in in_order]
+    num_rows = sorted({min(rows, GROUP_SIZE * len(groups)) for rows in args.trl_rows})
+    return {
+        f"{name}@{rows}": Provider(
+            trainer.model,
+            lambda rows=rows, trim=name == "trl_trimmed": trl_step(trainer, groups, weights, rows, trim=trim),
+        )
+        for name in asked
+        for rows in num_rows
+    }
 
 
 def zero_gradients(model) -> None:
@@ -193,35 +225,19 @@ def zero_gradients(model) -> None:
         parameter.grad = torch.zeros_like(parameter)
 
 
-def check_agreement(model, providers: dict[str, Callable[[], float]], tolerance: float) -> dict[str, float]:
+def check_agreement(providers: dict[str, Provider], tolerance: float) -> dict[str, float]:
     """Relative gradient difference of every provider to the first; raises beyond the tolerance."""
-    gradients: dict[str, Tensor] = {}
-    for name, step in providers.items():
-        zero_gradients(model)
-        step()
-        gradients[name] = torch.cat([parameter.grad.flatten().float() for parameter in model.parameters()])
-    reference = next(iter(gradients.values()))
-    errors = {name: float((grad - reference).norm() / reference.norm()) for name, grad in gradients.items()}
+    errors: dict[str, float] = {}
+    reference: Tensor | None = None
+    for name, provider in providers.items():
+        zero_gradients(provider.model)
+        provider.step()
+        gradient = torch.cat([parameter.grad.flatten().float() for parameter in provider.model.parameters()])
+        reference = gradient if reference is None else reference
+        errors[name] = float((gradient - reference).norm() / reference.norm())
     if wrong := {name: error for name, error in errors.items() if not error <= tolerance}:
         raise ValueError(f"providers compute different gradients, relative errors {wrong}, allowed {tolerance}")
     return errors
-
-
-def peak_bytes(step: Callable[[], float], device: torch.device) -> int:
-    """Peak of memory allocated inside one step, beyond what was allocated before it."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        step()
-        return torch.cuda.max_memory_allocated(device) - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
-        step()
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "trace.json"
-        prof.export_chrome_trace(str(path))
-        events = json.loads(path.read_text())["traceEvents"]
-    return max(int(event["args"]["Total Allocated"]) for event in events if event.get("name") == "[memory]")
 
 
 def seconds(step: Callable[[], float], device: torch.device) -> tuple[float, float]:
@@ -238,17 +254,20 @@ def seconds(step: Callable[[], float], device: torch.device) -> tuple[float, flo
 def measure_case(args, case: str, model) -> dict:
     groups = make_groups(case, model.config.vocab_size)
     providers = make_providers(args, model, groups)
-    errors = check_agreement(model, providers, 1e-4 if model.dtype == torch.float32 else 5e-2)
-    peaks = {name: peak_bytes(step, model.device) for name, step in providers.items()} if args.memory else {}
+    errors = check_agreement(providers, 1e-4 if model.dtype == torch.float32 else 5e-2)
+    peaks = {}
+    for name, provider in providers.items() if args.memory else ():
+        gc.collect()
+        peaks[name] = peak_extra_bytes(provider.step, model.device)
     wall: dict[str, list[float]] = {name: [] for name in providers}
     cpu: dict[str, list[float]] = {name: [] for name in providers}
     for _ in range(args.trials):
-        for name, step in providers.items():
-            for times, spent in zip((wall, cpu), seconds(step, model.device), strict=True):
+        for name, provider in providers.items():
+            for times, spent in zip((wall, cpu), seconds(provider.step, model.device), strict=True):
                 times[name].append(spent)
-    shared, dense = sum(g.tokens_shared for g in groups), sum(g.tokens_dense for g in groups)
-    rows = {
-        name: {
+    rows = [
+        {
+            "provider": name,
             "best_s": min(wall[name]),
             "median_s": median(wall[name]),
             "cpu_s": min(cpu[name]),
@@ -259,50 +278,47 @@ def measure_case(args, case: str, model) -> dict:
             "memory_ratio": peaks[name] / peaks["shared"] if peaks else None,
         }
         for name in providers
-    }
-    return {"case": case, "tokens_shared": shared, "tokens_dense": dense, "providers": rows}
+    ]
+    shared, dense = sum(g.tokens_shared for g in groups), sum(g.tokens_dense for g in groups)
+    return {"case": case, "tokens_shared": shared, "tokens_dense": dense, "providers": best_sizes(rows)}
 
 
-def environment(device: torch.device) -> dict[str, str | int]:
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    return {
-        "device": name,
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "cores": os.cpu_count() or 0,
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "commit": commit.stdout.strip() if commit.returncode == 0 else "unknown",
-    }
-
-
-def print_case(result: dict) -> None:
-    saved = 1 - result["tokens_shared"] / result["tokens_dense"]
-    print(f"\n{result['case']}: {result['tokens_shared']} tokens for {result['tokens_dense']} ({saved:.0%} saved)")
-    columns = ("best_s", "median_s", "time_ratio", "cpu_s", "cpu_ratio", "peak_mib", "memory_ratio", "gradient_error")
-    print(f"{'provider':<14}" + "".join(f"{column:>15}" for column in columns))
-    for name, row in result["providers"].items():
-        print(f"{name:<14}" + "".join(f"{'-' if row[c] is None else format(row[c], '.3g'):>15}" for c in columns))
+def best_sizes(rows: list[dict]) -> list[dict]:
+    """Of the rows `name@size` only the fastest of each name."""
+    best: dict[str, dict] = {}
+    for row in rows:
+        name = row["provider"].partition("@")[0]
+        if name not in best or row["best_s"] < best[name]["best_s"]:
+            best[name] = row
+    return list(best.values())
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--shape", choices=SHAPES, default="body", help="model shape (default: body)")
     parser.add_argument(
         "--case", nargs="+", default=["p300", "p700", "p2048"], help="pN (one prompt of N tokens), mix, tiny"
     )
-    names = ["shared", "dense_packed", "dense_rows", "dense_model", "dense_padded"]
-    parser.add_argument("--providers", nargs="+", choices=names, default=names)
+    parser.add_argument("--providers", nargs="+", choices=PROVIDERS, metavar="NAME", help="default: all installed")
     parser.add_argument("--trials", type=int, default=3, help="timed steps a provider (default: 3)")
     parser.add_argument("--token-budget", type=int, default=16384, help="packed tokens a micro-batch (default: 16384)")
     parser.add_argument("--rows", type=int, default=8, help="rows a micro-batch of dense_padded (default: 8)")
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--trl-rows", type=int, nargs="+", default=[1, 2, 4, 8], help="of TRL (default: 1 2 4 8)")
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=default, help=f"(default here: {default})")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--no-memory", dest="memory", action="store_false", help="skip the memory runs")
-    parser.add_argument("--json", type=Path, help="write the results here")
+    parser.add_argument("--out", type=Path, help="write the results as JSON here")
     args = parser.parse_args()
+    has_trl = importlib.util.find_spec("trl") is not None
+    if args.providers is None:
+        args.providers = [name for name in PROVIDERS if has_trl or not name.startswith("trl")]
+        if not has_trl:
+            print("left out: trl (not installed; pip install -e '.[bench]')")
+    elif not has_trl and any(name.startswith("trl") for name in args.providers):
+        parser.error("trl is not installed: pip install -e '.[bench]'")
     if "shared" not in args.providers:
         parser.error("--providers must include 'shared': every ratio is against it")
     return args
@@ -310,23 +326,19 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    device = torch.device(args.device)
-    model = make_model(SHAPES[args.shape], device, getattr(torch, args.dtype))
+    device, shape = torch.device(args.device), SHAPES[args.shape]
+    model = make_model(shape, device, getattr(torch, args.dtype))
     results = []
     for case in args.case:
-        results.append(measure_case(args, case, model))
-        print_case(results[-1])
-    if args.json:
-        report = {
-            "environment": environment(device),
-            "shape": {"name": args.shape, **asdict(SHAPES[args.shape])},
-            "dtype": args.dtype,
-            "group_size": GROUP_SIZE,
-            "list_tokens": LIST_TOKENS,
-            "results": results,
-        }
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(report, indent=2) + "\n")
+        result = measure_case(args, case, model)
+        results.append(result)
+        saved = 1 - result["tokens_shared"] / result["tokens_dense"]
+        print(f"\n{case}: {result['tokens_shared']} tokens for {result['tokens_dense']} ({saved:.0%} saved)")
+        print_table(result["providers"], COLUMNS)
+    if args.out is not None:
+        settings = {"shape": {"name": args.shape, **asdict(shape)}, "dtype": args.dtype}
+        settings |= {"group_size": GROUP_SIZE, "list_tokens": LIST_TOKENS}
+        write_json(args.out, record("update", device, **settings, results=results))
 
 
 if __name__ == "__main__":

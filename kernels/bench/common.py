@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-PACKAGES = ("torch", "triton", "liger-kernel")
+PACKAGES = ("torch", "transformers", "triton", "liger-kernel", "trl")
 FLUSH_BYTES = 256 * 2**20  # several times the L2 of an H200
 
 
@@ -149,9 +149,14 @@ def make_parser(description: str | None, example: str, providers: Sequence[str])
     )
     default = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", default=default, choices=["cpu", "cuda"], help=f"(default here: {default})")
-    parser.add_argument(
-        "--providers", nargs="+", choices=providers, metavar="NAME", help=f"of {', '.join(providers)} (default: all)"
-    )
+    if providers:
+        parser.add_argument(
+            "--providers",
+            nargs="+",
+            choices=providers,
+            metavar="NAME",
+            help=f"of {', '.join(providers)} (default: all)",
+        )
     parser.add_argument("--budget", type=float, default=2.0, help="seconds of timing for each row (default 2)")
     parser.add_argument("--out", type=Path, help="write the result as JSON here")
     return parser

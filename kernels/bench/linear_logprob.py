@@ -22,7 +22,10 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import torch
-from common import (
+from torch import Tensor
+
+from rankgrpo.logprob import token_logprobs
+from rankgrpo_kernels.bench.common import (
     choose_providers,
     machine_line,
     make_parser,
@@ -32,9 +35,6 @@ from common import (
     record,
     write_json,
 )
-from torch import Tensor
-
-from rankgrpo.logprob import token_logprobs
 
 # Shape letters: N tokens, V vocabulary, D hidden.
 

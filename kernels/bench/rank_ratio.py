@@ -18,7 +18,10 @@ from collections.abc import Callable
 from dataclasses import asdict
 
 import torch
-from common import (
+from torch import Tensor
+
+from rankgrpo.loss import rank_grpo_loss
+from rankgrpo_kernels.bench.common import (
     choose_providers,
     copy_gb_per_s,
     machine_line,
@@ -28,9 +31,6 @@ from common import (
     record,
     write_json,
 )
-from torch import Tensor
-
-from rankgrpo.loss import rank_grpo_loss
 
 # Shape letters: B lists, T tokens, K ranks.
 

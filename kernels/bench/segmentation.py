@@ -6,28 +6,24 @@ in the process, so nothing is downloaded; building the segmenter's table is time
 Not measured: parsing of the text, sampling.
 """
 
-import argparse
-import json
-import os
-import platform
-import random
-import re
-import statistics
-import subprocess
-import time
-from collections.abc import Callable
-from pathlib import Path
+from __future__ import annotations
 
-import tokenizers
+import random
+import time
+from dataclasses import asdict
+
 import torch
-import transformers
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from rankgrpo.parse import RankSegmenter
+from rankgrpo_kernels.bench.common import machine_line, make_parser, measure, print_table, record, write_json
 
-# Shape letters: B = lists, T = tokens.
+# Shape letters: B lists, T tokens.
+
+EXAMPLE = "example: python kernels/bench/segmentation.py --lists 96 --tokens 512 --out segmentation.json"
+COLUMNS = {"provider": "", "median_ms": ".3f", "low_ms": ".3f", "high_ms": ".3f", "runs": "d", "ratio": ".0f"}
 
 EOS = "<|im_end|>"
 # Qwen's: it merges a bracket with the line break after it, the case in which counting line breaks still works.
@@ -91,110 +87,50 @@ def loop_ranks(tokenizer: PreTrainedTokenizerFast, token_ids_BT: Tensor, mask_BT
     return rank_BT
 
 
-def seconds_of(run: Callable[[], object], device: torch.device, repeats: int) -> list[float]:
-    times = []
-    for _ in range(repeats + 1):  # the first is a warm-up
-        start = time.perf_counter()
-        run()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - start)
-    return times[1:]
-
-
-def measure(num_lists: int, num_tokens: int, vocab_size: int, device: torch.device, repeats: int, seed: int) -> dict:
-    rng = random.Random(seed)
-    tokenizer = train_tokenizer(rng, vocab_size)
-    token_ids_BT, mask_BT = (x.to(device) for x in make_lists(tokenizer, rng, num_lists, num_tokens))
-    build_start = time.perf_counter()
+def bench(args, device: torch.device) -> dict:
+    rng = random.Random(args.seed)
+    tokenizer = train_tokenizer(rng, args.vocab_size)
+    token_ids_BT, mask_BT = (x.to(device) for x in make_lists(tokenizer, rng, args.lists, args.tokens))
+    start = time.perf_counter()
     segmenter = RankSegmenter(tokenizer)
-    build_s = time.perf_counter() - build_start
+    build_s = time.perf_counter() - start
 
     expected_BT = loop_ranks(tokenizer, token_ids_BT, mask_BT)
     num_wrong = int((segmenter(token_ids_BT, mask_BT) != expected_BT).sum())
     if num_wrong:
         raise AssertionError(f"{num_wrong} of {int(mask_BT.sum())} tokens have another rank than the loop gives them")
 
-    loop_s = seconds_of(lambda: loop_ranks(tokenizer, token_ids_BT, mask_BT), device, max(3, repeats // 10))
-    table_s = seconds_of(lambda: segmenter(token_ids_BT, mask_BT), device, repeats)
-    return {
-        "op": "segmentation",
-        "shape": {"lists": num_lists, "tokens": num_tokens, "vocabulary": len(tokenizer)},
-        "tokens_in_lists": int(mask_BT.sum()),
-        "ranks_max": int(expected_BT.max()) + 1,
-        "build_s": build_s,
-        "loop": {"median_s": statistics.median(loop_s), "min_s": min(loop_s), "repeats": len(loop_s)},
-        "table": {"median_s": statistics.median(table_s), "min_s": min(table_s), "repeats": len(table_s)},
-        "ratio": statistics.median(loop_s) / statistics.median(table_s),
-        "agree": True,
+    runs = {
+        "segmenter": lambda: segmenter(token_ids_BT, mask_BT),
+        "loop": lambda: loop_ranks(tokenizer, token_ids_BT, mask_BT),
     }
-
-
-def machine_line(device: torch.device) -> str:
-    if device.type == "cuda":
-        return f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}"
-    cpuinfo = Path("/proc/cpuinfo")
-    names = re.findall(r"model name\s*:\s*(.+)", cpuinfo.read_text()) if cpuinfo.exists() else []
-    cpu = names[0] if names else platform.machine()
-    return f"{cpu}, {os.cpu_count()} cores, {torch.get_num_threads()} torch threads, {platform.system()}"
-
-
-def git_commit() -> str | None:
-    """The commit the script lies in; None outside a repository or without git."""
-    try:
-        done = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-        )
-    except FileNotFoundError:
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
-
-
-def print_table(result: dict) -> None:
-    print(result["machine"])
-    shape = result["shape"]
-    print(
-        f"{shape['lists']} x {shape['tokens']} ids ({result['tokens_in_lists']} in lists of up to "
-        f"{result['ranks_max']} lines), vocabulary {shape['vocabulary']}, table built in {result['build_s']:.3f} s"
-    )
-    print(f"{'':24} {'median ms':>12} {'min ms':>12} {'repeats':>8}")
-    for name, label in (("loop", "decode one token, .item()"), ("table", "RankSegmenter")):
-        row = result[name]
-        print(f"{label:25} {row['median_s'] * 1e3:11.3f} {row['min_s'] * 1e3:12.3f} {row['repeats']:8d}")
-    print(f"ratio of medians: {result['ratio']:.0f}x, ranks equal on every token")
+    timings = measure(runs, device, budget_s=args.budget)
+    fastest = timings["segmenter"].median_ms
+    rows = [{"provider": name, **asdict(t), "ratio": t.median_ms / fastest} for name, t in timings.items()]
+    shape = {"lists": args.lists, "tokens": args.tokens, "vocabulary": len(tokenizer)}
+    return {"shape": shape, "tokens_in_lists": int(mask_BT.sum()), "build_s": build_s, "rows": rows}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        epilog="example: python kernels/bench/segmentation.py --lists 96 --tokens 512 --out segmentation.json",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = make_parser(__doc__, EXAMPLE, ())
     parser.add_argument("--lists", type=int, default=96, help="lists in the batch (default 96)")
     parser.add_argument("--tokens", type=int, default=512, help="tokens a row (default 512)")
     parser.add_argument("--vocab-size", type=int, default=4096, help="at most, of the BPE trained here (default 4096)")
-    parser.add_argument("--repeats", type=int, default=50, help="timed calls; the loop runs a tenth (default 50)")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
     parser.add_argument("--threads", type=int, default=1, help="of torch; the loop uses one anyway (default 1)")
     parser.add_argument("--seed", type=int, default=0, help="of titles and years (default 0)")
-    parser.add_argument("--out", type=Path, help="write the result as JSON here")
     args = parser.parse_args()
-
     torch.set_num_threads(args.threads)
     device = torch.device(args.device)
-    result = measure(args.lists, args.tokens, args.vocab_size, device, args.repeats, args.seed)
-    result["machine"] = machine_line(device)
-    result["versions"] = {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "tokenizers": tokenizers.__version__,
-    }
-    result["commit"] = git_commit()
-    print_table(result)
+    print(machine_line(device))
+    result = bench(args, device)
+    shape = result["shape"]
+    print(
+        f"{shape['lists']} x {shape['tokens']} ids ({result['tokens_in_lists']} in lists), vocabulary "
+        f"{shape['vocabulary']}, table built once in {result['build_s']:.3f} s; ranks equal on every token"
+    )
+    print_table(result["rows"], COLUMNS)
     if args.out is not None:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(result, indent=2) + "\n")
+        write_json(args.out, record("segmentation", device, **result))
 
 
 if __name__ == "__main__":
