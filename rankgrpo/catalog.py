@@ -18,6 +18,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from rankgrpo.files import write_lines
+
 MIN_YEAR, MAX_YEAR = 1870, 2100  # first moving pictures; anything later is a typing error
 MAX_SHOWN_PROBLEMS = 20
 
@@ -240,22 +242,6 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
                 yield line, f"unreadable JSON: {error}"
             else:
                 yield line, row if isinstance(row, dict) else f"expected a JSON object, got {type_name(row)}"
-
-
-def write_lines(path: str | os.PathLike[str], lines: Iterable[str]) -> None:
-    """Write lines to `path`, complete or not at all: a temporary file beside it, flushed to disk, then renamed."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8", newline="\n") as file:
-            file.writelines(f"{line}\n" for line in lines)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def parse_title(value: object) -> str:

@@ -8,13 +8,9 @@ saving: data order and sampling seeds are functions of (seed, step).
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 import re
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,53 +18,13 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-TEMPORARY = ".incomplete-"
+from rankgrpo.files import atomic_folder, remove_leftovers
+
 STEP_FOLDER = re.compile(r"step-(\d{8})")
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be written or read; what was saved before is untouched."""
-
-
-@contextmanager
-def atomic_folder(final: Path) -> Iterator[Path]:
-    """Yield a temporary folder that becomes `final` (replacing it) if the block succeeds, and vanishes if it fails.
-
-    Raises CheckpointError when the disk is full or not writable.
-    """
-    final.parent.mkdir(parents=True, exist_ok=True)
-    temporary = final.with_name(f"{TEMPORARY}{final.name}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        temporary.mkdir()
-        yield temporary
-        for path in sorted(temporary.rglob("*")):
-            if path.is_file():
-                _sync(path)
-        _sync(temporary)
-        if final.is_dir():
-            shutil.rmtree(final)
-        os.replace(temporary, final)
-        _sync(final.parent)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise CheckpointError(_explain(final, error)) from error
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-
-
-def write_atomic(path: Path, text: str) -> None:
-    """Write a text file so that it is either the old one or the new one, whole, whatever happens."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{TEMPORARY}{path.name}")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        _sync(temporary)
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise CheckpointError(_explain(path, error)) from error
+    """A checkpoint that cannot be read."""
 
 
 def save_checkpoint(
@@ -125,18 +81,10 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 def latest_checkpoint(folder: Path) -> Path | None:
     """The newest complete checkpoint; removes what an interrupted save left behind."""
-    for leftover in folder.glob(f"{TEMPORARY}*") if folder.is_dir() else []:
-        shutil.rmtree(leftover)
+    if folder.is_dir():
+        remove_leftovers(folder)
     found = list_checkpoints(folder)
     return found[-1] if found else None
-
-
-def point_link(link: Path, target: Path) -> None:
-    """Make `link` a symbolic link to its sibling `target`, in one atomic step."""
-    temporary = link.with_name(f"{TEMPORARY}{link.name}")
-    temporary.unlink(missing_ok=True)
-    temporary.symlink_to(target.name)
-    os.replace(temporary, link)
 
 
 def _optimizer_tensors(optimizer: torch.optim.Optimizer, names: dict[torch.Tensor, str]) -> dict[str, torch.Tensor]:
@@ -145,22 +93,3 @@ def _optimizer_tensors(optimizer: torch.optim.Optimizer, names: dict[torch.Tenso
         for slot, tensor in slots.items():
             tensors[f"{slot}/{names[parameter]}"] = tensor.detach().contiguous()
     return tensors
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _explain(path: Path, error: Exception) -> str:
-    # safetensors reports an I/O error as text only.
-    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
-    if full:
-        return (
-            f"{path}: not saved, the disk is full. Nothing saved before was touched: free some space and run the same "
-            f"command again to continue from the last complete checkpoint"
-        )
-    return f"{path}: not saved ({error}). Nothing saved before was touched"

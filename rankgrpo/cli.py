@@ -228,12 +228,13 @@ def main() -> None:
     if os.environ.get("RANK", "0") != "0":
         os.environ["TQDM_DISABLE"] = "1"  # one process shows progress; read when tqdm is imported
     from rankgrpo.checkpoint import CheckpointError
+    from rankgrpo.files import SaveError
     from rankgrpo.optim import TrainingError
     from rankgrpo.sampler.base import SamplingError
 
     try:
         app.cli(prog="rankgrpo", description=__doc__)
-    except (ValueError, CheckpointError, TrainingError, SamplingError) as error:
+    except (ValueError, CheckpointError, SaveError, TrainingError, SamplingError) as error:
         if os.environ.get("RANKGRPO_TRACEBACK"):
             raise
         sys.exit(f"rankgrpo: {error}")

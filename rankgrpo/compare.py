@@ -13,8 +13,17 @@ from pathlib import Path
 from rankgrpo.config import Config, ConfigError, load_config
 from rankgrpo.data import Dataset, Sample, load_dataset
 from rankgrpo.distill.teacher import EaseTeacher, popularity_lists
-from rankgrpo.distributed import Parallel, start_parallel
-from rankgrpo.evaluate import Evaluation, read_evaluation, score_completions, score_items, summarise, write_evaluation
+from rankgrpo.distributed import Parallel, start_parallel, wait_for_all
+from rankgrpo.evaluate import (
+    Evaluation,
+    compare,
+    read_evaluation,
+    read_lists,
+    score_completions,
+    score_items,
+    summarise,
+    write_evaluation,
+)
 from rankgrpo.model import resolve_model
 from rankgrpo.policy import open_policy
 from rankgrpo.recommend import recommend
@@ -51,7 +60,7 @@ def fit_teacher(config: Config, dataset: Dataset, *, num_folds: int) -> EaseTeac
 
 
 def score_source(source: Source, samples: list[Sample], dataset: Dataset, parallel: Parallel) -> Evaluation:
-    """Scores of a model's lists, or of a baseline's, on `samples`."""
+    """Scores of a model's lists, or of a baseline's, on `samples`; the processes share a model's work."""
     config = source.config
     num_ranks, year_tolerance = config.data.num_ranks, config.rl.year_tolerance
     if source.location in BASELINES:
@@ -61,26 +70,45 @@ def score_source(source: Source, samples: list[Sample], dataset: Dataset, parall
             lists = fit_teacher(config, dataset, num_folds=0).rank_all(samples, num_items=num_ranks)
         return score_items(samples, lists, dataset.catalog, num_ranks=num_ranks, year_tolerance=year_tolerance)
     policy = open_policy(source.location, config.model, parallel.device, trainable=False)
-    texts = recommend_lists(policy, samples, config, title=f"evaluate {source.name}")
+    mine = samples[parallel.dp_rank :: parallel.dp_world]
+    parts = parallel.gather(recommend_lists(policy, mine, config, title=f"evaluate {source.name}"))
+    texts = [parts[place % parallel.dp_world][place // parallel.dp_world] for place in range(len(samples))]
     return score_completions(samples, texts, dataset.catalog, num_ranks=num_ranks, year_tolerance=year_tolerance)
 
 
 def evaluate_run(config: Config, dataset: Dataset, run_dir: Path, rl_start: str, parallel: Parallel) -> None:
-    """Score the run's three models and the two baselines on the evaluation split; finished ones are kept."""
+    """Score the run's three models and the two baselines on the evaluation split; finished ones are kept.
+
+    Every process takes its share of the lists; the main one writes the scores.
+    """
     split = config.eval.split
     samples = first_samples(dataset, split, config.eval.num_samples)
     before = run_dir / "init" if (run_dir / "init").is_dir() else config.model.name
     locations = {"before": before, "sft": rl_start, "rank-grpo": run_dir / "rl" / "best"}
-    for name in (*locations, *BASELINES):
-        if not evaluation_path(run_dir, split, name).exists():
-            source = Source(name, str(locations.get(name, name)), config)
-            write_evaluation(run_dir, score_source(source, samples, dataset, parallel), name=name, split=split)
+    missing = [name for name in locations if not evaluation_path(run_dir, split, name).exists()]
+    if parallel.is_main:
+        missing += [name for name in BASELINES if not evaluation_path(run_dir, split, name).exists()]
+    wait_for_all(parallel)  # everybody has looked before anybody writes
+    for name in missing:
+        evaluation = score_source(Source(name, str(locations.get(name, name)), config), samples, dataset, parallel)
+        if parallel.is_main:
+            write_evaluation(run_dir, evaluation, name=name, split=split)
 
 
 def results_table(run_dir: Path, split: str) -> str:
-    """The table at the end of a run."""
+    """The table at the end of a run, and what Rank-GRPO gained over its start on the same conversations."""
     names = ("before", "sft", "rank-grpo", *BASELINES)
-    return format_table([read_evaluation(evaluation_path(run_dir, split, name)) for name in names])
+    table = format_table([read_evaluation(evaluation_path(run_dir, split, name)) for name in names])
+    start, trained = (
+        read_lists(evaluation_path(run_dir, split, name).with_suffix(".lists.jsonl")) for name in names[1:3]
+    )
+    gain = compare(start, trained)[f"ndcg@{start.hits.shape[1]}"]
+    difference, relative = gain["difference"], gain["relative"]
+    share = "" if relative is None else " = {mean:+.1%} [{low:+.1%}, {high:+.1%}]".format(**relative)
+    return (
+        f"{table}\n\nRank-GRPO over SFT, NDCG@{start.hits.shape[1]}: "
+        f"{difference['mean']:+.4f} [{difference['low']:+.4f}, {difference['high']:+.4f}]{share}, paired bootstrap"
+    )
 
 
 def evaluate_models(

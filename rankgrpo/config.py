@@ -26,6 +26,11 @@ def _require(condition: bool, key: str, message: str) -> None:
         raise ConfigError(f"{key}: {message}")
 
 
+def _require_positive(section: object, name: str, *keys: str) -> None:
+    for key in keys:
+        _require(getattr(section, key) > 0, f"{name}.{key}", "must be positive")
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     name: str = "tiny"
@@ -33,6 +38,8 @@ class ModelConfig:
     autocast: Literal["none", "bfloat16"] = "none"
     """Compute type of the matrix products; parameters and optimizer state stay float32."""
     gradient_checkpointing: bool = False
+    kernels: Literal["auto", "torch", "triton"] = "auto"
+    """Head and loss of the update: auto = triton on a GPU that has it, torch elsewhere."""
     hidden: int = 256
     """Size of the tiny preset, as are layers, ffn, heads, kv_heads and vocab; other models ignore these."""
     layers: int = 4
@@ -42,8 +49,7 @@ class ModelConfig:
     vocab: int = 8192
 
     def __post_init__(self):
-        for key in ("hidden", "layers", "ffn", "heads", "kv_heads", "vocab"):
-            _require(getattr(self, key) > 0, f"model.{key}", "must be positive")
+        _require_positive(self, "model", "hidden", "layers", "ffn", "heads", "kv_heads", "vocab")
         _require(self.heads % self.kv_heads == 0, "model.kv_heads", f"must divide model.heads = {self.heads}")
 
 
@@ -59,8 +65,7 @@ class DataConfig:
     """Length K of the list asked for."""
 
     def __post_init__(self):
-        for key in ("max_prompt_tokens", "num_ranks"):
-            _require(getattr(self, key) > 0, f"data.{key}", "must be positive")
+        _require_positive(self, "data", "max_prompt_tokens", "num_ranks")
         _require(self.num_train >= 0, "data.num_train", "must not be negative")
 
 
@@ -102,9 +107,8 @@ class SftConfig:
     keep_last: int = 2
 
     def __post_init__(self):
-        for key in ("num_epochs", "batch_size", "token_budget", "eval_every", "save_every", "keep_last"):
-            _require(getattr(self, key) > 0, f"sft.{key}", "must be positive")
-        _require(self.lr > 0, "sft.lr", "must be positive")
+        _require_positive(self, "sft", "num_epochs", "batch_size", "lr", "token_budget")
+        _require_positive(self, "sft", "eval_every", "save_every", "keep_last")
         _require(self.num_steps >= 0, "sft.num_steps", "must not be negative")
         _require(0 <= self.warmup_frac < 1, "sft.warmup_frac", "must be in [0, 1)")
 
@@ -125,7 +129,13 @@ class RlConfig:
     """Discount base of returns = exp."""
     reduction: Literal["rank", "token"] = "rank"
     """rank = Eq. 6; token = the released code's token mean."""
+    token_mean: Literal["list", "batch", "max"] = "list"
+    """Of unit = token: list = GRPO (a mean a list), batch = DAPO (all tokens), max = Dr. GRPO (max_new_tokens)."""
+    unlikeliness: float = 0.0
+    """Cut of the reward of what the policy found likely ("Rewarding the Unlikely", there 0.25): by rank among the
+    group's hits, or with units token and list by list."""
     scale_by_std: bool = True
+    """False only centres rewards (Dr. GRPO)."""
     clip_low: float = 0.06
     clip_high: float = 0.08
     kl_coef: float = 1e-3
@@ -147,6 +157,8 @@ class RlConfig:
     warmup_frac: float = 0.0
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.99)
+    adam_eps: float = 1e-8
+    """A weight whose gradient stays well below this hardly moves, where Adam would give noise a full step."""
     grad_clip: float = 1.0
     max_new_tokens: int = 256
     temperature: float = 1.0
@@ -159,26 +171,25 @@ class RlConfig:
     keep_last: int = 2
 
     def __post_init__(self):
-        positive = (
-            "num_epochs",
-            "prompts_per_step",
-            "group_size",
-            "updates_per_batch",
-            "max_new_tokens",
-            "token_budget",
-        )
-        for key in (*positive, "sampler_rows", "eval_every", "save_every", "keep_last", "lr", "temperature"):
-            _require(getattr(self, key) > 0, f"rl.{key}", "must be positive")
+        _require_positive(self, "rl", "num_epochs", "prompts_per_step", "updates_per_batch", "lr", "temperature")
+        _require_positive(self, "rl", "max_new_tokens", "token_budget", "sampler_rows")
+        _require_positive(self, "rl", "eval_every", "save_every", "keep_last")
         _require(self.num_steps >= 0, "rl.num_steps", "must not be negative")
         _require(0 < self.clip_low <= 1, "rl.clip_low", "must be in (0, 1]")
         _require(self.clip_high > 0, "rl.clip_high", "must be positive")
         _require(self.kl_coef >= 0, "rl.kl_coef", "must not be negative")
         _require(self.gamma > 1, "rl.gamma", "must be above 1")
+        _require(0 <= self.unlikeliness < 1, "rl.unlikeliness", "must be in [0, 1)")
         _require(self.group_size > 1, "rl.group_size", "must be at least 2: an advantage compares the lists of a group")
         _require(
             self.unit == "rank" or self.repeat_penalty == 0,
             "rl.repeat_penalty",
             "belongs to ranks: needs rl.unit = rank",
+        )
+        _require(
+            self.unit == "token" or self.token_mean == "list",
+            "rl.token_mean",
+            "belongs to tokens: needs rl.unit = token",
         )
         _require(
             self.unit == "rank" or self.reduction == "rank",

@@ -1,4 +1,4 @@
-"""Samples and their files, the prompt, and the order in which a run goes through them.
+"""Samples and their files, and the order in which a run goes through them.
 
 Files are JSONL, one sample a line; a data set is a folder of `train.jsonl`, `validation.jsonl`, `test.jsonl` and
 `catalog.jsonl` (or `.csv`). What makes a file unusable (broken JSON, a missing field, a duplicate id) is raised as one
@@ -8,7 +8,6 @@ DataError naming every bad line; what merely looks wrong (an unknown title, an e
 
 from __future__ import annotations
 
-import bisect
 import json
 import math
 import os
@@ -16,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -28,26 +27,11 @@ from rankgrpo.catalog import (
     read_catalog,
     read_jsonl,
     type_name,
-    write_lines,
 )
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from rankgrpo.files import write_lines
 
 SPLITS = ("train", "validation", "test")
-
-# The paper's prompt, appendix D.1, word for word: models trained elsewhere with it stay comparable.
-PROMPT = (
-    "Pretend you are a movie recommender system.\n"
-    "I will give you a conversation between a user and you (a recommender system). Based on the conversation, you need "
-    "to reply with 20 recommendations. List the standardized English title of each movie in each line in the form of "
-    '"movie name" (release_year) with NO extra words or sentences.\n'
-    "Here is the conversation: {context}"
-)
-SPEAKERS = {"user": "USER", "assistant": "SYSTEM"}
-
-# Llama 3's chat template writes today's date into the prompt unless told one; a prompt must not change overnight.
-TEMPLATE_DATE = "26 Jul 2024"
+ROLES = ("user", "assistant")
 
 
 @dataclass(frozen=True, slots=True)
@@ -265,8 +249,8 @@ def _to_sample(row: Mapping[str, Any]) -> Sample:
 def _to_turn(turn: object, place: int) -> Turn:
     if not isinstance(turn, dict) or not {"role", "content"} <= turn.keys():
         raise DataError(f"conversation[{place}] must be an object with role and content, got {type_name(turn)}")
-    if turn["role"] not in list(SPEAKERS):  # a list: the role may be unhashable
-        raise DataError(f"conversation[{place}].role must be one of {list(SPEAKERS)}, got {turn['role']!r}")
+    if turn["role"] not in ROLES:
+        raise DataError(f"conversation[{place}].role must be one of {list(ROLES)}, got {turn['role']!r}")
     if not isinstance(turn["content"], str):
         raise DataError(f"conversation[{place}].content must be a string, got {type_name(turn['content'])}")
     return Turn(turn["role"], turn["content"])
@@ -322,47 +306,6 @@ def _to_row(sample: Sample) -> dict[str, Any]:
     if sample.completion is not None:
         row["completion"] = sample.completion
     return row
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The prompt
-
-
-def format_prompt(conversation: Sequence[Turn]) -> str:
-    """The user message: the instruction, then a line `USER: ...` or `SYSTEM: ...` a turn, ending with a newline."""
-    context = "".join(f"{SPEAKERS[turn.role]}: {turn.content}\n" for turn in conversation)
-    return PROMPT.replace("{context}", context)  # not str.format: a turn may hold braces
-
-
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, conversation: Sequence[Turn], max_tokens: int) -> list[int]:
-    """Token ids of the prompt in the tokenizer's chat template, generation prompt included, at most `max_tokens`.
-
-    A prompt that is too long loses its oldest turns one by one; when the last turn alone is still too long, it loses
-    the beginning of its text. The instruction is never cut: ValueError when it does not fit the budget.
-    """
-
-    def encode(turns: Sequence[Turn]) -> list[int]:
-        message = {"role": "user", "content": format_prompt(turns)}
-        return tokenizer.apply_chat_template(
-            [message], add_generation_prompt=True, tokenize=True, return_dict=False, date_string=TEMPLATE_DATE
-        )
-
-    ids = encode(conversation)
-    if len(ids) <= max_tokens:
-        return ids
-    if conversation:
-        *_, last = conversation
-        shorter = [conversation[drop:] for drop in range(1, len(conversation))]
-        shorter += [[Turn(last.role, last.content[cut:])] for cut in range(1, len(last.content) + 1)]
-        # Length falls with every step but for a token or two where pieces merge; a place that bisect returns inside
-        # the range was itself tried and fits.
-        place = bisect.bisect_left(range(len(shorter)), True, key=lambda i: len(encode(shorter[i])) <= max_tokens)
-        if place < len(shorter):
-            return encode(shorter[place])
-    raise ValueError(
-        f"the instruction and the chat template alone take {len(encode(()))} tokens, max_tokens is {max_tokens}; raise "
-        "the prompt's token budget"
-    )
 
 
 # ----------------------------------------------------------------------------------------------------------------------

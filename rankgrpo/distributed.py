@@ -6,6 +6,7 @@ summed gradients equal those of one process that saw every prompt.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -35,6 +36,19 @@ class Parallel:
         total = torch.tensor(values, dtype=torch.float64, device=self.device)
         td.all_reduce(total)
         return total.tolist()
+
+    def gather(self, texts: list[str]) -> list[list[str]]:
+        """Every process's texts, by process, on all of them."""
+        if self.dp_world == 1:
+            return [texts]
+        # As bytes: gather_object would pickle.
+        own = torch.frombuffer(bytearray(json.dumps(texts).encode()), dtype=torch.uint8).to(self.device)
+        sizes = [torch.zeros(1, dtype=torch.long, device=self.device) for _ in range(self.dp_world)]
+        td.all_gather(sizes, torch.tensor([len(own)], device=self.device))
+        longest = max(int(size) for size in sizes)
+        parts = [torch.zeros(longest, dtype=torch.uint8, device=self.device) for _ in range(self.dp_world)]
+        td.all_gather(parts, torch.nn.functional.pad(own, (0, longest - len(own))))
+        return [json.loads(bytes(part[: int(size)].tolist())) for part, size in zip(parts, sizes, strict=True)]
 
 
 def start_parallel() -> Parallel:

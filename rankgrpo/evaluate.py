@@ -2,7 +2,8 @@
 
 One definition for every model and baseline, in training and after it: text is read by `rankgrpo.parse`, hits are
 `rankgrpo.reward.relevance`, Recall and NDCG are `rankgrpo.metrics`. Positions are kept in place: nothing is dropped
-from a list before it is scored. Models are only ever seen as a `generate` callable, so this module needs none.
+from a list before it is scored. Models are not seen here, only what they
+answered.
 
 Metrics of a sample, over its first K = `num_ranks` lines:
   recall@k, ndcg@k   k in 5, 10, 15, 20 (those below K, and K itself); see `rankgrpo.metrics`. The ground truth counts
@@ -22,7 +23,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,8 +31,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rankgrpo.catalog import Catalog, read_jsonl, write_lines
-from rankgrpo.data import Sample, Turn
+from rankgrpo.catalog import Catalog, read_jsonl
+from rankgrpo.data import Sample
+from rankgrpo.files import write_lines
 from rankgrpo.metrics import bootstrap_interval, hit_rate_by_rank, ndcg_at_k, paired_bootstrap, recall_at_k
 from rankgrpo.parse import ListedItem, parse_list
 from rankgrpo.reward import relevance
@@ -41,7 +43,6 @@ __all__ = [
     "CUTOFFS",
     "Evaluation",
     "compare",
-    "evaluate_model",
     "format_table",
     "read_evaluation",
     "read_lists",
@@ -114,44 +115,6 @@ def score_items(
         lists.append([ListedItem(item.title, item.year, (0, 0)) for item in items])
         texts.append("\n".join(f"{item.title} ({item.year})" for item in items))
     return _score(samples, texts, lists, catalog, num_ranks, year_tolerance)
-
-
-def evaluate_model(
-    generate: Callable[[list[list[int]]], Sequence[str]],
-    encode: Callable[[Sequence[Turn]], list[int]],
-    samples: Sequence[Sample],
-    catalog: Catalog,
-    *,
-    batch_size: int = 64,
-    num_ranks: int = 20,
-    year_tolerance: int = 0,
-    on_progress: Callable[[int], object] | None = None,
-) -> Evaluation:
-    """Ask a model for one list a sample and score them.
-
-    Args:
-      generate: prompts as token ids -> one completion a prompt, as text. Called with at most `batch_size` prompts of
-        similar length, the longest first, so that too large a batch fails at once.
-      encode: conversation -> token ids of its prompt.
-      on_progress: called after every batch with the number of samples it held.
-
-    Raises ValueError when `generate` returns another number of completions, and as `score_completions` does.
-    """
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be >= 1, got {batch_size}")
-    prompts = [encode(sample.conversation) for sample in samples]
-    order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
-    completions = [""] * len(prompts)
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
-        answers = generate([prompts[index] for index in chosen])
-        if len(answers) != len(chosen):
-            raise ValueError(f"generate returned {len(answers)} completions for {len(chosen)} prompts")
-        for index, answer in zip(chosen, answers, strict=True):
-            completions[index] = answer
-        if on_progress is not None:
-            on_progress(len(chosen))
-    return score_completions(samples, completions, catalog, num_ranks=num_ranks, year_tolerance=year_tolerance)
 
 
 def _check_same_length(samples: Sequence[Sample], answers: Sequence[object], name: str) -> None:

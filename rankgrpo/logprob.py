@@ -45,14 +45,13 @@ def token_logprobs(
     allowed_V: bool mask; the softmax runs over the ids it allows. chunk: tokens at a time, None for a size that suits
     the device. impl="triton" needs a GPU and the kernels package.
 
-    Errors: ValueError for shapes that do not fit, ids outside the vocabulary or not allowed, temperature <= 0, and for
-    impl="triton" where it cannot run.
+    Errors: ValueError for shapes that do not fit, temperature <= 0, impl="triton" where it cannot run and, on a CPU,
+    for ids outside the vocabulary or not allowed. On a GPU, where looking would wait for the device, such an id gives a
+    log-prob of NaN or -inf, or stops the program with a device assertion.
     """
-    _check_head(hidden_ND, weight_VD, ids_N, temperature, allowed_V, chunk)
+    _check_head(hidden_ND, weight_VD, ids_N, temperature, allowed_V, chunk, impl)
     if impl == "triton":
-        return _triton_head(hidden_ND, weight_VD, ids_N, temperature, allowed_V)
-    if impl != "torch":
-        raise ValueError(f"impl must be 'torch' or 'triton', got {impl!r}")
+        return _triton_head(hidden_ND, weight_VD, ids_N, temperature, allowed_V, entropy=False)
     return _stream(hidden_ND, weight_VD, ids_N, temperature, allowed_V, chunk, entropy=False)[0]
 
 
@@ -61,12 +60,15 @@ def token_logprobs_and_entropy(
     weight_VD: Tensor,
     ids_N: Tensor,
     *,
+    impl: Impl = "torch",
     temperature: float = 1.0,
     allowed_V: Tensor | None = None,
     chunk: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`token_logprobs` and the entropy of every row's distribution, each (N,), in nats. The entropy has no gradient."""
-    _check_head(hidden_ND, weight_VD, ids_N, temperature, allowed_V, chunk)
+    _check_head(hidden_ND, weight_VD, ids_N, temperature, allowed_V, chunk, impl)
+    if impl == "triton":
+        return _triton_head(hidden_ND, weight_VD, ids_N, temperature, allowed_V, entropy=True)
     return _stream(hidden_ND, weight_VD, ids_N, temperature, allowed_V, chunk, entropy=True)
 
 
@@ -170,15 +172,19 @@ def _add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
         total[rows] += _product(left[rows], right, total.dtype)
 
 
-def _triton_head(hidden_ND, weight_VD, ids_N, temperature, allowed_V) -> Tensor:
+def _triton_head(hidden_ND, weight_VD, ids_N, temperature, allowed_V, *, entropy: bool):
     try:
         from rankgrpo_kernels.linear_logprob import fused_token_logprobs
     except ImportError as error:
         raise ValueError(f"impl='triton' needs triton and the kernels package ({error}); use impl='torch'") from error
-    return fused_token_logprobs(hidden_ND, weight_VD, ids_N, temperature=temperature, allowed_V=allowed_V)
+    return fused_token_logprobs(
+        hidden_ND, weight_VD, ids_N, temperature=temperature, allowed_V=allowed_V, entropy=entropy
+    )
 
 
-def _check_head(hidden_ND, weight_VD, ids_N, temperature, allowed_V, chunk) -> None:
+def _check_head(hidden_ND, weight_VD, ids_N, temperature, allowed_V, chunk, impl) -> None:
+    if impl not in ("torch", "triton"):
+        raise ValueError(f"impl must be 'torch' or 'triton', got {impl!r}")
     if hidden_ND.ndim != 2 or weight_VD.ndim != 2 or hidden_ND.shape[1] != weight_VD.shape[1]:
         raise ValueError(
             f"expected hidden (N, D) and weight (V, D), got {tuple(hidden_ND.shape)} and {tuple(weight_VD.shape)}"
@@ -189,15 +195,15 @@ def _check_head(hidden_ND, weight_VD, ids_N, temperature, allowed_V, chunk) -> N
         raise ValueError(f"temperature must be positive, got {temperature}")
     if chunk is not None and chunk < 1:
         raise ValueError(f"chunk must be at least 1 token, got {chunk}")
-    if len(ids_N) and not 0 <= int(ids_N.min()) <= int(ids_N.max()) < len(weight_VD):
-        raise ValueError(f"ids must be in [0, {len(weight_VD)}), got {int(ids_N.min())} to {int(ids_N.max())}")
-    if allowed_V is None:
-        return
-    if allowed_V.dtype != torch.bool or allowed_V.shape != weight_VD.shape[:1]:
+    if allowed_V is not None and (allowed_V.dtype != torch.bool or allowed_V.shape != weight_VD.shape[:1]):
         raise ValueError(
             f"allowed_V must be bool, ({len(weight_VD)},), got {allowed_V.dtype}, {tuple(allowed_V.shape)}"
         )
-    if not bool(allowed_V[ids_N].all()):
+    if ids_N.device.type != "cpu":
+        return  # reading values would wait for the device
+    if len(ids_N) and not 0 <= int(ids_N.min()) <= int(ids_N.max()) < len(weight_VD):
+        raise ValueError(f"ids must be in [0, {len(weight_VD)}), got {int(ids_N.min())} to {int(ids_N.max())}")
+    if allowed_V is not None and not bool(allowed_V[ids_N].all()):
         raise ValueError(f"allowed_V bans target ids {ids_N[~allowed_V[ids_N]].unique().tolist()[:8]}")
 
 
@@ -228,8 +234,8 @@ def pack_logprobs(
 def pack_logprobs(model, pack, *, temperature=1.0, impl="torch", entropy=False, allowed_V=None):
     """Log-probabilities of every list token of a pack, (B, T) float32, 0 where pack.mask_BT is False.
 
-    With entropy=True also the entropy of the distribution each token was drawn from, (B, T), without gradient
-    (impl="torch" only). The head runs on the rows that predict a list token and on no other.
+    With entropy=True also the entropy of the distribution each token was drawn from, (B, T), without gradient. The head
+    runs on the rows that predict a list token and on no other.
 
     Errors: ValueError when the model does not use shared-prefix attention, when one of its layers ignored the layout (a
     silent fall-back to dense), or when it changes the head's output.
@@ -239,17 +245,15 @@ def pack_logprobs(model, pack, *, temperature=1.0, impl="torch", entropy=False, 
             f"the model's attention is {model.config._attn_implementation!r}; call "
             "rankgrpo.attention.use_shared_prefix(model) first (dense log-probs are dense_logprobs)"
         )
-    if entropy and impl != "torch":
-        raise ValueError(f"entropy is computed by impl='torch' only, got impl={impl!r}")
     results: list[Tensor] = []
 
     def streamed_head(hidden_1ND: Tensor) -> Tensor:
         hidden_MD = hidden_1ND[0].index_select(0, pack.source_row_M)
-        options = {"temperature": temperature, "allowed_V": allowed_V}
+        options = {"temperature": temperature, "allowed_V": allowed_V, "impl": impl}
         if entropy:
             results.extend(token_logprobs_and_entropy(hidden_MD, head.weight, pack.target_ids_M, **options))
         else:
-            results.append(token_logprobs(hidden_MD, head.weight, pack.target_ids_M, impl=impl, **options))
+            results.append(token_logprobs(hidden_MD, head.weight, pack.target_ids_M, **options))
         return results[0]
 
     head = _plain_head(model)

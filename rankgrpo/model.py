@@ -27,8 +27,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from rankgrpo.checkpoint import atomic_folder
 from rankgrpo.data import Dataset
+from rankgrpo.files import atomic_folder
 from rankgrpo.smollm2 import PACKAGE, convert_smollm2
 from rankgrpo.tiny import TinyConfig, corpus_lines, make_tiny, title_line
 
@@ -166,7 +166,7 @@ def load_policy(
 def save_policy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | os.PathLike[str]) -> None:
     """Write config, safetensors weights (tied ones once) and tokenizer into `folder`, for `from_pretrained` to read.
 
-    Not atomic: wrap it in `checkpoint.atomic_folder` where a reader must never see half of it.
+    Not atomic: wrap it in `files.atomic_folder` where a reader must never see half of it.
     """
     folder = Path(folder)
     with _no_progress_bars():

@@ -15,7 +15,7 @@ class TrainingError(RuntimeError):
 
 
 def make_optimizer(
-    model: nn.Module, *, lr: float, betas: tuple[float, float], weight_decay: float
+    model: nn.Module, *, lr: float, betas: tuple[float, float], weight_decay: float, eps: float = 1e-8
 ) -> torch.optim.AdamW:
     """AdamW; weight decay on matrices only, never on norms and biases."""
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -23,7 +23,7 @@ def make_optimizer(
         {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
         {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
+    return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
 
 
 def learning_rate(

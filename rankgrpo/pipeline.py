@@ -19,13 +19,13 @@ from typing import Literal
 
 import torch
 
-from rankgrpo.checkpoint import write_atomic
 from rankgrpo.compare import evaluate_run, fit_teacher, load_config_dataset, results_table
 from rankgrpo.config import Config, ConfigError, changed_keys, load_config, to_toml, with_steps
 from rankgrpo.data import Dataset, Sample, read_samples, write_samples
 from rankgrpo.distill.augment import short_demonstrations
 from rankgrpo.distill.teacher import make_demonstrations
 from rankgrpo.distributed import Parallel, start_parallel, wait_for_all
+from rankgrpo.files import write_lines
 from rankgrpo.model import make_init
 from rankgrpo.report import build_report
 from rankgrpo.sft import train_sft
@@ -61,11 +61,12 @@ def run_pipeline(config: Config, run_dir: Path, *, until: Until = "report", rl_s
     if until == "sft":
         return
     train(config, dataset, rl_start, run_dir / "rl", parallel)
-    if until == "rl" or not parallel.is_main:
+    if until == "rl":
         return
     evaluate_run(config, dataset, run_dir, rl_start, parallel)
-    print(results_table(run_dir, config.eval.split))
-    print(f"\nreport: {build_report(run_dir)}")
+    if parallel.is_main:
+        print(results_table(run_dir, config.eval.split))
+        print(f"\nreport: {build_report(run_dir)}")
 
 
 def say(parallel: Parallel, text: str) -> None:
@@ -92,9 +93,9 @@ def check_resumable(config: Config, run_dir: Path) -> None:
 def open_run(config: Config, run_dir: Path) -> None:
     """Write config.toml and meta.json, unless the run there was started with another configuration."""
     check_resumable(config, run_dir)
-    write_atomic(run_dir / "config.toml", to_toml(config))
+    write_lines(run_dir / "config.toml", to_toml(config).splitlines())
     if not (run_dir / "meta.json").exists():
-        write_atomic(run_dir / "meta.json", json.dumps(describe_machine(), indent=2))
+        write_lines(run_dir / "meta.json", [json.dumps(describe_machine(), indent=2)])
 
 
 def describe_machine() -> dict:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rankgrpo.attention import use_shared_prefix
 from rankgrpo.config import ModelConfig
-from rankgrpo.data import Sample, encode_prompt
-from rankgrpo.logprob import pack_logprobs
+from rankgrpo.logprob import Impl, pack_logprobs
 from rankgrpo.model import load_policy, valid_token_mask
 from rankgrpo.packing import Group, Pack, build_pack
 from rankgrpo.sampler.hf import HFSampler
@@ -27,6 +26,8 @@ class Policy:
     """(V,) bool: ids the tokenizer knows. The others are masked in sampling and in training alike."""
     autocast: bool
     """bfloat16 matrix products; parameters stay float32."""
+    impl: Impl = "torch"
+    """Of the head and the loss."""
 
     @property
     def device(self) -> torch.device:
@@ -36,7 +37,7 @@ class Policy:
         """Pack whole groups and return the pack with the completions' token log-probabilities, (B, T) float32."""
         pack = build_pack(groups, self.device)
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.autocast):
-            logp_BT = pack_logprobs(self.model, pack, temperature=temperature, allowed_V=self.allowed_V)
+            logp_BT = pack_logprobs(self.model, pack, temperature=temperature, impl=self.impl, allowed_V=self.allowed_V)
         return pack, logp_BT
 
     def sampler(self, rows: int = 256) -> HFSampler:
@@ -59,10 +60,13 @@ def open_policy(source: str | Path, config: ModelConfig, device: torch.device, *
     model.requires_grad_(trainable)
     model.train(trainable)
     allowed_V = valid_token_mask(model, tokenizer).to(device)
-    return Policy(model, tokenizer, allowed_V, autocast=config.autocast == "bfloat16")
+    impl = choose_impl(config.kernels, device)
+    return Policy(model, tokenizer, allowed_V, autocast=config.autocast == "bfloat16", impl=impl)
 
 
-def encode_prompts(tokenizer, samples: list[Sample], max_tokens: int, *, quiet: bool = False) -> list[list[int]]:
-    """Token ids of every sample's prompt, the generation prompt included."""
-    bar = tqdm(samples, desc="tokenise prompts", unit="prompt", disable=quiet or len(samples) < 2000, leave=False)
-    return [encode_prompt(tokenizer, sample.conversation, max_tokens) for sample in bar]
+def choose_impl(kernels: str, device: torch.device) -> Impl:
+    """What model.kernels means on `device`."""
+    if kernels == "auto":
+        installed = all(importlib.util.find_spec(name) for name in ("triton", "rankgrpo_kernels"))
+        return "triton" if device.type == "cuda" and installed else "torch"
+    return kernels

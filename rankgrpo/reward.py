@@ -100,6 +100,33 @@ def list_return(relevance_BK: Tensor) -> Tensor:
     return rank_returns(relevance_BK, kind="log")[:, 0]
 
 
+def unlikeliness_reward(reward_PGK: Tensor, logp_PGK: Tensor, coef: float, *, among_hits: bool) -> Tensor:
+    """Rewards cut the more, the likelier the policy found what earned them (arXiv 2506.02355), (P, G, K).
+
+    r'_i = r_i (1 - coef (n - place_i) / n), place 0 the likeliest of the n that are compared: all G lists of the group,
+    as published, or with among_hits only those that earned something at that rank. Equal log-probs share their places.
+
+    Args:
+      reward_PGK: returns of the ranks, or K = 1 for whole lists. 0 stays 0.
+      logp_PGK: mean token log-prob under the policy that sampled, of the rank's item or of the whole list.
+      coef: 0 changes nothing; the paper has 0.25.
+
+    Raises ValueError for different shapes and for coef outside [0, 1).
+    """
+    if reward_PGK.shape != logp_PGK.shape or reward_PGK.ndim != 3:
+        shapes = f"{tuple(reward_PGK.shape)} and {tuple(logp_PGK.shape)}"
+        raise ValueError(f"reward_PGK and logp_PGK must both be (P, G, K), got {shapes}")
+    if not 0 <= coef < 1:
+        raise ValueError(f"coef must be in [0, 1), got {coef}")
+    compared_PGK = reward_PGK != 0 if among_hits else torch.ones_like(reward_PGK, dtype=torch.bool)
+    own_PG1K, other_P1GK = logp_PGK[:, :, None], logp_PGK[:, None]
+    ahead_PGGK = (other_P1GK > own_PG1K).double() + 0.5 * (other_P1GK == own_PG1K).double()
+    place_PGK = (ahead_PGGK * compared_PGK[:, None]).sum(2) - 0.5  # every value equals itself once
+    num_P1K = compared_PGK.sum(1, keepdim=True).clamp(min=1)
+    factor_PGK = 1 - coef * (num_P1K - place_PGK) / num_P1K
+    return torch.where(reward_PGK != 0, reward_PGK * factor_PGK.to(reward_PGK.dtype), reward_PGK)
+
+
 def dcg_discounts(num_ranks: int) -> Tensor:
     """1 / log2(k + 1) for k = 1..K, float64 (K,)."""
     return 1.0 / torch.arange(2, num_ranks + 2, dtype=torch.float64).log2()

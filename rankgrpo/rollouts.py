@@ -7,14 +7,16 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from rankgrpo.advantage import group_advantage
 from rankgrpo.catalog import Catalog
 from rankgrpo.config import RlConfig
 from rankgrpo.data import Sample
 from rankgrpo.distributed import Means
-from rankgrpo.parse import ListedItem, parse_list
-from rankgrpo.reward import list_return, rank_returns, relevance
+from rankgrpo.loss import rank_log_ratio
+from rankgrpo.parse import ListedItem, RankSegmenter, parse_list
+from rankgrpo.reward import list_return, rank_returns, relevance, unlikeliness_reward
 from rankgrpo.sampler.base import Rollout
 
 
@@ -31,9 +33,18 @@ class ScoredGroups:
 
 
 def score_groups(
-    groups: list[list[Rollout]], examples: list[Sample], catalog: Catalog, rl: RlConfig, num_ranks: int, means: Means
+    groups: list[list[Rollout]],
+    examples: list[Sample],
+    catalog: Catalog,
+    rl: RlConfig,
+    num_ranks: int,
+    means: Means,
+    segmenter: RankSegmenter | None = None,
 ) -> ScoredGroups:
-    """Score sampled groups against their examples' ground truth; adds reward/* and list/* to `means`."""
+    """Score sampled groups against their examples' ground truth; adds reward/* and list/* to `means`.
+
+    segmenter: finds the tokens of a rank, needed for rl.unlikeliness only.
+    """
     relevance_rows, repeat_rows, has_penalty = [], [], []
     for rollouts, example in zip(groups, examples, strict=True):
         penalised = False
@@ -60,6 +71,11 @@ def score_groups(
     gamma = rl.gamma if rl.returns == "exp" else None
     reward_PGK = rank_returns(relevance_BK, kind=rl.returns, gamma=gamma).view(P, G, num_ranks)
     scored_PGU = reward_PGK if rl.unit == "rank" else list_return(relevance_BK).view(P, G, 1)
+    if rl.unlikeliness:
+        flat = [rollout for rollouts in groups for rollout in rollouts]
+        logp_BU = mean_logp(flat, segmenter, num_ranks) if rl.unit == "rank" else mean_logp(flat, None, 1)
+        among_hits = rl.unit == "rank"
+        scored_PGU = unlikeliness_reward(scored_PGU, logp_BU.view(P, G, -1), rl.unlikeliness, among_hits=among_hits)
     advantage_PGU = group_advantage(scored_PGU, scale_by_std=rl.scale_by_std)
     if rl.repeat_penalty:
         # After normalisation, like the other penalties: before it, a repeat would weigh as much as a hit wherever no
@@ -70,6 +86,18 @@ def score_groups(
     # Penalties belong to ranks: with another unit they do not apply.
     carries = [a or (p and rl.unit == "rank") for a, p in zip(has_advantage, has_penalty, strict=True)]
     return ScoredGroups(reward_PGK, advantage_PGU, carries)
+
+
+def mean_logp(rollouts: list[Rollout], segmenter: RankSegmenter | None, num_ranks: int) -> Tensor:
+    """(B, K) mean log-prob of the tokens of every rank under the sampler; without a segmenter (B, 1), of the list."""
+    ids_BT, logp_BT = (
+        pad_sequence([torch.tensor(values) for values in rows], batch_first=True)
+        for rows in ([rollout.token_ids for rollout in rollouts], [rollout.logp for rollout in rollouts])
+    )
+    length_B1 = torch.tensor([[len(rollout.token_ids)] for rollout in rollouts])
+    mask_BT = torch.arange(ids_BT.shape[1]) < length_B1
+    rank_BT = torch.where(mask_BT, 0, -1) if segmenter is None else segmenter(ids_BT, mask_BT)
+    return rank_log_ratio(logp_BT, torch.zeros_like(logp_BT), rank_BT, num_ranks)
 
 
 def repeats(items: list[ListedItem], catalog: Catalog, num_ranks: int) -> Tensor:

@@ -7,14 +7,16 @@ from pathlib import Path
 
 import torch
 
-from rankgrpo.checkpoint import atomic_folder, latest_checkpoint, load_checkpoint, save_checkpoint
+from rankgrpo.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from rankgrpo.config import Config
 from rankgrpo.data import BatchOrder, Dataset, Sample
 from rankgrpo.distributed import Means, Parallel, sum_gradients, wait_for_all
+from rankgrpo.files import atomic_folder
 from rankgrpo.model import save_policy
 from rankgrpo.optim import check_finite, learning_rate, make_optimizer, optimizer_step
 from rankgrpo.packing import Group, plan_micro_batches
-from rankgrpo.policy import Policy, encode_prompts, open_policy
+from rankgrpo.policy import Policy, open_policy
+from rankgrpo.prompt import encode_prompts
 from rankgrpo.tracker import MetricsLog
 from rankgrpo.validate import validate
 

@@ -16,16 +16,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rankgrpo.checkpoint import atomic_folder, latest_checkpoint, load_checkpoint, point_link, save_checkpoint
-from rankgrpo.config import Config
+from rankgrpo.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from rankgrpo.config import Config, RlConfig
 from rankgrpo.data import BatchOrder, Dataset
 from rankgrpo.distributed import Means, Parallel, sum_gradients, wait_for_all
+from rankgrpo.files import atomic_folder, point_link
 from rankgrpo.loss import rank_grpo_loss
 from rankgrpo.model import save_policy
 from rankgrpo.optim import check_finite, learning_rate, make_optimizer, optimizer_step
 from rankgrpo.packing import Group, Pack, plan_micro_batches
 from rankgrpo.parse import RankSegmenter
-from rankgrpo.policy import Policy, encode_prompts, open_policy
+from rankgrpo.policy import Policy, open_policy
+from rankgrpo.prompt import encode_prompts
 from rankgrpo.rollouts import score_groups
 from rankgrpo.sampler.base import prompt_seed
 from rankgrpo.tracker import MetricsLog
@@ -98,6 +100,7 @@ class Updater:
             reduction=rl.reduction,
             denominator=denominator,
             weight_BK=units.weight_BU,
+            impl=self.policy.impl,
         )
         loss.backward()
         if micro_batch.old_logp_BT is None and rl.updates_per_batch > 1:
@@ -121,6 +124,7 @@ class Updater:
             overflow_penalty=self.rl.overflow_penalty,
             early_eos_penalty=self.rl.early_eos_penalty,
             full_list_bonus=self.rl.full_list_bonus,
+            mean_by_list=self.rl.token_mean == "list",
         )
 
 
@@ -146,7 +150,7 @@ def train(config: Config, dataset: Dataset, start: str | Path, out: Path, parall
     rl, num_ranks = config.rl, config.data.num_ranks
     policy = open_policy(start, config.model, parallel.device)
     ref = open_policy(start, config.model, parallel.device, trainable=False) if rl.kl_coef > 0 else None
-    optimizer = make_optimizer(policy.model, lr=rl.lr, betas=rl.betas, weight_decay=rl.weight_decay)
+    optimizer = make_optimizer(policy.model, lr=rl.lr, betas=rl.betas, weight_decay=rl.weight_decay, eps=rl.adam_eps)
     sampler = policy.sampler(rows=rl.sampler_rows)
     updater = Updater(policy, ref, optimizer, config, parallel)
     order = BatchOrder(len(dataset.train), rl.prompts_per_step, config.seed, parallel.dp_rank, parallel.dp_world)
@@ -192,7 +196,7 @@ def train(config: Config, dataset: Dataset, start: str | Path, out: Path, parall
         )
         sampled = time.perf_counter()
 
-        scored = score_groups(rollouts, examples, dataset.catalog, rl, num_ranks, means)
+        scored = score_groups(rollouts, examples, dataset.catalog, rl, num_ranks, means, updater.segmenter)
         # Without a KL term a group whose lists all earned the same moves nothing: leave it out, keep it in the count.
         chosen = [p for p in range(len(indices)) if scored.carries_gradient[p] or rl.kl_coef > 0]
         groups = [Group(prompts[indices[p]], [rollout.token_ids for rollout in rollouts[p]]) for p in chosen]
@@ -205,10 +209,7 @@ def train(config: Config, dataset: Dataset, start: str | Path, out: Path, parall
             for micro in plan_micro_batches(groups, rl.token_budget)
         ]
         num_tokens = sum(len(rollout.token_ids) for group in rollouts for rollout in group)
-        units_per_list = num_ranks if rl.unit == "rank" else 1
-        denominator = rl.prompts_per_step * rl.group_size * units_per_list
-        if rl.reduction == "token":
-            (denominator,) = parallel.sum([num_tokens])
+        denominator = step_denominator(rl, num_ranks, num_tokens, parallel)
         scored_at = time.perf_counter()
 
         for update in range(rl.updates_per_batch):
@@ -247,6 +248,16 @@ def train(config: Config, dataset: Dataset, start: str | Path, out: Path, parall
             save_policy(policy.model, policy.tokenizer, temporary)
     wait_for_all(parallel)
     return out / "best"
+
+
+def step_denominator(rl: RlConfig, num_ranks: int, num_tokens: int, parallel: Parallel) -> float:
+    """What the losses of a whole step are divided by; num_tokens counts this process's sampled tokens."""
+    num_lists = rl.prompts_per_step * rl.group_size
+    if rl.reduction == "token" or rl.token_mean == "batch":
+        return parallel.sum([num_tokens])[0]
+    if rl.token_mean == "max":
+        return num_lists * rl.max_new_tokens
+    return num_lists * (num_ranks if rl.unit == "rank" else 1)
 
 
 def keep_best(policy: Policy, out: Path, finished: int) -> None:

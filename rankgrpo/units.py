@@ -40,9 +40,10 @@ class Units:
     advantage_BU: Tensor
     """A unit that the list does not have keeps its advantage if it is a rank, and has 0 if it is not."""
     weight_BU: Tensor
-    """1; for unit="token" 1/|y|, |y| the tokens of the list."""
-    denominator: int
-    """This call's share, for reduction="rank": B*K for ranks, whatever the penalties, else B. Sum it over the step."""
+    """1; for unit="token" with mean_by_list 1/|y|, |y| the tokens of the list."""
+    denominator: int | Tensor
+    """This call's share, for reduction="rank": B*K for ranks, whatever the penalties; for tokens without mean_by_list
+    their number (0-dim tensor); else B. Sum it over the step."""
 
 
 def make_units(
@@ -56,6 +57,7 @@ def make_units(
     early_eos_penalty: float = -0.1,
     full_list_bonus: float = 0.0,
     unit_cap: int | None = None,
+    mean_by_list: bool = True,
 ) -> Units:
     """Assign tokens, advantages and weights to units.
 
@@ -73,6 +75,9 @@ def make_units(
     Args:
       rank_BT: integer rank of every token, -1 outside the list, unbounded above (`RankSegmenter`). EOS has a rank.
       eos_BT: bool, True at end-of-sequence tokens.
+      mean_by_list: for unit="token", True weighs a token 1/|y| (GRPO, Eq. 3: lists count the same); False weighs it 1,
+        for a mean over the tokens of the batch (DAPO, arXiv 2503.14476) or, with B * max_new_tokens as denominator, a
+        sum whose scale no length changes (Dr. GRPO, arXiv 2503.20783).
       unit_cap: bound on the units beyond K in a list; items past it share the last one. None counts what is there,
         which waits for the device once.
 
@@ -85,7 +90,7 @@ def make_units(
         return Units(torch.where(listed_BT, 0, -1), advantage_BK, torch.ones_like(advantage_BK), num_lists)
     if unit == "token" and advantage_BK.shape[1] == 1:
         advantage_BU = advantage_BK.expand(num_lists, num_tokens)
-        return _token_units(listed_BT, advantage_BU)
+        return _token_units(listed_BT, advantage_BU, mean_by_list)
 
     eos_BT = eos_BT & listed_BT
     num_items_B = _count_items(rank_BT, eos_BT)
@@ -104,7 +109,7 @@ def make_units(
     extra_BE[:, 0] += early_B.to(dtype) * early_eos_penalty + full_B.to(dtype) * full_list_bonus
     advantage_BU = torch.cat([advantage_BK, extra_BE], dim=1)
     if unit == "token":
-        return _token_units(listed_BT, advantage_BU.gather(1, unit_BT.clamp(min=0)))
+        return _token_units(listed_BT, advantage_BU.gather(1, unit_BT.clamp(min=0)), mean_by_list)
     return Units(unit_BT, advantage_BU, torch.ones_like(advantage_BU), num_lists * num_ranks)
 
 
@@ -117,14 +122,17 @@ def _count_items(rank_BT: Tensor, eos_BT: Tensor) -> Tensor:
     return torch.where(has_text_B, rank_BT.amax(1) + 1, 0)
 
 
-def _token_units(listed_BT: Tensor, advantage_BT: Tensor) -> Units:
+def _token_units(listed_BT: Tensor, advantage_BT: Tensor, mean_by_list: bool) -> Units:
     """Unit t is token t. Tokens outside the list are no unit, so their advantage is 0."""
     num_lists, num_tokens = listed_BT.shape
     position_T = torch.arange(num_tokens, device=listed_BT.device)
     advantage_BT = torch.where(listed_BT, advantage_BT, 0.0)
+    unit_BT = torch.where(listed_BT, position_T, -1)
+    if not mean_by_list:
+        return Units(unit_BT, advantage_BT, torch.ones_like(advantage_BT), listed_BT.sum())
     length_B1 = listed_BT.sum(1, keepdim=True).clamp(min=1)
     weight_BT = (1.0 / length_B1.to(advantage_BT.dtype)).expand(num_lists, num_tokens)
-    return Units(torch.where(listed_BT, position_T, -1), advantage_BT, weight_BT, num_lists)
+    return Units(unit_BT, advantage_BT, weight_BT, num_lists)
 
 
 def _check(

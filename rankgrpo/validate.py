@@ -11,7 +11,8 @@ from rankgrpo.config import Config
 from rankgrpo.data import Sample
 from rankgrpo.distributed import Means, Parallel
 from rankgrpo.evaluate import score_completions
-from rankgrpo.policy import Policy, encode_prompts
+from rankgrpo.policy import Policy
+from rankgrpo.prompt import encode_prompts
 from rankgrpo.sampler.base import prompt_seed
 
 

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rankgrpo.catalog import Catalog, DataError, Item, normalise_title, read_catalog, write_lines
+from rankgrpo.catalog import Catalog, DataError, Item, normalise_title, read_catalog
 
 THING = [Item("The Thing", 1951), Item("The Thing", 1982), Item("The Thing", 2011), Item("Heat", 1995)]
 
@@ -255,16 +255,3 @@ def test_missing_and_empty_files_say_what_is_needed(tmp_path):
         Catalog.from_file(write(tmp_path / "catalog.jsonl", "", ""))
     with pytest.raises(DataError, match="the catalog is empty"):
         Catalog.from_file(write(tmp_path / "catalog.csv", "title,year"))
-
-
-def test_a_write_that_fails_leaves_the_old_file(tmp_path):
-    path = write(tmp_path / "rows.jsonl", "old")
-
-    def lines():
-        yield "new"
-        raise OSError("No space left on device")
-
-    with pytest.raises(OSError, match="No space"):
-        write_lines(path, lines())
-    assert path.read_text() == "old\n"
-    assert [p.name for p in tmp_path.iterdir()] == ["rows.jsonl"]

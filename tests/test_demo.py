@@ -14,6 +14,8 @@ import pytest
 from rankgrpo import demo
 from rankgrpo.catalog import Catalog
 from rankgrpo.data import SPLITS, load_dataset
+from rankgrpo.demo import words
+from rankgrpo.demo.world import CATALOG_PATH
 from rankgrpo.parse import parse_list
 
 NUM_RANKS = 20
@@ -47,7 +49,7 @@ def names(text, title):
 
 
 def test_rows_are_complete_and_well_typed():
-    rows = [json.loads(line) for line in demo.CATALOG_PATH.read_text(encoding="utf-8").splitlines()]
+    rows = [json.loads(line) for line in CATALOG_PATH.read_text(encoding="utf-8").splitlines()]
     assert 500 <= len(rows) <= 600
     for row in rows:
         assert list(row) == ["title", "year", "director", "genres", "keywords", "fame"], row
@@ -64,11 +66,11 @@ def test_vocabularies_are_shared():
     films = demo.demo_films()
     genres = Counter(genre for film in films for genre in film.genres)
     keywords = Counter(keyword for film in films for keyword in film.keywords)
-    assert set(genres) == set(demo.GENRE_NOUNS) and min(genres.values()) >= 15
+    assert set(genres) == set(words.GENRE_NOUNS) and min(genres.values()) >= 15
     assert min(keywords.values()) >= 3
-    spoken = demo.MOODS.keys() | demo.TAILS.keys()
+    spoken = words.MOODS.keys() | words.TAILS.keys()
     assert not spoken - keywords.keys(), "phrases for keywords that no film has"
-    assert not demo.MOODS.keys() & demo.TAILS.keys()
+    assert not words.MOODS.keys() & words.TAILS.keys()
 
 
 @pytest.mark.parametrize(
@@ -206,9 +208,9 @@ def test_text_does_not_name_the_ground_truth(samples):
 
 def test_words_of_the_grammar_are_no_titles():
     titles = {film.title for film in demo.demo_films()}
-    phrases = [template for templates in demo.TEMPLATES.values() for template in templates]
-    phrases += [*demo.MOODS.values(), *demo.TAILS.values(), *demo.DECADES.values()]
-    phrases += [noun for nouns in demo.GENRE_NOUNS.values() for noun in nouns]
+    phrases = [template for templates in words.TEMPLATES.values() for template in templates]
+    phrases += [*words.MOODS.values(), *words.TAILS.values(), *words.DECADES.values()]
+    phrases += [noun for nouns in words.GENRE_NOUNS.values() for noun in nouns]
     assert not [(title, phrase) for title in titles for phrase in phrases if names(phrase, title)]
 
 
@@ -217,9 +219,9 @@ def test_messages_vary(samples):
     assert len(set(user)) / len(user) > 0.93
     assert len({sample.conversation for sample in samples}) == len(samples)
     whole = "\n".join(map(text_of, samples))
-    fixed = [t for kind in ("greeting", "situation", "ask", "accept", "closer") for t in demo.TEMPLATES[kind]]
+    fixed = [t for kind in ("greeting", "situation", "ask", "accept", "closer") for t in words.TEMPLATES[kind]]
     assert all(template in whole for template in fixed)
-    assert sum(map(len, demo.TEMPLATES.values())) > 100
+    assert sum(map(len, words.TEMPLATES.values())) > 100
 
 
 def test_popularity_counts_the_training_ground_truth(dataset):
@@ -282,9 +284,9 @@ def test_wishes_in_words_foretell_the_ground_truth(samples):
         entries = [entry for sample in group for entry in sample.groundtruth]
         return np.mean([genre in genres_of[entry] for entry in entries])
 
-    dislikes = "|".join(re.escape(t) for kind in ("dislike", "reject") for t in demo.TEMPLATES[kind])
+    dislikes = "|".join(re.escape(t) for kind in ("dislike", "reject") for t in words.TEMPLATES[kind])
     for genre in ("Horror", "Comedy", "Animation", "Science Fiction"):
-        one, several, _ = demo.GENRE_NOUNS[genre]
+        one, several, _ = words.GENRE_NOUNS[genre]
         rules_out = re.compile(dislikes.replace(r"\{dislike\}", several))
         asking = [sample for sample in samples if re.search(rf"\b{one}\b", text_of(sample))]
         refusing = [sample for sample in samples if rules_out.search(text_of(sample))]
@@ -323,7 +325,7 @@ def test_files_hold_the_same_data(tmp_path):
 
 
 def test_catalog_file_is_a_catalog():
-    titles = [(item.title, item.year) for item in Catalog.from_file(demo.CATALOG_PATH)]
+    titles = [(item.title, item.year) for item in Catalog.from_file(CATALOG_PATH)]
     assert titles == [(item.title, item.year) for item in demo.demo_catalog()]
 
 

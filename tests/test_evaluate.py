@@ -8,7 +8,6 @@ from rankgrpo.catalog import Catalog, Item
 from rankgrpo.data import Sample, Turn
 from rankgrpo.evaluate import (
     compare,
-    evaluate_model,
     format_table,
     read_evaluation,
     read_lists,
@@ -158,44 +157,11 @@ def test_no_samples_make_an_empty_evaluation():
         (lambda: score_completions([sample("", name="x")], [""], CATALOG), "sample 'x' has no ground truth"),
         (lambda: score_items([sample("A")], [[0, 26]], CATALOG), "26 is no catalog index; they go from 0 to 25"),
         (lambda: score_items([sample("A")], [[-1]], CATALOG), "-1 is no catalog index"),
-        (lambda: evaluate_model(lambda p: p, len, [], CATALOG, batch_size=0), "batch_size must be >= 1, got 0"),
     ],
 )
 def test_wrong_arguments(call, message):
     with pytest.raises(ValueError, match=message):
         call()
-
-
-# ---------------------------------------------------------------------------------------------------- models
-
-
-def talk(length: int, name: str, groundtruth: str) -> Sample:
-    truth = tuple((letter, 2000 + ord(letter) - ord("A")) for letter in groundtruth)
-    return Sample(name, (Turn("user", "x" * length),), (), truth)
-
-
-def test_a_model_answers_long_prompts_first_and_keeps_the_order():
-    samples = [talk(1, "short", "A"), talk(9, "long", "B"), talk(5, "middle", "C")]
-    answer_of = {1: "A", 9: "B", 5: "X"}
-    calls, progress = [], []
-
-    def generate(prompts):
-        calls.append([len(prompt) for prompt in prompts])
-        return [line(answer_of[len(prompt)]) for prompt in prompts]
-
-    def encode(conversation):
-        return [7] * len(conversation[0].content)
-
-    evaluation = evaluate_model(generate, encode, samples, CATALOG, batch_size=2, on_progress=progress.append)
-    assert calls == [[9, 5], [1]]
-    assert progress == [2, 1]
-    assert evaluation.sample_ids == ("short", "long", "middle")
-    assert evaluation.metrics["recall@5"].tolist() == [1, 1, 0]
-
-
-def test_a_model_that_loses_answers_is_an_error():
-    with pytest.raises(ValueError, match="1 completions for 2 prompts"):
-        evaluate_model(lambda prompts: [""], lambda c: [1], [talk(1, "a", "A"), talk(1, "b", "B")], CATALOG)
 
 
 # ---------------------------------------------------------------------------------------------------- summaries, files

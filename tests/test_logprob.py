@@ -377,13 +377,6 @@ def test_the_head_is_whole_again_after_an_error():
     assert model.lm_head(torch.zeros(1, 48)).shape == (1, 61)
 
 
-def test_entropy_needs_the_torch_head():
-    model = make_model("llama")
-    use_shared_prefix(model)
-    with pytest.raises(ValueError, match="impl='torch' only"):
-        pack_logprobs(model, build_pack(GROUPS["uneven"]), entropy=True, impl="triton")
-
-
 @pytest.fixture
 def one_process():
     """A process group of this process alone, for sharding."""

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rankgrpo import smollm2
 from rankgrpo.catalog import Catalog, Item
-from rankgrpo.data import Dataset, Sample, Turn, encode_prompt, format_prompt
+from rankgrpo.data import Dataset, Sample, Turn
 from rankgrpo.model import (
     PRESETS,
     ModelError,
@@ -27,6 +27,7 @@ from rankgrpo.model import (
     valid_token_mask,
 )
 from rankgrpo.parse import RankSegmenter, parse_list
+from rankgrpo.prompt import encode_prompt, format_prompt
 from rankgrpo.tiny import TinyConfig, corpus_lines, init_model, split_phrases, train_tokenizer
 
 POPULAR = [("Black Panther", 2018), ("It", 2017), ("Amélie", 2001), ("The Lord of the Rings: The Two Towers", 2002)]

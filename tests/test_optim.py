@@ -38,6 +38,17 @@ def test_decay_is_for_matrices_only():
     }
 
 
+def test_a_large_eps_holds_weights_of_small_gradient():
+    layer = nn.Linear(2, 1, bias=False)
+    optimizer = make_optimizer(layer, lr=0.1, betas=(0.9, 0.99), weight_decay=0.0, eps=1e-2)
+    before = layer.weight.detach().clone()
+    layer.weight.grad = torch.tensor([[0.5, 1e-4]])
+    optimizer_step(optimizer, layer.parameters(), lr=0.1, grad_clip=1.0, where="x")
+    # The first Adam step is lr * g / (|g| + eps); with eps = 1e-8 both weights would move by lr.
+    moved = torch.tensor([[0.1 * 0.5 / 0.51, 0.1 * 1e-4 / 1.01e-2]])
+    torch.testing.assert_close(layer.weight.detach(), before - moved)
+
+
 def test_clipping_uses_the_global_norm():
     layer = nn.Linear(1, 2, bias=False)
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.0)

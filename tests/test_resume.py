@@ -11,20 +11,21 @@ from pathlib import Path
 import pytest
 from tiny_world import WORDS
 
-from rankgrpo.checkpoint import TEMPORARY, list_checkpoints
+from rankgrpo.checkpoint import list_checkpoints
+from rankgrpo.files import TEMPORARY
 
 TESTS = Path(__file__).parent
 
 # The process under test. Slow syncs hold every save open long enough to be killed in the middle of it.
 PROGRAM = """
 import sys, time
-import rankgrpo.checkpoint as checkpoint
+import rankgrpo.files as files
 from rankgrpo.cli import main
-sync, delay = checkpoint._sync, float(sys.argv.pop(1))
+sync, delay = files.sync, float(sys.argv.pop(1))
 def slow_sync(path):
     time.sleep(delay)
     sync(path)
-checkpoint._sync = slow_sync
+files.sync = slow_sync
 main()
 """
 
@@ -99,6 +100,7 @@ def test_kill_at_any_moment_changes_nothing(uninterrupted, tmp_path):
         assert rows(run, phase) == rows(uninterrupted, phase)
     table = (uninterrupted / "eval" / "test" / "rank-grpo.json").read_text()
     assert (run / "eval" / "test" / "rank-grpo.json").read_text() == table
+    assert "Rank-GRPO over SFT, NDCG@5: " in output and "paired bootstrap" in output
     assert "report.html" in output and (run / "report.html").is_file()
     assert not list(run.rglob(f"{TEMPORARY}*"))
 
@@ -129,3 +131,11 @@ def test_two_processes_train_as_one(uninterrupted, tmp_path):
     # Rounding differs, and Adam turns the rounding of a gradient near 0 into a step: later samples may part.
     for two, one in zip(rows(run, "rl")[:3], rows(uninterrupted, "rl")[:3], strict=True):
         assert two == pytest.approx(one, rel=5e-3, abs=1e-5), one["step"]
+    # The untrained model is the same in both runs, so is what its lists score, whoever wrote which of them.
+    assert evaluated(run, "before") == evaluated(uninterrupted, "before")
+    assert [name for name, _ in evaluated(run, "rank-grpo")] == [name for name, _ in evaluated(run, "before")]
+
+
+def evaluated(run: Path, model: str) -> list[tuple[str, str]]:
+    lines = (run / "eval" / "test" / f"{model}.lists.jsonl").read_text().splitlines()
+    return [(row["id"], row["completion"]) for row in map(json.loads, lines)]

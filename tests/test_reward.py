@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from rankgrpo.catalog import Catalog, Item
-from rankgrpo.reward import dcg_discounts, list_return, rank_returns, relevance
+from rankgrpo.reward import dcg_discounts, list_return, rank_returns, relevance, unlikeliness_reward
 
 # Shape letters: B lists, K ranks.
 
@@ -186,3 +186,33 @@ def test_discounts():
 def test_returns_name_mistakes(relevance_BK, options, message):
     with pytest.raises(ValueError, match=message):
         rank_returns(relevance_BK, **options)
+
+
+def test_unlikeliness_by_hand():
+    # One prompt, four lists, two ranks. Rank 0: lists 0, 1 and 3 hit, list 1 the likeliest, list 3 the least likely.
+    reward = torch.tensor([[[1.0, 0], [1, 0], [0, 2], [1, 0]]])
+    logp = torch.tensor([[[-2.0, -1], [-1, -1], [-9, -1], [-3, -1]]])
+    by_rank = unlikeliness_reward(reward, logp, 0.3, among_hits=True)
+    torch.testing.assert_close(by_rank[0, :, 0], torch.tensor([1 - 0.3 * 2 / 3, 1 - 0.3, 0, 1 - 0.3 / 3]))
+    assert by_rank[0, :, 1].tolist() == pytest.approx([0, 0, 2 * 0.7, 0])  # alone, so the likeliest of one
+    by_group = unlikeliness_reward(reward, logp, 0.3, among_hits=False)
+    torch.testing.assert_close(by_group[0, :, 0], torch.tensor([1 - 0.3 * 3 / 4, 1 - 0.3, 0, 1 - 0.3 * 2 / 4]))
+    assert by_group[0, 2, 1].item() == pytest.approx(2 * (1 - 0.3 * 2.5 / 4))  # four equal ones share places 0 to 3
+
+
+def test_unlikeliness_zero_changes_nothing_and_order_does_not_matter():
+    random = torch.Generator().manual_seed(0)
+    reward = (torch.rand(3, 8, 5, generator=random) < 0.4).double()
+    logp = torch.randn(3, 8, 5, generator=random).round(decimals=1).double()  # with ties
+    assert torch.equal(unlikeliness_reward(reward, logp, 0.0, among_hits=True), reward)
+    order = torch.randperm(8, generator=random)
+    for among_hits in (True, False):
+        whole = unlikeliness_reward(reward, logp, 0.25, among_hits=among_hits)
+        torch.testing.assert_close(
+            unlikeliness_reward(reward[:, order], logp[:, order], 0.25, among_hits=among_hits), whole[:, order]
+        )
+        assert ((whole > 0) == (reward > 0)).all() and (whole <= reward).all()
+    with pytest.raises(ValueError, match=r"coef must be in \[0, 1\), got 1"):
+        unlikeliness_reward(reward, logp, 1.0, among_hits=True)
+    with pytest.raises(ValueError, match="both be"):
+        unlikeliness_reward(reward, logp[:2], 0.5, among_hits=True)

@@ -84,3 +84,22 @@ def test_what_a_list_is_made_of():
 )
 def test_which_groups_carry_a_gradient(texts, settings, carries):
     assert score(*texts, **settings)[0].carries_gradient == [carries]
+
+
+class OneTokenALine:
+    """Stands for a segmenter of lists with one token a line."""
+
+    def __call__(self, ids_BT, mask_BT):
+        return torch.where(mask_BT, torch.arange(ids_BT.shape[1]), -1)
+
+
+def test_unlikely_hits_count_more_and_only_among_hits():
+    likely = Rollout([1, 2, 3], [-0.1, -0.2, -0.3], FULL, True)
+    unlikely = Rollout([1, 2, 3], [-0.1, -2.0, -0.3], FULL, True)
+    miss = Rollout([1, 2], [-0.1, -0.1], MISS, True)
+    group, rl = [likely, unlikely, miss], RlConfig(group_size=3, unlikeliness=0.5, scale_by_std=False)
+    scored = score_groups([group], [EXAMPLE], CATALOG, rl, 3, Means(), OneTokenALine())
+    # Rank 1: factors 1 - .5 (likeliest of two hits) and 1 - .5 / 2; rank 2: both equally likely, 1 - .5 * 1.5 / 2.
+    first, second, third = torch.tensor([0.5, 0.75, 0]), torch.tensor([0.625, 0.625, 0]), scored.advantage_PGU[0].T
+    torch.testing.assert_close(third, torch.stack([torch.zeros(3), first - first.mean(), second - second.mean()]))
+    assert scored.reward_PGK[0, 0].tolist() == [0, 1, 1]  # what is logged is what was earned

@@ -1,5 +1,7 @@
+import importlib.util
 import json
 import math
+import os
 import shutil
 
 import pytest
@@ -7,13 +9,15 @@ import torch
 from tiny_world import ALONE, taught_dataset, tiny_config, tiny_dataset, tiny_demonstrations
 from transformers import AutoModelForCausalLM
 
+from rankgrpo.distributed import Parallel
 from rankgrpo.model import make_init
 from rankgrpo.optim import TrainingError
+from rankgrpo.policy import choose_impl
 from rankgrpo.sampler.base import SamplingError
 from rankgrpo.sft import demonstration_groups, train_sft
 from rankgrpo.tiny import TinyConfig
 from rankgrpo.tracker import read_metrics
-from rankgrpo.train import train
+from rankgrpo.train import step_denominator, train
 
 
 @pytest.fixture(scope="module")
@@ -235,3 +239,34 @@ def test_ranks_of_the_tiny_tokenizer_are_the_parsers(warm):
         for rank, item in enumerate(parse_list(text)):
             of_rank = [i for i, r in zip(ids[0].tolist(), rank_T, strict=True) if r == rank]
             assert tokenizer.decode(of_rank, skip_special_tokens=True).strip() == text[slice(*item.chars)].strip()
+
+
+def test_training_with_the_kernels_is_training_without_them(warm, tmp_path):
+    pytest.importorskip("triton")
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("needs TRITON_INTERPRET=1 from the start; run `make test`")
+    rows = {}
+    for kernels in ("torch", "triton"):
+        words = (f"model.kernels={kernels}", "rl.num_steps=2", "rl.updates_per_batch=2", "rl.max_new_tokens=12")
+        rows[kernels] = without_times(run(warm, tmp_path / kernels, *words))
+    assert rows["triton"][1] != rows["torch"][1]  # it did run something else
+    for fused, plain in zip(rows["triton"][:2], rows["torch"][:2], strict=True):
+        assert fused == pytest.approx(plain, rel=1e-4, abs=1e-6)
+
+
+def test_kernels_are_chosen_by_the_device():
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert choose_impl("auto", cpu) == choose_impl("torch", gpu) == "torch"
+    assert choose_impl("triton", cpu) == "triton"
+    if importlib.util.find_spec("triton") is not None:
+        assert choose_impl("auto", gpu) == "triton"
+
+
+def test_denominators_of_the_methods():
+    def of(*words):
+        return step_denominator(tiny_config(*words).rl, 5, 70, Parallel(0, 1, torch.device("cpu")))
+
+    assert of() == 4 * 3 * 5  # prompts x lists x ranks
+    assert of("rl.unit=token") == of("rl.unit=list") == 12
+    assert of("rl.unit=token", "rl.token_mean=batch") == of("rl.reduction=token") == 70
+    assert of("rl.unit=token", "rl.token_mean=max") == 12 * 24

@@ -194,6 +194,16 @@ def test_token_units_are_grpo():
     assert units.denominator == 7
 
 
+def test_tokens_of_a_batch_can_count_the_same():
+    """DAPO: the mean over the tokens of all lists. A long list then weighs more than a short one."""
+    logp_BT, old_BT, _, advantage_BK = make_batch()
+    units = make_units(RANK_BT, eos_mask(), advantage_BK[:, :1], unit="token", num_ranks=K, mean_by_list=False)
+    tokens = [(b, t) for b, ranks in enumerate(RANK_BT.tolist()) for t, rank in enumerate(ranks) if rank >= 0]
+    terms = [clipped_term([(logp_BT - old_BT)[b, t].item()], advantage_BK[b, 0].item()) for b, t in tokens]
+    assert units.denominator == len(tokens) == 32
+    assert units_loss(logp_BT, old_BT, units).item() == pytest.approx(-sum(terms) / 32, rel=1e-12)
+
+
 def test_list_units_are_gspo():
     logp_BT, old_BT, _, advantage_BK = make_batch()
     units = make_units(RANK_BT, eos_mask(), advantage_BK[:, :1], unit="list", num_ranks=K)
