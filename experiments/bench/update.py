@@ -10,7 +10,8 @@ Providers, all on the same weights, rollouts and weighted-sum loss:
                 mask, full logits of the completion positions
   trl           GRPOTrainer.compute_loss and backward, rows padded to the longest of the batch as the trainer does it
   trl_trimmed   the same with rows of like length together, padded to the longest of the micro-batch, as it does not
-TRL's two are timed at every micro-batch size of --trl-rows; the table names the best. They need the extra [bench].
+TRL's two run once at every micro-batch size of --trl-rows, and the fastest size is measured (trl@2: two rows). They
+need the extra [bench].
 
 Providers take turns, so a machine that slows down slows all of them. Times are the best and the median of the trials,
 and the least processor time, which a busy machine distorts less; ratios are of the best. Memory is the peak of what
@@ -225,19 +226,20 @@ def zero_gradients(model) -> None:
         parameter.grad = torch.zeros_like(parameter)
 
 
-def check_agreement(providers: dict[str, Provider], tolerance: float) -> dict[str, float]:
-    """Relative gradient difference of every provider to the first; raises beyond the tolerance."""
+def check_agreement(providers: dict[str, Provider], tolerance: float) -> tuple[dict[str, float], dict[str, float]]:
+    """Relative gradient difference of every provider to the first, and seconds; raises beyond the tolerance."""
     errors: dict[str, float] = {}
+    wall: dict[str, float] = {}
     reference: Tensor | None = None
     for name, provider in providers.items():
         zero_gradients(provider.model)
-        provider.step()
+        wall[name], _ = seconds(provider.step, provider.model.device)
         gradient = torch.cat([parameter.grad.flatten().float() for parameter in provider.model.parameters()])
         reference = gradient if reference is None else reference
         errors[name] = float((gradient - reference).norm() / reference.norm())
     if wrong := {name: error for name, error in errors.items() if not error <= tolerance}:
         raise ValueError(f"providers compute different gradients, relative errors {wrong}, allowed {tolerance}")
-    return errors
+    return errors, wall
 
 
 def seconds(step: Callable[[], float], device: torch.device) -> tuple[float, float]:
@@ -254,7 +256,8 @@ def seconds(step: Callable[[], float], device: torch.device) -> tuple[float, flo
 def measure_case(args, case: str, model) -> dict:
     groups = make_groups(case, model.config.vocab_size)
     providers = make_providers(args, model, groups)
-    errors = check_agreement(providers, 1e-4 if model.dtype == torch.float32 else 5e-2)
+    errors, once = check_agreement(providers, 1e-4 if model.dtype == torch.float32 else 5e-2)
+    providers = {name: providers[name] for name in best_sizes(once)}
     peaks = {}
     for name, provider in providers.items() if args.memory else ():
         gc.collect()
@@ -280,16 +283,16 @@ def measure_case(args, case: str, model) -> dict:
         for name in providers
     ]
     shared, dense = sum(g.tokens_shared for g in groups), sum(g.tokens_dense for g in groups)
-    return {"case": case, "tokens_shared": shared, "tokens_dense": dense, "providers": best_sizes(rows)}
+    return {"case": case, "tokens_shared": shared, "tokens_dense": dense, "providers": rows}
 
 
-def best_sizes(rows: list[dict]) -> list[dict]:
-    """Of the rows `name@size` only the fastest of each name."""
-    best: dict[str, dict] = {}
-    for row in rows:
-        name = row["provider"].partition("@")[0]
-        if name not in best or row["best_s"] < best[name]["best_s"]:
-            best[name] = row
+def best_sizes(wall: dict[str, float]) -> list[str]:
+    """Of the names `provider@size` the fastest of each provider; all other names."""
+    best: dict[str, str] = {}
+    for name in wall:
+        provider = name.partition("@")[0]
+        if provider not in best or wall[name] < wall[best[provider]]:
+            best[provider] = name
     return list(best.values())
 
 
@@ -305,7 +308,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--trials", type=int, default=3, help="timed steps a provider (default: 3)")
     parser.add_argument("--token-budget", type=int, default=16384, help="packed tokens a micro-batch (default: 16384)")
     parser.add_argument("--rows", type=int, default=8, help="rows a micro-batch of dense_padded (default: 8)")
-    parser.add_argument("--trl-rows", type=int, nargs="+", default=[1, 2, 4, 8], help="of TRL (default: 1 2 4 8)")
+    parser.add_argument(
+        "--trl-rows", type=int, nargs="+", default=[1, 2, 8], help="rows a micro-batch of TRL (default: 1 2 8)"
+    )
     default = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", default=default, help=f"(default here: {default})")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
