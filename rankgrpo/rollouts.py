@@ -72,10 +72,12 @@ def score_groups(
     reward_PGK = rank_returns(relevance_BK, kind=rl.returns, gamma=gamma).view(P, G, num_ranks)
     scored_PGU = reward_PGK if rl.unit == "rank" else list_return(relevance_BK).view(P, G, 1)
     if rl.unlikeliness:
+        by_rank = rl.unit == "rank"
+        if by_rank and segmenter is None:
+            raise ValueError("rl.unlikeliness with rl.unit = rank needs a segmenter, to find the tokens of a rank")
         flat = [rollout for rollouts in groups for rollout in rollouts]
-        logp_BU = mean_logp(flat, segmenter, num_ranks) if rl.unit == "rank" else mean_logp(flat, None, 1)
-        among_hits = rl.unit == "rank"
-        scored_PGU = unlikeliness_reward(scored_PGU, logp_BU.view(P, G, -1), rl.unlikeliness, among_hits=among_hits)
+        logp_BU = mean_logp(flat, segmenter if by_rank else None, scored_PGU.shape[2])
+        scored_PGU = unlikeliness_reward(scored_PGU, logp_BU.view(P, G, -1), rl.unlikeliness, among_hits=by_rank)
     advantage_PGU = group_advantage(scored_PGU, scale_by_std=rl.scale_by_std)
     if rl.repeat_penalty:
         # After normalisation, like the other penalties: before it, a repeat would weigh as much as a hit wherever no
