@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as td
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +84,25 @@ def sum_gradients(model: nn.Module, parallel: Parallel) -> None:
         td.all_reduce(flat)
         for grad, summed in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
             grad.copy_(summed.view_as(grad))
+
+
+@torch.no_grad()
+def full_parameters(model: nn.Module, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
+    """Every parameter by name, whole, one at a time, in the order of named_parameters; tied ones come once.
+
+    Of a sharded model every process must take all of them, in step with the others; each is gathered when it is asked
+    for and nothing keeps it, so there is never a second copy of the model. With `dtype` it is cast before it is
+    gathered. Whole parameters are the model's own tensors: read them, do not write.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()  # what a forward without a backward left whole is under the parameter's name
+    for name, parameter in model.named_parameters():
+        tensor = parameter.detach()
+        if isinstance(tensor, DTensor):  # an offloaded shard is gathered on the device, where it is wanted
+            yield name, tensor.to(tensor.device_mesh.device_type, dtype or tensor.dtype).full_tensor()
+        else:
+            yield name, tensor.to(dtype or tensor.dtype)
 
 
 class Means:

@@ -1,0 +1,20 @@
+import pytest
+import torch
+from launch import launch
+from torch import nn
+
+from rankgrpo.distributed import full_parameters
+
+
+def test_of_a_whole_model_they_are_its_own():
+    model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2, bias=False))
+    model[1].weight = nn.Parameter(torch.eye(2))
+    found = dict(full_parameters(model))
+    assert list(found) == ["0.weight", "0.bias", "1.weight"]
+    assert found["1.weight"].data_ptr() == model[1].weight.data_ptr() and not found["1.weight"].requires_grad
+    assert dict(full_parameters(model, torch.bfloat16))["0.bias"].dtype == torch.bfloat16
+
+
+@pytest.mark.slow
+def test_of_a_sharded_model_they_are_what_it_was_made_of(tmp_path):
+    launch(2, "whole_parameters", tmp_path)
