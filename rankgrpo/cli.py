@@ -19,6 +19,9 @@ Set = Annotated[
 ]
 Model = Annotated[str, arg(help="preset (see `rankgrpo models`), Hugging Face folder, or hub id")]
 Data = Annotated[str, arg(help="`demo`, or a folder with train/validation/test.jsonl and catalog.jsonl or .csv")]
+FromModel = Annotated[
+    str | None, arg(help="SFT model that Rank-GRPO starts from, in place of a warm start of the run's own")
+]
 RunDir = Annotated[Path, arg(help="run folder; the same command continues an unfinished run")]
 
 app = tyro.extras.SubcommandApp()
@@ -34,6 +37,10 @@ def run(
         Path | None, arg(help="run folder (default: runs/MODEL-DATA); the same command continues it")
     ] = None,
     config: Annotated[Path | None, arg(help="TOML file (default: the preset's, experiments/MODEL.toml)")] = None,
+    from_model: FromModel = None,
+    until: Annotated[
+        Literal["sft", "rl"], arg(help="last stage of training: sft evaluates the warm start and stops there")
+    ] = "rl",
     set: Set = [],  # noqa: B006  (tyro reads the default, nothing writes to it)
     check: Annotated[bool, arg(help="only check the settings, the model's name, the data and the run folder")] = False,
 ) -> None:
@@ -51,7 +58,7 @@ def run(
     if check:
         check_run(settings, run_dir)
     else:
-        run_pipeline(settings, run_dir)
+        run_pipeline(settings, run_dir, until=until, rl_start=from_model)
 
 
 @app.command
@@ -70,7 +77,8 @@ def sft(
     """
     from rankgrpo.pipeline import run_pipeline
 
-    run_pipeline(_settings(model, data, config, set), run_dir or default_run_dir(model, data), until="sft")
+    settings = _settings(model, data, config, set)
+    run_pipeline(settings, run_dir or default_run_dir(model, data), until="sft", evaluate=False)
 
 
 @app.command
@@ -80,9 +88,7 @@ def train(
     data: Data = "demo",
     run_dir: Annotated[Path | None, arg(help="run folder (default: runs/MODEL-DATA)")] = None,
     config: Annotated[Path | None, arg(help="TOML file (default: the preset's)")] = None,
-    from_model: Annotated[
-        str | None, arg(help="model that Rank-GRPO starts from, in place of the run's warm start")
-    ] = None,
+    from_model: FromModel = None,
     set: Set = [],  # noqa: B006
 ) -> None:
     """Rank-GRPO alone, from the run's warm start or from --from-model (an SFT model of your own).
@@ -93,9 +99,8 @@ def train(
     """
     from rankgrpo.pipeline import run_pipeline
 
-    run_pipeline(
-        _settings(model, data, config, set), run_dir or default_run_dir(model, data), until="rl", rl_start=from_model
-    )
+    settings = _settings(model, data, config, set)
+    run_pipeline(settings, run_dir or default_run_dir(model, data), rl_start=from_model, evaluate=False)
 
 
 @app.command
@@ -108,17 +113,26 @@ def evaluate(
     out: Annotated[
         Path | None, arg(help="also write the results as JSON, every list as JSONL, into this folder")
     ] = None,
+    lists: Annotated[
+        int, arg(help="lists sampled a conversation; above 1 the table is of their union: Recall, coverage, popularity")
+    ] = 1,
     markdown: Annotated[bool, arg(help="print the table in Markdown")] = False,
 ) -> None:
     """Compare any number of models, the popularity list and EASE: Recall and NDCG with 95 % bootstrap intervals.
 
     Try:
       rankgrpo evaluate runs/tiny-demo popularity ease
+      rankgrpo evaluate runs/tiny-demo --lists 16 --num-samples 200
       rankgrpo evaluate runs/a/sft/final runs/a/rl/best --data path/to/redial --split validation --out results
     """
     from rankgrpo.compare import evaluate_models
 
-    print(evaluate_models(models, data=data, split=split, num_samples=num_samples, out=out, markdown=markdown))
+    if lists < 1:
+        raise ValueError(f"--lists must be at least 1, got {lists}")
+    table = evaluate_models(
+        models, data=data, split=split, num_samples=num_samples, out=out, markdown=markdown, num_lists=lists
+    )
+    print(table)
 
 
 @app.command

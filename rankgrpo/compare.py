@@ -6,14 +6,17 @@ A run folder stands for its three models (before, sft, rank-grpo), each evaluate
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rankgrpo.config import Config, ConfigError, load_config
 from rankgrpo.data import Dataset, Sample, load_dataset
-from rankgrpo.distill.teacher import EaseTeacher, popularity_lists
+from rankgrpo.distill.teacher import EaseTeacher, popularity_counts, popularity_lists
 from rankgrpo.distributed import Parallel, start_parallel, wait_for_all
+from rankgrpo.diversity import Diversity, describe_lists, diversity_path, summarise_lists, write_diversity
 from rankgrpo.evaluate import (
     Evaluation,
     compare,
@@ -28,7 +31,7 @@ from rankgrpo.model import resolve_model
 from rankgrpo.policy import open_policy
 from rankgrpo.recommend import recommend
 from rankgrpo.tables import format_table
-from rankgrpo.validate import recommend_lists
+from rankgrpo.validate import recommend_lists, sample_lists
 
 BASELINES = ("popularity", "ease")
 DEFAULT_RUN = "runs/tiny-demo"
@@ -71,52 +74,108 @@ def score_source(source: Source, samples: list[Sample], dataset: Dataset, parall
         return score_items(samples, lists, dataset.catalog, num_ranks=num_ranks, year_tolerance=year_tolerance)
     policy = open_policy(source.location, config.model, parallel.device, trainable=False)
     mine = samples[parallel.dp_rank :: parallel.dp_world]
-    parts = parallel.gather(recommend_lists(policy, mine, config, title=f"evaluate {source.name}"))
-    texts = [parts[place % parallel.dp_world][place // parallel.dp_world] for place in range(len(samples))]
+    texts = gather_shares(recommend_lists(policy, mine, config, title=f"evaluate {source.name}"), parallel)
     return score_completions(samples, texts, dataset.catalog, num_ranks=num_ranks, year_tolerance=year_tolerance)
 
 
-def evaluate_run(config: Config, dataset: Dataset, run_dir: Path, rl_start: str, parallel: Parallel) -> None:
-    """Score the run's three models and the two baselines on the evaluation split; finished ones are kept.
+def describe_source(
+    source: Source, samples: list[Sample], num_lists: int, dataset: Dataset, parallel: Parallel
+) -> Diversity:
+    """What `num_lists` lists a sample of a model find together (a baseline has one); shared as in `score_source`."""
+    config = source.config
+    if source.location in BASELINES:
+        lists = [[row["completion"]] for row in score_source(source, samples, dataset, parallel).rows]
+    else:
+        policy = open_policy(source.location, config.model, parallel.device, trainable=False)
+        mine = sample_lists(
+            policy,
+            samples[parallel.dp_rank :: parallel.dp_world],
+            config,
+            num_lists=num_lists,
+            temperature=config.rl.temperature,
+            title=f"{num_lists} lists of {source.name}",
+        )
+        lists = [json.loads(texts) for texts in gather_shares([json.dumps(texts) for texts in mine], parallel)]
+    return describe_lists(
+        samples,
+        lists,
+        dataset.catalog,
+        popularity_counts(dataset.train, dataset.catalog),
+        num_ranks=config.data.num_ranks,
+        year_tolerance=config.rl.year_tolerance,
+    )
 
-    Every process takes its share of the lists; the main one writes the scores.
+
+def gather_shares(mine: list[str], parallel: Parallel) -> list[str]:
+    """Every process's texts in the order of the samples that were dealt out one by one."""
+    parts = parallel.gather(mine)
+    num_texts = sum(map(len, parts))
+    return [parts[place % parallel.dp_world][place // parallel.dp_world] for place in range(num_texts)]
+
+
+def evaluate_run(
+    config: Config, dataset: Dataset, run_dir: Path, stages: Mapping[str, str], parallel: Parallel
+) -> None:
+    """Score the run's models (`stages`: name -> location) and the two baselines; what is finished is kept.
+
+    One list a conversation, and with eval.lists above 1 also the union of so many. Every process takes its share of the
+    lists; the main one writes the scores.
     """
-    split = config.eval.split
+    split, locations = config.eval.split, {**stages, **{name: name for name in BASELINES}}
     samples = first_samples(dataset, split, config.eval.num_samples)
-    before = run_dir / "init" if (run_dir / "init").is_dir() else config.model.name
-    locations = {"before": before, "sft": rl_start, "rank-grpo": run_dir / "rl" / "best"}
     missing = [name for name in locations if not evaluation_path(run_dir, split, name).exists()]
-    if parallel.is_main:
-        missing += [name for name in BASELINES if not evaluation_path(run_dir, split, name).exists()]
+    undescribed = [name for name in locations if not diversity_path(run_dir, split, name).exists()]
     wait_for_all(parallel)  # everybody has looked before anybody writes
     for name in missing:
-        evaluation = score_source(Source(name, str(locations.get(name, name)), config), samples, dataset, parallel)
+        if name in BASELINES and not parallel.is_main:
+            continue  # one process ranks the catalog alone
+        evaluation = score_source(Source(name, locations[name], config), samples, dataset, parallel)
         if parallel.is_main:
             write_evaluation(run_dir, evaluation, name=name, split=split)
+    samples = first_samples(dataset, split, config.eval.list_samples)
+    for name in undescribed if config.eval.lists > 1 else []:
+        if name in BASELINES and not parallel.is_main:
+            continue
+        source = Source(name, locations[name], config)
+        diversity = describe_source(source, samples, config.eval.lists, dataset, parallel)
+        if parallel.is_main:
+            write_diversity(run_dir, diversity, name=name, split=split)
 
 
-def results_table(run_dir: Path, split: str) -> str:
+def results_table(run_dir: Path, split: str, stages: Iterable[str]) -> str:
     """The table at the end of a run, and what Rank-GRPO gained over its start on the same conversations."""
-    names = ("before", "sft", "rank-grpo", *BASELINES)
-    table = format_table([read_evaluation(evaluation_path(run_dir, split, name)) for name in names])
+    stages = list(stages)
+    table = format_table([read_evaluation(evaluation_path(run_dir, split, name)) for name in (*stages, *BASELINES)])
+    if "rank-grpo" not in stages[1:]:
+        return table
+    before = stages[stages.index("rank-grpo") - 1]
     start, trained = (
-        read_lists(evaluation_path(run_dir, split, name).with_suffix(".lists.jsonl")) for name in names[1:3]
+        read_lists(evaluation_path(run_dir, split, name).with_suffix(".lists.jsonl")) for name in (before, "rank-grpo")
     )
     gain = compare(start, trained)[f"ndcg@{start.hits.shape[1]}"]
     difference, relative = gain["difference"], gain["relative"]
     share = "" if relative is None else " = {mean:+.1%} [{low:+.1%}, {high:+.1%}]".format(**relative)
+    label = {"sft": "SFT", "before": "the untrained model"}[before]
     return (
-        f"{table}\n\nRank-GRPO over SFT, NDCG@{start.hits.shape[1]}: "
+        f"{table}\n\nRank-GRPO over {label}, NDCG@{start.hits.shape[1]}: "
         f"{difference['mean']:+.4f} [{difference['low']:+.4f}, {difference['high']:+.4f}]{share}, paired bootstrap"
     )
 
 
 def evaluate_models(
-    models: list[str], *, data: str | None, split: str, num_samples: int, out: Path | None, markdown: bool = False
+    models: list[str],
+    *,
+    data: str | None,
+    split: str,
+    num_samples: int,
+    out: Path | None,
+    markdown: bool = False,
+    num_lists: int = 1,
 ) -> str:
     """Table of any models and baselines on one split of `data` (default: the first run's data set, or the demo).
 
-    Raises ConfigError and ModelError for what cannot be evaluated, before anything is computed.
+    With more than one list a sample, the table is of what these lists find together. Raises ConfigError and ModelError
+    for what cannot be evaluated, before anything is computed.
     """
     sources = list_sources(models, data)
     parallel = start_parallel()
@@ -124,10 +183,17 @@ def evaluate_models(
     samples = first_samples(dataset, split, num_samples)
     summaries = []
     for source in sources:
-        evaluation = score_source(source, samples, dataset, parallel)
-        summaries.append(summarise(evaluation, name=source.name, split=split))
-        if out is not None:
-            write_evaluation(out, evaluation, name=re.sub(r"[^\w.@+-]", "-", source.name), split=split)
+        file_name = re.sub(r"[^\w.@+-]", "-", source.name)
+        if num_lists > 1:
+            diversity = describe_source(source, samples, num_lists, dataset, parallel)
+            summaries.append(summarise_lists(diversity, name=source.name, split=split))
+            if out is not None:
+                write_diversity(out, diversity, name=file_name, split=split)
+        else:
+            evaluation = score_source(source, samples, dataset, parallel)
+            summaries.append(summarise(evaluation, name=source.name, split=split))
+            if out is not None:
+                write_evaluation(out, evaluation, name=file_name, split=split)
     return format_table(summaries, markdown=markdown)
 
 

@@ -206,8 +206,15 @@ class EvalConfig:
     temperature: float = 0.0
     """Of the one list that is decoded a conversation, in validation too; 0 is greedy, as in the paper."""
 
+    lists: int = 1
+    """Above 1: also sample so many lists a conversation at rl.temperature and score their union, up to all of them."""
+    list_samples: int = 0
+    """Samples that get eval.lists lists, from the beginning of the split; 0 is all."""
+
     def __post_init__(self):
         _require(self.num_samples >= 0, "eval.num_samples", "must not be negative")
+        _require(self.lists >= 1, "eval.lists", "must be at least 1")
+        _require(self.list_samples >= 0, "eval.list_samples", "must not be negative")
         _require(self.temperature >= 0, "eval.temperature", "must not be negative")
 
 

@@ -43,6 +43,7 @@ __all__ = [
     "CUTOFFS",
     "Evaluation",
     "compare",
+    "count_groundtruth",
     "format_table",
     "read_evaluation",
     "read_lists",
@@ -144,7 +145,7 @@ def _score(
         )
         marks = _mark_items(items[:num_ranks], text, relevance_K, sample, catalog, year_tolerance)
         hits.append(relevance_K)
-        counts.append(len({_item_key(title, year, catalog, year_tolerance) for title, year in sample.groundtruth}))
+        counts.append(count_groundtruth(sample, catalog, year_tolerance))
         shares.append(_list_metrics(marks, num_lines=len(items)))
         rows.append(_row(sample, text, marks))
     hits_NK = torch.stack(hits) if hits else torch.zeros(0, num_ranks)
@@ -156,6 +157,11 @@ def _score(
     for index, row in enumerate(rows):
         row |= {name: float(values[index]) for name, values in metrics.items()}
     return Evaluation(tuple(sample.id for sample in samples), metrics, hits_NK, rows)
+
+
+def count_groundtruth(sample: Sample, catalog: Catalog, year_tolerance: int = 0) -> int:
+    """Number of different items there are to find."""
+    return len({_item_key(title, year, catalog, year_tolerance) for title, year in sample.groundtruth})
 
 
 def _item_key(title: str, year: int, catalog: Catalog, year_tolerance: int) -> int | tuple[str, int]:

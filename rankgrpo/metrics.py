@@ -1,4 +1,4 @@
-"""Recall, NDCG and bootstrap intervals over them.
+"""Recall, NDCG, what the union of several lists finds, and bootstrap intervals over them.
 
 Standard definitions, those behind the examples in appendix F of arXiv 2510.20150: positions stay in place (a line that
 is wrong or not in the catalog keeps its rank) and the ideal list holds min(#ground truth, k) hits. Float64 throughout.
@@ -6,10 +6,12 @@ What counts as a hit is decided in `rankgrpo.reward.relevance`. The intervals re
 fixed and say nothing about training seeds.
 """
 
-# Shape letters: B samples, K ranks, N values, R resamples. B may be absent: hits (K,) and a scalar count.
+# Shape letters: B samples, K ranks, N values, R resamples, M lists a sample. B may be absent: hits (K,) and a scalar
+# count.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -48,6 +50,50 @@ def hit_rate_by_rank(hits_BK: Tensor) -> Tensor:
     if hits_BK.ndim != 2 or hits_BK.shape[0] == 0:
         raise ValueError(f"hits must have shape (B, K) with B >= 1, got {tuple(hits_BK.shape)}")
     return hits_BK.double().mean(0)
+
+
+def union_chance(num_lists: int, num_drawn: int) -> Tensor:
+    """Chance that `num_drawn` of M = `num_lists` lists hold an item that c of the M hold; float64 (M + 1,) over c.
+
+    1 - C(M - c, n) / C(M, n) for n lists drawn without replacement: the estimator of pass@n of arXiv 2107.03374, which
+    is unbiased for n lists sampled anew. Raises ValueError unless 1 <= num_drawn <= num_lists.
+    """
+    if not 1 <= num_drawn <= num_lists:
+        raise ValueError(f"a union is of 1 to {num_lists} lists, as many as were sampled, got {num_drawn}")
+    ways = math.comb(num_lists, num_drawn)
+    without_M = [math.comb(num_lists - count, num_drawn) / ways for count in range(num_lists + 1)]
+    return 1 - torch.tensor(without_M, dtype=torch.float64)
+
+
+def union_recall(
+    num_holding: Sequence[Sequence[int]], num_groundtruth: Sequence[int], *, num_lists: int, num_drawn: int
+) -> Tensor:
+    """Share of the ground truth in the union of `num_drawn` lists, float64 (B,), expected over which are drawn.
+
+    1 / #groundtruth * sum over its items j of `union_chance` at c_j, the number of the M = `num_lists` sampled lists in
+    which j is a hit. num_holding: by sample the c_j of the items found at all; the others count as 0.
+    Raises ValueError as `union_chance` does, and for a sample with fewer items than were found.
+    """
+    chance_M = union_chance(num_lists, num_drawn)
+    recall_B = torch.zeros(len(num_groundtruth), dtype=torch.float64)
+    for place, (counts, total) in enumerate(zip(num_holding, num_groundtruth, strict=True)):
+        if len(counts) > total or total < 1:
+            raise ValueError(f"sample {place}: {len(counts)} items found of a ground truth of {total}")
+        recall_B[place] = chance_M[list(counts)].sum() / total
+    return recall_B
+
+
+def gini(counts: Sequence[int] | Tensor) -> float:
+    """Gini coefficient of how often each item of the catalog was recommended: 0 all alike, 1 - 1/N one item always.
+
+    Raises ValueError for negative counts and where nothing was recommended.
+    """
+    sorted_N = torch.as_tensor(counts, dtype=torch.float64).sort().values
+    if sorted_N.ndim != 1 or not sorted_N.numel() or sorted_N[0] < 0 or not sorted_N.sum() > 0:
+        raise ValueError("Gini needs the counts of one item or more, none negative and not all 0")
+    num_items = len(sorted_N)
+    place_N = torch.arange(1, num_items + 1, dtype=torch.float64)
+    return float(2 * (place_N * sorted_N).sum() / (num_items * sorted_N.sum()) - (num_items + 1) / num_items)
 
 
 def bootstrap_interval(

@@ -32,13 +32,16 @@ from rankgrpo.sft import train_sft
 from rankgrpo.tiny import TinyConfig
 from rankgrpo.train import train
 
-Until = Literal["sft", "rl", "report"]
+Until = Literal["sft", "rl"]
 
 
-def run_pipeline(config: Config, run_dir: Path, *, until: Until = "report", rl_start: str | None = None) -> None:
-    """Run or continue the pipeline in `run_dir`, up to the stage `until`.
+def run_pipeline(
+    config: Config, run_dir: Path, *, until: Until = "rl", rl_start: str | None = None, evaluate: bool = True
+) -> None:
+    """Run or continue the pipeline in `run_dir`: training up to the stage `until`, then evaluation and report.
 
-    Raises ConfigError when `run_dir` was started with another configuration.
+    rl_start: an SFT model to take in place of a warm start of the run's own. Raises ConfigError when `run_dir` was
+    started with another configuration.
     """
     parallel = start_parallel()
     dataset = load_config_dataset(config)
@@ -53,19 +56,20 @@ def run_pipeline(config: Config, run_dir: Path, *, until: Until = "report", rl_s
             f"{len(dataset.problems)} problems in the data; `rankgrpo data check {config.data.path}` lists them",
         )
 
+    stages = {}
     if rl_start is None:
         demonstrations = teach(config, dataset, run_dir, parallel)
         say(parallel, f"model {config.model.name}")
-        init = make_start(config, dataset, demonstrations, run_dir, parallel)
-        rl_start = str(train_sft(config, dataset, demonstrations, init, run_dir / "sft", parallel))
-    if until == "sft":
-        return
-    train(config, dataset, rl_start, run_dir / "rl", parallel)
+        stages["before"] = make_start(config, dataset, demonstrations, run_dir, parallel)
+        rl_start = str(train_sft(config, dataset, demonstrations, stages["before"], run_dir / "sft", parallel))
+    stages["sft"] = rl_start
     if until == "rl":
+        stages["rank-grpo"] = str(train(config, dataset, rl_start, run_dir / "rl", parallel))
+    if not evaluate:
         return
-    evaluate_run(config, dataset, run_dir, rl_start, parallel)
+    evaluate_run(config, dataset, run_dir, stages, parallel)
     if parallel.is_main:
-        print(results_table(run_dir, config.eval.split))
+        print(results_table(run_dir, config.eval.split, stages))
         print(f"\nreport: {build_report(run_dir)}")
 
 

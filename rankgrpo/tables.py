@@ -17,7 +17,13 @@ LIST_METRICS = {
     "duplicate_frac": "Repeats",
     "items_mean": "Lines",
 }
-
+# Of many lists a conversation (`diversity.py`).
+UNION_METRICS = {
+    "coverage": "Catalog coverage",
+    "popularity": "Popularity of the items",
+    "hit_popularity": "Popularity of the hits",
+    "gini": "Gini of the items",
+}
 
 MODEL_LABELS = {
     "before": "Before training",
@@ -45,8 +51,8 @@ def main_metric(keys: Iterable[str]) -> str:
 
 
 def is_accuracy(key: str) -> bool:
-    """Recall and NDCG: more is better. The other metrics describe the list."""
-    return re.fullmatch(r"(recall|ndcg)@\d+", key) is not None
+    """Recall and NDCG, of a list or of a union of lists: more is better. The other metrics describe the list."""
+    return re.fullmatch(r"(recall|ndcg)@\d+(_of_\d+)?", key) is not None
 
 
 def is_metric(key: str) -> bool:
@@ -55,18 +61,20 @@ def is_metric(key: str) -> bool:
 
 
 def metric_label(key: str) -> str:
-    return LIST_METRICS.get(key, key.replace("recall", "Recall").replace("ndcg", "NDCG"))
+    name, _, num_lists = key.partition("_of_")
+    label = (LIST_METRICS | UNION_METRICS).get(name, name.replace("recall", "Recall").replace("ndcg", "NDCG"))
+    return f"{label}, {num_lists} list{'s' if int(num_lists) > 1 else ''}" if num_lists else label
 
 
 def format_value(key: str, value: float, *, sign: bool = False) -> str:
-    """`.0482` for Recall and NDCG, `99.1%` for shares, `19.8` for counts.
+    """`.0482` for Recall, NDCG and Gini, `99.1%` for shares, `19.8` for counts.
 
     With `sign` as a difference: `+.0101`, `+0.4 pts` (percentage points), `-0.2`.
     """
     plus = "+" if sign else ""
-    if is_accuracy(key):
+    if is_accuracy(key) or key == "gini":
         return f"{value:{plus}.4f}".replace("0.", ".", 1)
-    if key.endswith("_frac"):
+    if key.endswith("_frac") or key.startswith("coverage"):
         return f"{100 * value:{plus}.1f}" + (" pts" if sign else "%")
     return f"{value:{plus}.1f}"
 
@@ -77,7 +85,7 @@ def format_interval(key: str, interval: Mapping[str, float], *, sign: bool = Fal
 
 
 def format_table(summaries: Sequence[Mapping[str, Any]], *, markdown: bool = False, width: int | None = None) -> str:
-    """Metrics as rows, models as columns, each cell a mean and its 95% interval.
+    """Metrics as rows, models as columns, each cell a mean and its 95% interval where it has one.
 
     `*` (markdown: bold) marks the best Recall and NDCG of two or more models. As many models stand side by side as fit
     into `width` characters, by default the terminal's (160 where there is none).
@@ -120,7 +128,7 @@ def _column(
             highest = max(model["metrics"][key]["mean"] for model in summaries if key in model["metrics"])
             is_best = is_accuracy(key) and len(summaries) > 1 and interval["mean"] == highest
             mean = (best if is_best else other).format(format_value(key, interval["mean"]))
-            cells[place] = (mean, format_interval(key, interval))
+            cells[place] = (mean, format_interval(key, interval) if "low" in interval else "")
     size = max(len(mean) for mean, _ in cells) if pad else 0
     return [summary["name"], *(f"{mean.rjust(size)} {interval}".rstrip() for mean, interval in cells)]
 

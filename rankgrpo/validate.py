@@ -1,4 +1,4 @@
-"""One list of a policy for each of many samples, and their recommender metrics during training."""
+"""Lists of a policy for each of many samples, and their recommender metrics during training."""
 
 from __future__ import annotations
 
@@ -21,17 +21,26 @@ def recommend_lists(policy: Policy, samples: list[Sample], config: Config, *, ti
 
     With a temperature above 0 the draw depends on (config.seed, sample id) alone, so models meet the same luck.
     """
+    groups = sample_lists(policy, samples, config, num_lists=1, temperature=config.eval.temperature, title=title)
+    return [text for (text,) in groups]
+
+
+def sample_lists(
+    policy: Policy, samples: list[Sample], config: Config, *, num_lists: int, temperature: float, title: str | None
+) -> list[list[str]]:
+    """`num_lists` lists a sample, as text; otherwise as `recommend_lists`."""
     prompts = encode_prompts(policy.tokenizer, samples, config.data.max_prompt_tokens, quiet=title is None)
-    with tqdm(total=len(samples), desc=title, unit="list", disable=title is None, dynamic_ncols=True) as bar:
+    unit = "list" if num_lists == 1 else "conversation"
+    with tqdm(total=len(samples), desc=title, unit=unit, disable=title is None, dynamic_ncols=True) as bar:
         groups = policy.sampler(rows=128).sample(
             prompts,
-            group_size=1,
+            group_size=num_lists,
             seeds=[prompt_seed(config.seed, 0, sample.id) for sample in samples],
             max_new_tokens=config.rl.max_new_tokens,
-            temperature=config.eval.temperature,
+            temperature=temperature,
             on_progress=bar.update,
         )
-    return [rollout.text for (rollout,) in groups]
+    return [[rollout.text for rollout in group] for group in groups]
 
 
 def validate(

@@ -1,11 +1,21 @@
 import math
+from itertools import combinations
 
 import numpy as np
 import pytest
 import torch
 
 from rankgrpo import metrics
-from rankgrpo.metrics import bootstrap_interval, hit_rate_by_rank, ndcg_at_k, paired_bootstrap, recall_at_k
+from rankgrpo.metrics import (
+    bootstrap_interval,
+    gini,
+    hit_rate_by_rank,
+    ndcg_at_k,
+    paired_bootstrap,
+    recall_at_k,
+    union_chance,
+    union_recall,
+)
 
 # Shape letters: B samples, K ranks.
 
@@ -85,6 +95,59 @@ def test_hit_rate_by_rank():
 def test_mistakes_are_named(metric, hits_BK, num_groundtruth_B, k, message):
     with pytest.raises(ValueError, match=message):
         metric(hits_BK, num_groundtruth_B, k)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Several lists
+
+
+@pytest.mark.parametrize("num_drawn", [1, 2, 3, 5])
+def test_union_recall_is_the_mean_over_all_choices_of_lists(num_drawn):
+    """5 lists that hit these items of a ground truth of 6, every subset of them in turn."""
+    lists = [{"a", "b"}, {"a"}, set(), {"a", "c"}, {"d"}]
+    unions = [set().union(*chosen) for chosen in combinations(lists, num_drawn)]
+    brute = sum(len(union) / 6 for union in unions) / len(unions)
+    holding = [sum(item in found for found in lists) for item in "abcd"]
+    recall_B = union_recall([holding, []], [6, 2], num_lists=5, num_drawn=num_drawn)
+    assert recall_B.tolist() == pytest.approx([brute, 0.0])
+
+
+def test_union_of_one_list_is_the_mean_recall_and_of_all_lists_the_union():
+    assert union_recall([[3, 1]], [4], num_lists=4, num_drawn=1).tolist() == [(3 + 1) / 4 / 4]
+    assert union_recall([[3, 1]], [4], num_lists=4, num_drawn=4).tolist() == [2 / 4]
+
+
+def test_union_recall_of_few_lists_is_unbiased_for_lists_sampled_anew():
+    """Every list holds the item with chance .3: of 3 sampled, pairs hold it with chance 1 - .7^2 on average."""
+    chance_M = union_chance(3, 2)
+    binomial = [math.comb(3, c) * 0.3**c * 0.7 ** (3 - c) for c in range(4)]
+    assert float(chance_M @ torch.tensor(binomial, dtype=torch.float64)) == pytest.approx(1 - 0.7**2)
+
+
+def test_union_chance_of_many_lists_does_not_overflow():
+    assert union_chance(2048, 1024)[[0, 1, 2048]].tolist() == [0, 0.5, 1]
+
+
+@pytest.mark.parametrize("num_drawn", [0, 6])
+def test_a_union_of_more_lists_than_there_are_is_refused(num_drawn):
+    with pytest.raises(ValueError, match=f"1 to 5 lists, as many as were sampled, got {num_drawn}"):
+        union_chance(5, num_drawn)
+
+
+def test_more_found_than_there_is_to_find_is_refused():
+    with pytest.raises(ValueError, match="sample 1: 2 items found of a ground truth of 1"):
+        union_recall([[1], [1, 1]], [1, 1], num_lists=2, num_drawn=1)
+
+
+def test_gini():
+    assert gini([5, 5, 5]) == pytest.approx(0)
+    assert gini([0, 0, 0, 7]) == pytest.approx(3 / 4)
+    counts = [4, 0, 1, 9, 2]  # half the mean absolute difference over the mean
+    differences = sum(abs(a - b) for a in counts for b in counts) / len(counts) ** 2
+    assert gini(counts) == pytest.approx(differences / 2 / (sum(counts) / len(counts)))
+    for nothing in ([], [0, 0], [-1, 2]):
+        with pytest.raises(ValueError, match="Gini"):
+            gini(nothing)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
