@@ -1,13 +1,15 @@
 # Thin lines that set up what they need and delegate to `rankgrpo`.
 #   make train                                    the demo, on any laptop
 #   make train MODEL=qwen2.5-0.5b DATA=path NPROC=8 SET="rl.num_steps=500 rl.lr=1e-6"
+#   make train METHOD=grpo                        another method (`rankgrpo methods` lists them)
 #   make train PYTHON=python3                     use an environment of your own; nothing is installed
 MODEL ?= tiny
 DATA  ?= demo
 # One process a GPU; without one, two processes share the cores better than one process's threads do.
 NPROC ?= $(or $(filter-out 0,$(shell nvidia-smi -L 2>/dev/null | grep -c GPU)),2)
+METHOD ?=
 SET   ?=
-RUN   ?= runs/$(notdir $(MODEL))-$(notdir $(patsubst %/,%,$(DATA)))
+RUN   ?= runs/$(notdir $(MODEL))-$(notdir $(patsubst %/,%,$(DATA)))$(addprefix -,$(METHOD))
 HOST_PYTHON ?= python3
 
 ifdef PYTHON
@@ -31,7 +33,7 @@ else
 THREADS := $(shell echo $$(( ($$(nproc) + $(NPROC) - 1) / $(NPROC) )))
 LAUNCH := OMP_NUM_THREADS=$(THREADS) $(PYTHON) -m torch.distributed.run --standalone --nproc-per-node $(NPROC) -m rankgrpo
 endif
-ARGUMENTS := --model $(MODEL) --data $(DATA) --run-dir $(RUN) $(if $(strip $(SET)),--set $(SET))
+ARGUMENTS := --model $(MODEL) --data $(DATA) --run-dir $(RUN) $(addprefix --method ,$(METHOD)) $(if $(strip $(SET)),--set $(SET))
 
 .PHONY: train smoke eval report test test-gpu bench lint
 

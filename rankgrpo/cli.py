@@ -1,4 +1,4 @@
-"""The command line: `rankgrpo run | sft | train | evaluate | recommend | report | models | data check | data demo`.
+"""The command line: `rankgrpo run | sft | train | evaluate | recommend | report | models | methods | data ...`.
 
 Heavy imports wait until a command needs them, so `--help` answers at once.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+import textwrap
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -18,6 +19,7 @@ Set = Annotated[
     arg(name="set", metavar="KEY=VALUE", help="override the configuration, for example rl.lr=1e-5 sft.num_steps=200"),
 ]
 Model = Annotated[str, arg(help="preset (see `rankgrpo models`), Hugging Face folder, or hub id")]
+Method = Annotated[str | None, arg(help="what Rank-GRPO is compared with, or a variant of it (see `rankgrpo methods`)")]
 Data = Annotated[str, arg(help="`demo`, or a folder with train/validation/test.jsonl and catalog.jsonl or .csv")]
 FromModel = Annotated[
     str | None, arg(help="SFT model that Rank-GRPO starts from, in place of a warm start of the run's own")
@@ -33,8 +35,9 @@ def run(
     *,
     model: Model = "tiny",
     data: Data = "demo",
+    method: Method = None,
     run_dir: Annotated[
-        Path | None, arg(help="run folder (default: runs/MODEL-DATA); the same command continues it")
+        Path | None, arg(help="run folder (default: runs/MODEL-DATA[-METHOD]); the same command continues it")
     ] = None,
     config: Annotated[Path | None, arg(help="TOML file (default: the preset's, experiments/MODEL.toml)")] = None,
     from_model: FromModel = None,
@@ -49,12 +52,14 @@ def run(
     Try:
       rankgrpo run
       rankgrpo run --model tiny --data path/to/redial --run-dir runs/redial
+      rankgrpo run --model tiny --method grpo
       rankgrpo run --model smollm2-135m --set rl.num_steps=50 rl.group_size=4
       torchrun --nproc-per-node 2 -m rankgrpo run
     """
     from rankgrpo.pipeline import check_run, run_pipeline
 
-    settings, run_dir = _settings(model, data, config, set), run_dir or default_run_dir(model, data)
+    settings = _settings(model, data, config, set, method)
+    run_dir = run_dir or default_run_dir(model, data, method)
     if check:
         check_run(settings, run_dir)
     else:
@@ -86,7 +91,8 @@ def train(
     *,
     model: Model = "tiny",
     data: Data = "demo",
-    run_dir: Annotated[Path | None, arg(help="run folder (default: runs/MODEL-DATA)")] = None,
+    method: Method = None,
+    run_dir: Annotated[Path | None, arg(help="run folder (default: runs/MODEL-DATA[-METHOD])")] = None,
     config: Annotated[Path | None, arg(help="TOML file (default: the preset's)")] = None,
     from_model: FromModel = None,
     set: Set = [],  # noqa: B006
@@ -96,11 +102,13 @@ def train(
     Try:
       rankgrpo train --run-dir runs/mine
       rankgrpo train --from-model path/to/sft-model --data path/to/redial --run-dir runs/from-mine
+      rankgrpo train --from-model runs/mine/sft/final --method gspo --run-dir runs/mine-gspo
     """
     from rankgrpo.pipeline import run_pipeline
 
-    settings = _settings(model, data, config, set)
-    run_pipeline(settings, run_dir or default_run_dir(model, data), rl_start=from_model, evaluate=False)
+    settings = _settings(model, data, config, set, method)
+    run_dir = run_dir or default_run_dir(model, data, method)
+    run_pipeline(settings, run_dir, rl_start=from_model, evaluate=False)
 
 
 @app.command
@@ -181,6 +189,15 @@ def models() -> None:
     print("\nAny other model: a folder in Hugging Face format (MODEL=/path/to/folder) or a hub id (MODEL=owner/model).")
 
 
+@app.command
+def methods() -> None:
+    """List the methods of --method: Rank-GRPO, its variants and what it is compared with, with the keys each sets."""
+    from rankgrpo.config import method_files
+
+    for name, path in method_files().items():
+        print(f"{name}\n{textwrap.indent(path.read_text(encoding='utf-8'), '    ')}")
+
+
 @data_app.command
 def check(
     path: Positional[Data] = "demo",
@@ -221,12 +238,13 @@ def demo(
 app.command(data_app, name="data")
 
 
-def default_run_dir(model: str, data: str) -> Path:
-    """runs/MODEL-DATA, from the last part of each name."""
-    return Path("runs") / f"{Path(model).name}-{Path(data).resolve().name}"
+def default_run_dir(model: str, data: str, method: str | None = None) -> Path:
+    """runs/MODEL-DATA, from the last part of each name, and -METHOD when one is given."""
+    parts = [Path(model).name, Path(data).resolve().name, *([method] if method else [])]
+    return Path("runs") / "-".join(parts)
 
 
-def _settings(model: str, data: str, config: Path | None, overrides: list[str]):
+def _settings(model: str, data: str, config: Path | None, overrides: list[str], method: str | None = None):
     from rankgrpo.config import load_config, presets_dir
     from rankgrpo.model import resolve_model
 
@@ -234,7 +252,7 @@ def _settings(model: str, data: str, config: Path | None, overrides: list[str]):
     if config is None:
         preset = presets_dir() / f"{model}.toml"
         config = preset if preset.is_file() else None
-    return load_config(config, overrides, model__name=model, data__path=data)
+    return load_config(config, overrides, method=method, model__name=model, data__path=data)
 
 
 def main() -> None:

@@ -143,7 +143,7 @@ def evaluate_run(
 
 
 def results_table(run_dir: Path, split: str, stages: Iterable[str]) -> str:
-    """The table at the end of a run, and what Rank-GRPO gained over its start on the same conversations."""
+    """The table at the end of a run, and what RL gained over its start on the same conversations."""
     stages = list(stages)
     table = format_table([read_evaluation(evaluation_path(run_dir, split, name)) for name in (*stages, *BASELINES)])
     if "rank-grpo" not in stages[1:]:
@@ -157,7 +157,7 @@ def results_table(run_dir: Path, split: str, stages: Iterable[str]) -> str:
     share = "" if relative is None else " = {mean:+.1%} [{low:+.1%}, {high:+.1%}]".format(**relative)
     label = {"sft": "SFT", "before": "the untrained model"}[before]
     return (
-        f"{table}\n\nRank-GRPO over {label}, NDCG@{start.hits.shape[1]}: "
+        f"{table}\n\nRL over {label}, NDCG@{start.hits.shape[1]}: "
         f"{difference['mean']:+.4f} [{difference['low']:+.4f}, {difference['high']:+.4f}]{share}, paired bootstrap"
     )
 

@@ -1,4 +1,4 @@
-"""Configuration: one sparse TOML a preset into frozen dataclasses, overridden by `section.key=value` words.
+"""Configuration: one sparse TOML a preset into frozen dataclasses, overridden by a method's and by `section.key=value`.
 
 Unknown keys, wrong types and impossible values fail at load, naming the file or word and the key. The resolved copy is
 written into the run folder, and a run resumes only under the configuration it was started with.
@@ -88,6 +88,8 @@ class TeacherConfig:
 
 @dataclass(frozen=True)
 class SftConfig:
+    enabled: bool = True
+    """False starts reinforcement learning from the untrained model (R1-zero)."""
     num_steps: int = 0
     """Optimizer steps; 0 takes them from num_epochs and the size of the data."""
     num_epochs: float = 2.0
@@ -250,14 +252,27 @@ def presets_dir() -> Path:
     return Path(__file__).resolve().parents[1] / "experiments"
 
 
-def load_config(source: Path | None = None, overrides: list[str] | None = None, **direct: Any) -> Config:
-    """Defaults, then the TOML file, then `section.key=value` words, then `direct` (dotted keys as `section__key`).
+def method_files() -> dict[str, Path]:
+    """The named methods, each a TOML file that sets what makes the method and nothing else."""
+    files = {path.stem: path for path in (presets_dir() / "methods").glob("*.toml")}
+    return dict(sorted(files.items()))
 
-    Raises ConfigError naming the file or word and the key.
+
+def load_config(
+    source: Path | None = None, overrides: list[str] | None = None, *, method: str | None = None, **direct: Any
+) -> Config:
+    """Defaults, the TOML file, the method's, `section.key=value` words, `direct` (`section__key`): the later wins.
+
+    Raises ConfigError naming the file or word and the key, and for a method that is none of `method_files`.
     """
     flat: dict[str, Any] = {}
     if source is not None:
         flat |= _read_toml(source)
+    if method is not None:
+        files = method_files()
+        if method not in files:
+            raise ConfigError(f"unknown method {method!r}; methods are {', '.join(files)}")
+        flat |= _read_toml(files[method])
     for word in overrides or []:
         key, separator, text = word.partition("=")
         if not separator:

@@ -43,6 +43,8 @@ def run_pipeline(
     rl_start: an SFT model to take in place of a warm start of the run's own. Raises ConfigError when `run_dir` was
     started with another configuration.
     """
+    if until == "sft" and not config.sft.enabled:
+        raise ConfigError("sft.enabled = false leaves nothing to do before reinforcement learning; set it to true")
     parallel = start_parallel()
     dataset = load_config_dataset(config)
     config = with_steps(config, len(dataset.train))
@@ -60,9 +62,11 @@ def run_pipeline(
     if rl_start is None:
         demonstrations = teach(config, dataset, run_dir, parallel)
         say(parallel, f"model {config.model.name}")
-        stages["before"] = make_start(config, dataset, demonstrations, run_dir, parallel)
-        rl_start = str(train_sft(config, dataset, demonstrations, stages["before"], run_dir / "sft", parallel))
-    stages["sft"] = rl_start
+        rl_start = stages["before"] = make_start(config, dataset, demonstrations, run_dir, parallel)
+        if config.sft.enabled:
+            rl_start = str(train_sft(config, dataset, demonstrations, rl_start, run_dir / "sft", parallel))
+    if rl_start != stages.get("before"):
+        stages["sft"] = rl_start
     if until == "rl":
         stages["rank-grpo"] = str(train(config, dataset, rl_start, run_dir / "rl", parallel))
     if not evaluate:

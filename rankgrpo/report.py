@@ -136,7 +136,9 @@ def _read_meta(path: Path, notes: list[str]) -> dict[str, Any]:
 
 def _progress_notes(config: dict, sft: Curves, rl: Curves, evaluations: dict, split: str | None) -> list[str]:
     notes = []
-    for section, label, curves in (("sft", "SFT", sft), ("rl", "Rank-GRPO", rl)):
+    warm_start = config.get("sft", {}).get("enabled", True)
+    phases = [("sft", "SFT", sft)] if warm_start else []
+    for section, label, curves in (*phases, ("rl", "RL", rl)):
         planned = config.get(section, {}).get("num_steps")
         done = last_step(curves)
         if not curves:
@@ -147,7 +149,8 @@ def _progress_notes(config: dict, sft: Curves, rl: Curves, evaluations: dict, sp
         notes.append("There is no evaluation yet (eval/ is missing or empty).")
     else:
         names = {summary["name"] for summary in evaluations[split]}
-        missing = [model_label(name) for name in MODEL_ORDER if name not in names]
+        expected = [name for name in MODEL_ORDER if warm_start or name != "sft"]
+        missing = [model_label(name) for name in expected if name not in names]
         if missing:
             notes.append(f"Not evaluated on the {split} split: {', '.join(missing)}.")
     return notes

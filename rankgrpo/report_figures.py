@@ -87,7 +87,7 @@ def _line(axes: Axes, curve: tuple[np.ndarray, np.ndarray], colour: str, label: 
     axes.plot(steps, smooth(values, window), style, color=colour, linewidth=1.9, label=label, marker=marker)
 
 
-def _finish(axes: Axes, ylabel: str, xlabel: str = "Rank-GRPO step", *, legend: bool = True, **legend_kwargs) -> None:
+def _finish(axes: Axes, ylabel: str, xlabel: str = "RL step", *, legend: bool = True, **legend_kwargs) -> None:
     axes.set_xlabel(xlabel)
     axes.set_ylabel(ylabel)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
@@ -166,7 +166,7 @@ def _rank_heatmap(curves: Curves, prefix: str, label: str, high: float | None = 
 
 
 def validation_ndcg(run: RunCurves) -> Figure | None:
-    phases = [("SFT step", run.sft), ("Rank-GRPO step", run.rl)]
+    phases = [("SFT step", run.sft), ("RL step", run.rl)]
     phases = [(label, curves) for label, curves in phases if _ndcg_keys(curves)]
     if not phases:
         return None

@@ -28,7 +28,7 @@ from rankgrpo.tables import (
 
 STAGES = ("before", "sft", "rank-grpo")
 MODEL_ORDER = (*STAGES, "ease", "popularity")
-SHORT_NAMES = {"before": "the start", "sft": "SFT", "rank-grpo": "Rank-GRPO"}
+SHORT_NAMES = {"before": "the start", "sft": "SFT", "rank-grpo": "RL"}
 SECTION_TEXTS = {
     "learning": ("What it learned", "How the lists changed while the model trained."),
     "health": (
@@ -54,7 +54,7 @@ GLOSSARY = (
     ("Lines", "Non-blank lines of the answer; more and fewer than asked for are both possible."),
     ("Before training", "The model as it was when the run began."),
     ("After SFT", "After supervised training on the teacher's lists: the start of reinforcement learning."),
-    ("After Rank-GRPO", "After reinforcement learning with rewards by rank (arXiv 2510.20150)."),
+    ("After RL", "After reinforcement learning: Rank-GRPO (arXiv 2510.20150), or the method named in the settings."),
     ("EASE", "A closed-form item-to-item model (Steck 2019); the teacher of the warm start."),
     ("Popularity list", "The same most popular items for everybody: what personal advice must beat."),
     (
@@ -302,7 +302,7 @@ def _plot_sections(run: Run, drawn: Sequence[DrawnPlot]) -> list[dict[str, Any]]
 
 def _cost_table(run: Run) -> dict[str, Any] | None:
     rows = []
-    for label, curves in (("SFT", run.curves.sft), ("Rank-GRPO", run.curves.rl)):
+    for label, curves in (("SFT", run.curves.sft), ("RL", run.curves.rl)):
         seconds = {name: _total(values) for name, (_, values) in phase_seconds(curves).items()}
         if "time/total_s" in curves:
             rest = _total(curves["time/total_s"][1]) - sum(seconds.values())
@@ -322,7 +322,7 @@ def _total(values: np.ndarray) -> float:
 
 
 def _stage_seconds(run: Run) -> dict[str, float]:
-    stages = {"SFT": run.curves.sft, "Rank-GRPO": run.curves.rl}
+    stages = {"SFT": run.curves.sft, "RL": run.curves.rl}
     return {label: _total(curves["time/total_s"][1]) for label, curves in stages.items() if "time/total_s" in curves}
 
 
@@ -340,7 +340,7 @@ def _duration(seconds: float) -> str:
 def _subtitle(run: Run) -> str:
     model, data = run.config.get("model", {}).get("name"), run.config.get("data", {}).get("path")
     parts = [f"Model {model}" if model else "", f"data {data}" if data else ""]
-    for label, curves in (("SFT", run.curves.sft), ("Rank-GRPO", run.curves.rl)):
+    for label, curves in (("SFT", run.curves.sft), ("RL", run.curves.rl)):
         parts += [f"{last_step(curves)} {label} steps"] if curves else []
     return " · ".join(part for part in parts if part)
 
@@ -351,7 +351,7 @@ def last_step(curves: Curves) -> int:
 
 def _facts(run: Run) -> list[dict[str, Any]]:
     training = []
-    for label, curves in (("SFT", run.curves.sft), ("Rank-GRPO", run.curves.rl)):
+    for label, curves in (("SFT", run.curves.sft), ("RL", run.curves.rl)):
         if curves:
             training.append((f"{label} steps", str(last_step(curves))))
         if "time/total_s" in curves:

@@ -67,7 +67,7 @@ PLOTS = (
     Plot(
         "validation_ndcg", "NDCG by step",
         "Quality of greedy lists on the validation split, first while the model imitates the teacher's lists (SFT), "
-        "then while it learns from its own hits (Rank-GRPO). Both panels share one vertical axis.",
+        "then while it learns from its own hits (RL). Both panels share one vertical axis.",
         "learning", "eval/ndcg@k in sft/metrics.jsonl or rl/metrics.jsonl", figures.validation_ndcg,
     ),
     Plot(
@@ -152,12 +152,12 @@ PLOTS = (
     ),
     Plot(
         "seconds", "Seconds by phase",
-        "Where a Rank-GRPO step spends its time.",
+        "Where an RL step spends its time.",
         "cost", "time/sample_s ... in rl/metrics.jsonl", figures.seconds_by_step,
     ),
     Plot(
         "tokens", "Tokens by phase",
-        "Tokens sampled and tokens trained on since the first Rank-GRPO step.",
+        "Tokens sampled and tokens trained on since the first RL step.",
         "cost", "tokens/sampled in rl/metrics.jsonl", figures.tokens_by_step,
     ),
 )  # fmt: skip

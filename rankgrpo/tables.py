@@ -28,7 +28,7 @@ UNION_METRICS = {
 MODEL_LABELS = {
     "before": "Before training",
     "sft": "After SFT",
-    "rank-grpo": "After Rank-GRPO",
+    "rank-grpo": "After RL",
     "ease": "EASE",
     "popularity": "Popularity list",
 }

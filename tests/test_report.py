@@ -253,14 +253,12 @@ def test_examples_show_the_lists_of_the_three_stages(run_dir):
     page = (run_dir / "report.html").read_text(encoding="utf-8")
     before, after = (read_lists(run_dir / "eval" / "test" / f"{name}.lists.jsonl") for name in ("sft", "rank-grpo"))
     old, new = before.metrics["ndcg@20"], after.metrics["ndcg@20"]
-    counts = (
-        f"{int((new > old).sum())} scored better after Rank-GRPO than after SFT (NDCG@20), {int((new < old).sum())}"
-    )
+    counts = f"{int((new > old).sum())} scored better after RL than after SFT (NDCG@20), {int((new < old).sum())}"
     assert f"Of 60 conversations, {counts} worse" in page
     section = page[page.index('id="examples"') : page.index('id="facts"')]
     for kind in ("better", "worse", "same"):
         assert section.count(f'class="tag {kind}"') == 2
-    for name in ("Before training", "After SFT", "After Rank-GRPO"):
+    for name in ("Before training", "After SFT", "After RL"):
         assert section.count(f"<h4>{name}") == 6
     num_hits = sum(
         mark["hit"]
@@ -294,8 +292,8 @@ def test_a_run_that_has_only_done_sft(run_dir, tmp_path):
     for name in ("rank-grpo", "ease", "popularity"):
         (folder / "eval" / "test" / f"{name}.json").unlink()
     page = page_of(folder)
-    assert "Rank-GRPO has logged nothing yet" in notes_of(page)
-    assert "Not evaluated on the test split: After Rank-GRPO, EASE, Popularity list" in notes_of(page)
+    assert "RL has logged nothing yet" in notes_of(page)
+    assert "Not evaluated on the test split: After RL, EASE, Popularity list" in notes_of(page)
     assert "Reward by rank" not in page
     assert "before training and" in page  # the comparison is now of SFT with the start
     assert {path.stem for path in (folder / "plots").iterdir()} == {"validation_ndcg", "hit_rate_by_rank", "sft_loss"}
@@ -306,7 +304,7 @@ def test_a_run_in_the_middle_of_rl(copied_run):
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:37]))
     shutil.rmtree(copied_run / "eval")
     page = page_of(copied_run)
-    assert "Rank-GRPO is at step 37 of 90." in notes_of(page)
+    assert "RL is at step 37 of 90." in notes_of(page)
     assert "There is no evaluation yet" in notes_of(page)
     assert "has not been evaluated yet" in page
 
@@ -329,7 +327,7 @@ def test_lists_that_are_missing_or_of_other_samples_are_not_compared(copied_run)
     path = copied_run / "eval" / "test" / "rank-grpo.lists.jsonl"
     path.write_text("".join(path.read_text(encoding="utf-8").splitlines(keepends=True)[1:]), encoding="utf-8")
     page = page_of(copied_run)
-    assert "Before training and After Rank-GRPO were evaluated on different samples" in notes_of(page)
+    assert "Before training and After RL were evaluated on different samples" in notes_of(page)
     assert 'id="examples"' not in page
 
 
@@ -375,7 +373,7 @@ def test_a_last_line_cut_short_is_skipped_and_mentioned(copied_run):
     path.write_text(text[: text.rstrip().rindex("\n") + 30])
     notes = notes_of(page_of(copied_run))
     assert "rl/metrics.jsonl:90 was skipped: broken JSON" in notes
-    assert "Rank-GRPO is at step 89 of 90." in notes
+    assert "RL is at step 89 of 90." in notes
 
 
 def test_a_last_line_cut_inside_a_character_is_skipped(tmp_path):

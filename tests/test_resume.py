@@ -100,7 +100,7 @@ def test_kill_at_any_moment_changes_nothing(uninterrupted, tmp_path):
         assert rows(run, phase) == rows(uninterrupted, phase)
     table = (uninterrupted / "eval" / "test" / "rank-grpo.json").read_text()
     assert (run / "eval" / "test" / "rank-grpo.json").read_text() == table
-    assert "Rank-GRPO over SFT, NDCG@5: " in output and "paired bootstrap" in output
+    assert "RL over SFT, NDCG@5: " in output and "paired bootstrap" in output
     assert "report.html" in output and (run / "report.html").is_file()
     assert not list(run.rglob(f"{TEMPORARY}*"))
 
