@@ -80,6 +80,11 @@ def parse_list(text: str) -> list[ListedItem]:
     return items
 
 
+def bare_title(line: str) -> str:
+    """The title on a line that names no year, without the list number and the decoration that `parse_list` removes."""
+    return _strip_decoration(line, "")
+
+
 # Not regular whitespace to `str.strip`, but never part of a title: zero-width characters, byte order mark, controls.
 _ZERO_WIDTH = "\u200b\u200c\u200d\u2060\ufeff"
 _PADDING = "".join(c for c in map(chr, range(0x3001)) if c.isspace() or c < " ") + "\x7f" + _ZERO_WIDTH
