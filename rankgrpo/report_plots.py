@@ -151,6 +151,12 @@ PLOTS = (
         "health", "mismatch/abs_logp in rl/metrics.jsonl", figures.mismatch,
     ),
     Plot(
+        "mismatch_ranks", "Ranks that the mismatch moves",
+        "Share of the sampled ranks whose ratio, trainer to sampler, is outside the clip band before any update; and, "
+        "with rl.mismatch_correction, of those it weighs less.",
+        "health", "mismatch/outside_clip_frac in rl/metrics.jsonl", figures.mismatch_of_ranks,
+    ),
+    Plot(
         "seconds", "Seconds by phase",
         "Where an RL step spends its time.",
         "cost", "time/sample_s ... in rl/metrics.jsonl", figures.seconds_by_step,

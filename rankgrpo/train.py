@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from rankgrpo import mismatch
 from rankgrpo.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from rankgrpo.config import Config, RlConfig
 from rankgrpo.data import BatchOrder, Dataset
@@ -23,21 +24,22 @@ from rankgrpo.distributed import Means, Parallel, sum_gradients, wait_for_all
 from rankgrpo.files import atomic_folder, point_link
 from rankgrpo.loss import rank_grpo_loss
 from rankgrpo.model import save_policy
-from rankgrpo.optim import check_finite, learning_rate, make_optimizer, optimizer_step
+from rankgrpo.optim import TrainingError, check_finite, learning_rate, make_optimizer, optimizer_step
 from rankgrpo.packing import Group, Pack, plan_micro_batches
 from rankgrpo.parse import RankSegmenter
 from rankgrpo.policy import Policy, open_policy
 from rankgrpo.prompt import encode_prompts
 from rankgrpo.rollouts import score_groups
-from rankgrpo.sampler.base import prompt_seed
+from rankgrpo.sampler.base import Sampler, prompt_seed
+from rankgrpo.sampler.choose import open_sampler
+from rankgrpo.sampler.sync import describe, different_tensors, sync_weights
 from rankgrpo.tracker import MetricsLog
 from rankgrpo.units import Units, make_units
 from rankgrpo.validate import validate
 
 # Metrics that a process without a trained group adds nothing to.
 PER_PACK = (
-    "ratio/mean", "ratio/clip_low_frac", "ratio/clip_high_frac",
-    "mismatch/abs_logp", "mismatch/exp_abs_logp", "tokens/saved_frac",
+    "ratio/mean", "ratio/clip_low_frac", "ratio/clip_high_frac", "tokens/saved_frac", *mismatch.METRICS,
 )  # fmt: skip
 
 
@@ -58,12 +60,18 @@ class Updater:
     """Optimizer steps on one batch of scored rollouts."""
 
     def __init__(
-        self, policy: Policy, ref: Policy | None, optimizer: torch.optim.Optimizer, config: Config, parallel: Parallel
+        self,
+        policy: Policy,
+        ref: Policy | None,
+        sampler: Sampler,
+        optimizer: torch.optim.Optimizer,
+        config: Config,
+        parallel: Parallel,
     ):
-        self.policy, self.ref, self.optimizer, self.parallel = policy, ref, optimizer, parallel
+        self.policy, self.ref, self.sampler, self.optimizer, self.parallel = policy, ref, sampler, optimizer, parallel
         self.rl, self.num_ranks = config.rl, config.data.num_ranks
         self.segmenter = RankSegmenter(policy.tokenizer)
-        self.eos_ids = torch.tensor(policy.sampler().eos_ids, device=policy.device)
+        self.eos_ids = torch.tensor(sampler.eos_ids, device=policy.device)
 
     def step(self, batch: list[MicroBatch], denominator: float, lr: float, where: str, means: Means) -> float:
         """One optimizer step on the whole batch; returns the gradient norm."""
@@ -73,6 +81,7 @@ class Updater:
         for micro_batch in batch:
             loss_sum += self._backward(micro_batch, denominator, means)
         check_finite(float(loss_sum), where, "the loss")
+        self._check_mismatch(means, where)
         sum_gradients(self.policy.model, self.parallel)
         return optimizer_step(
             self.optimizer, self.policy.model.parameters(), lr=lr, grad_clip=self.rl.grad_clip, where=where
@@ -85,8 +94,12 @@ class Updater:
                 _, micro_batch.ref_logp_BT = self.ref.logprobs(micro_batch.groups, temperature=rl.temperature)
         pack, logp_BT = self.policy.logprobs(micro_batch.groups, temperature=rl.temperature)
         if micro_batch.units is None:
-            micro_batch.units = self._units(pack, micro_batch.advantage_BU)
-            describe_pack(pack, logp_BT.detach(), micro_batch.sampler_logp, means)
+            means.add("tokens/saved_frac", pack.tokens_dense - pack.tokens_shared, pack.tokens_dense)
+            means.add_sum("tokens/trained", pack.tokens_shared)
+            units, now_BT = self._units(pack, micro_batch.advantage_BU), logp_BT.detach()
+            sampler_logp_BT = mismatch.as_padded(micro_batch.sampler_logp, pack.mask_BT)
+            mismatch.describe_mismatch(units, now_BT, sampler_logp_BT, pack.mask_BT, rl, means)
+            micro_batch.units = mismatch.correct_units(units, now_BT, sampler_logp_BT, rl, means)
         units = micro_batch.units
         loss, metrics = rank_grpo_loss(
             logp_BT,
@@ -127,15 +140,22 @@ class Updater:
             mean_by_list=self.rl.token_mean == "list",
         )
 
-
-def describe_pack(pack: Pack, logp_BT: Tensor, sampler_logp: list[list[float]], means: Means) -> None:
-    """Add tokens/* and the mismatch between the trainer's and the sampler's log-probs of the same tokens."""
-    sampled = torch.tensor([value for row in sampler_logp for value in row], device=logp_BT.device)
-    gap = (logp_BT[pack.mask_BT] - sampled).abs()
-    means.add("mismatch/abs_logp", gap.sum(), gap.numel())
-    means.add("mismatch/exp_abs_logp", gap.exp().sum(), gap.numel())
-    means.add("tokens/saved_frac", pack.tokens_dense - pack.tokens_shared, pack.tokens_dense)
-    means.add_sum("tokens/trained", pack.tokens_shared)
+    def _check_mismatch(self, means: Means, where: str) -> None:
+        """Stop, before the weights change, when the sampler's log-probs are not the trainer's."""
+        total, count = self.parallel.sum(means.pairs["mismatch/exp_abs_logp"])
+        alarm = self.rl.mismatch_alarm
+        if total <= alarm * count:
+            return
+        different = different_tensors(self.sampler, self.policy.model)
+        cause = (
+            f"The sampler's weights are not the trainer's: {describe(different)}"
+            if different
+            else "Their weights are equal bit for bit, so the two compute differently (number types, kernels, masks)"
+        )
+        raise TrainingError(
+            f"{where}: mean exp|trainer's - sampler's log-prob| is {total / count:.4f}, above rl.mismatch_alarm = "
+            f"{alarm:g}. {cause}. The weights were not changed and the last checkpoint is intact"
+        )
 
 
 def train(config: Config, dataset: Dataset, start: str | Path, out: Path, parallel: Parallel) -> Path:
@@ -151,8 +171,8 @@ def train(config: Config, dataset: Dataset, start: str | Path, out: Path, parall
     policy = open_policy(start, config.model, parallel.device)
     ref = open_policy(start, config.model, parallel.device, trainable=False) if rl.kl_coef > 0 else None
     optimizer = make_optimizer(policy.model, lr=rl.lr, betas=rl.betas, weight_decay=rl.weight_decay, eps=rl.adam_eps)
-    sampler = policy.sampler(rows=rl.sampler_rows)
-    updater = Updater(policy, ref, optimizer, config, parallel)
+    sampler = open_sampler(policy, config, parallel)
+    updater = Updater(policy, ref, sampler, optimizer, config, parallel)
     order = BatchOrder(len(dataset.train), rl.prompts_per_step, config.seed, parallel.dp_rank, parallel.dp_world)
     prompts = encode_prompts(policy.tokenizer, dataset.train, config.data.max_prompt_tokens)
     val_samples = dataset.validation[: rl.eval_samples]
@@ -169,7 +189,7 @@ def train(config: Config, dataset: Dataset, start: str | Path, out: Path, parall
 
     def validate_and_keep_best(finished: int) -> dict[str, float]:
         nonlocal best
-        metrics = validate(policy, val_samples, dataset.catalog, config, parallel)
+        metrics = validate(policy, val_samples, dataset.catalog, config, parallel, sampler)
         ndcg = metrics[f"eval/ndcg@{num_ranks}"]
         if ndcg > best["ndcg"]:
             best = {"ndcg": ndcg, "step": finished}
@@ -177,6 +197,7 @@ def train(config: Config, dataset: Dataset, start: str | Path, out: Path, parall
                 keep_best(policy, out, finished)
         return metrics
 
+    sync_weights(sampler, policy.model)
     if done == 0:
         metrics = validate_and_keep_best(0)
         if log is not None:
@@ -194,6 +215,7 @@ def train(config: Config, dataset: Dataset, start: str | Path, out: Path, parall
             max_new_tokens=rl.max_new_tokens,
             temperature=rl.temperature,
         )
+        sampler.sleep()
         sampled = time.perf_counter()
 
         scored = score_groups(rollouts, examples, dataset.catalog, rl, num_ranks, means, updater.segmenter)
@@ -224,6 +246,8 @@ def train(config: Config, dataset: Dataset, start: str | Path, out: Path, parall
             )
             norm = updater.step(batch, denominator, lr, f"{where}, update {update + 1}", means)
         updated = time.perf_counter()
+        sync_weights(sampler, policy.model)
+        synced = time.perf_counter()
 
         means.add("groups/trained_frac", len(chosen), len(indices))
         means.add("tokens/sampled", num_tokens, 1 / parallel.dp_world)
@@ -236,6 +260,7 @@ def train(config: Config, dataset: Dataset, start: str | Path, out: Path, parall
             "time/sample_s": sampled - began,
             "time/score_s": scored_at - sampled,
             "time/update_s": updated - scored_at,
+            "time/sync_s": synced - updated,
             "time/total_s": time.perf_counter() - began,
         }
         if log is not None:
@@ -246,6 +271,7 @@ def train(config: Config, dataset: Dataset, start: str | Path, out: Path, parall
         log.close()
         with atomic_folder(final) as temporary:
             save_policy(policy.model, policy.tokenizer, temporary)
+    sampler.sleep()
     wait_for_all(parallel)
     return out / "best"
 

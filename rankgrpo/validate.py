@@ -13,26 +13,37 @@ from rankgrpo.distributed import Means, Parallel
 from rankgrpo.evaluate import score_completions
 from rankgrpo.policy import Policy
 from rankgrpo.prompt import encode_prompts
-from rankgrpo.sampler.base import prompt_seed
+from rankgrpo.sampler.base import Sampler, prompt_seed
 
 
-def recommend_lists(policy: Policy, samples: list[Sample], config: Config, *, title: str | None = None) -> list[str]:
+def recommend_lists(
+    policy: Policy, samples: list[Sample], config: Config, *, title: str | None = None, sampler: Sampler | None = None
+) -> list[str]:
     """One list a sample at eval.temperature, as text; a progress bar named `title` unless it is None.
 
     With a temperature above 0 the draw depends on (config.seed, sample id) alone, so models meet the same luck.
+    `sampler` is one that has the policy's weights; without it one over the policy itself is made.
     """
-    groups = sample_lists(policy, samples, config, num_lists=1, temperature=config.eval.temperature, title=title)
+    temperature = config.eval.temperature
+    groups = sample_lists(policy, samples, config, num_lists=1, temperature=temperature, title=title, sampler=sampler)
     return [text for (text,) in groups]
 
 
 def sample_lists(
-    policy: Policy, samples: list[Sample], config: Config, *, num_lists: int, temperature: float, title: str | None
+    policy: Policy,
+    samples: list[Sample],
+    config: Config,
+    *,
+    num_lists: int,
+    temperature: float,
+    title: str | None,
+    sampler: Sampler | None = None,
 ) -> list[list[str]]:
     """`num_lists` lists a sample, as text; otherwise as `recommend_lists`."""
     prompts = encode_prompts(policy.tokenizer, samples, config.data.max_prompt_tokens, quiet=title is None)
     unit = "list" if num_lists == 1 else "conversation"
     with tqdm(total=len(samples), desc=title, unit=unit, disable=title is None, dynamic_ncols=True) as bar:
-        groups = policy.sampler(rows=128).sample(
+        groups = (sampler or policy.sampler(rows=128)).sample(
             prompts,
             group_size=num_lists,
             seeds=[prompt_seed(config.seed, 0, sample.id) for sample in samples],
@@ -44,7 +55,12 @@ def sample_lists(
 
 
 def validate(
-    policy: Policy, samples: list[Sample], catalog: Catalog, config: Config, parallel: Parallel
+    policy: Policy,
+    samples: list[Sample],
+    catalog: Catalog,
+    config: Config,
+    parallel: Parallel,
+    sampler: Sampler | None = None,
 ) -> dict[str, float]:
     """Means of the recommender metrics over `samples`, shared among the processes, as eval/* keys."""
     began = time.perf_counter()
@@ -52,7 +68,7 @@ def validate(
     means = Means()
     evaluation = score_completions(
         mine,
-        recommend_lists(policy, mine, config),
+        recommend_lists(policy, mine, config, sampler=sampler),
         catalog,
         num_ranks=config.data.num_ranks,
         year_tolerance=config.rl.year_tolerance,

@@ -106,7 +106,8 @@ def fake_rl_rows(num_steps: int, rng: np.random.Generator) -> list[dict]:
         row |= {"list/items_mean": 18 + 2 * progress, "list/tokens_mean": 130.0, "list/parsed_frac": 0.97}
         row |= {"list/in_catalog_frac": 0.9 + 0.09 * progress, "list/duplicate_frac": 0.05 * (1 - progress)}
         row |= {"list/finished_frac": 0.98, "loss/policy": -0.01, "loss/kl": 0.02 * progress**2 + 0.001 * rng.random()}
-        row |= {"mismatch/abs_logp": 1e-6 * rng.random()}
+        row |= {"mismatch/abs_logp": 1e-6 * rng.random(), "mismatch/exp_abs_logp": 1 + 1e-6 * rng.random()}
+        row |= {"mismatch/outside_clip_frac": 1e-3 * rng.random()}
         row |= {"policy/entropy": 1.4 - 0.5 * progress + 0.02 * rng.random(), "ratio/mean": 1.0, "lr": 1e-5}
         row |= {"ratio/clip_low_frac": 0.01 * rng.random(), "ratio/clip_high_frac": 0.012 * rng.random()}
         row |= {"grad/norm": 0.4 + 0.2 * rng.random(), "time/sample_s": 2.0 + 0.2 * rng.random(), "time/score_s": 0.1}

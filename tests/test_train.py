@@ -76,6 +76,7 @@ def test_metrics_of_a_run(warm, tmp_path):
     assert "eval/ndcg@5" in rows[0] and "eval/ndcg@5" in rows[3] and "eval/ndcg@5" not in rows[1]
     # On-policy: the trainer's log-probs are the sampler's, and every ratio is 1.
     assert rows[1]["mismatch/exp_abs_logp"] == pytest.approx(1.0, abs=1e-4)
+    assert rows[1]["mismatch/outside_clip_frac"] == 0 and "mismatch/corrected_frac" not in rows[1]
     assert rows[1]["ratio/mean"] == pytest.approx(1.0, abs=1e-6)
     assert rows[1]["loss/kl"] == pytest.approx(0.0, abs=1e-6) and rows[-1]["loss/kl"] > 0
 

@@ -61,8 +61,8 @@ class Bench:
         self.policy = Policy(model, tokenizer, valid_token_mask(model, tokenizer).to(self.parallel.device), False)
         self.config = replace(Config(), rl=RlConfig(kl_coef=0.0, token_budget=args.token_budget))
         optimizer = make_optimizer(model, lr=1e-6, betas=(0.9, 0.99), weight_decay=0.0)
-        self.updater = Updater(self.policy, None, optimizer, self.config, self.parallel)
         self.sampler = self.policy.sampler()
+        self.updater = Updater(self.policy, None, self.sampler, optimizer, self.config, self.parallel)
 
     def step(self, prompt_tokens: int, group_size: int, seed: int) -> dict[str, float]:
         """Seconds of each phase of one step."""

@@ -8,8 +8,14 @@ not on what was sampled before it.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Protocol
+
+import torch
+from torch import Tensor
+
+FINGERPRINT_SHIFT = 0x4C957F2E
 
 
 class SamplingError(RuntimeError):
@@ -34,6 +40,11 @@ class Rollout:
 
 
 class Sampler(Protocol):
+    eos_ids: list[int]
+    """Every id that ends a completion."""
+    owns_weights: bool
+    """False: it samples with the trainer's own tensors. True: it is a CopySampler."""
+
     def sample(
         self,
         prompts: list[list[int]],
@@ -42,8 +53,36 @@ class Sampler(Protocol):
         seeds: list[int],
         max_new_tokens: int,
         temperature: float = 1.0,
+        on_progress: Callable[[int], object] | None = None,
     ) -> list[list[Rollout]]:
-        """Sample `group_size` completions of every prompt; temperature 0 decodes greedily."""
+        """Sample `group_size` completions of every prompt; temperature 0 decodes greedily.
+
+        `on_progress(n)` hears of every n prompts that are done.
+        """
+        ...
+
+    def sleep(self) -> None:
+        """Give memory to the trainer until `wake`."""
+        ...
+
+    def wake(self) -> None: ...
+
+
+class CopySampler(Sampler, Protocol):
+    """A sampler with a copy of the weights, which `sync.sync_weights` keeps equal to the trainer's."""
+
+    dtype: torch.dtype
+
+    def load_weights(self, named: Iterable[tuple[str, Tensor]]) -> None:
+        """Replace the weights by the whole tensors that the iterator yields, one at a time."""
+        ...
+
+    def fingerprints(self) -> dict[str, int]:
+        """`fingerprint` of every tensor it computes with, by the name it stores it under."""
+        ...
+
+    def stored_name(self, name: str) -> str:
+        """Name of its tensor that holds the model's parameter `name`, maybe among others."""
         ...
 
 
@@ -51,3 +90,29 @@ def prompt_seed(seed: int, step: int, prompt_id: str) -> int:
     """A 63-bit seed that depends on (seed, step, prompt) alone, the same on every machine and Python process."""
     digest = hashlib.blake2b(f"{seed}\0{step}\0{prompt_id}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
+
+
+def fingerprint(tensor: Tensor) -> Tensor:
+    """A 0-dim int64 on the tensor's device that depends on every bit of it.
+
+    It adds up: that of a concatenation is the sum of those of the parts, whatever their order, and zeros add
+    nothing. So tensors that a sampler stores as one can be compared without knowing how it arranges them.
+    """
+    bits = tensor.detach().contiguous().view(torch.int32 if tensor.dtype == torch.float32 else torch.int16).flatten()
+    total = torch.zeros((), dtype=torch.int64, device=tensor.device)
+    # On a CPU the chunks stay in its cache; on a GPU a kernel launch costs more than memory does.
+    for chunk in bits.split(2**26 if tensor.is_cuda else 2**18):
+        value = chunk.to(torch.int32)
+        # Not linear (and mod 2^32): changes of the last bit up and down would cancel in a plain sum.
+        total += ((value + FINGERPRINT_SHIFT) * value).sum(dtype=torch.int64)
+    return total
+
+
+def eos_token_ids(model, tokenizer) -> list[int]:
+    """Every id that ends a completion: the tokenizer's and those of the model's generation config."""
+    configured = model.generation_config.eos_token_id if model.generation_config is not None else None
+    extra = configured if isinstance(configured, list) else [configured]
+    ids = {tokenizer.eos_token_id, *extra} - {None}
+    if not ids:
+        raise ValueError("neither the tokenizer nor the model's generation config names an end-of-sequence token")
+    return sorted(ids)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 
-from rankgrpo.sampler.base import Rollout, SamplingError
+from rankgrpo.sampler.base import Rollout, SamplingError, eos_token_ids
 
 ATTENTION_NAME = "rankgrpo_decode"
 
@@ -98,6 +98,8 @@ class HFSampler:
     `rows` bounds the lists decoded at once. `autocast` is "bfloat16" or None.
     """
 
+    owns_weights = False
+
     def __init__(
         self,
         model: PreTrainedModel,
@@ -152,6 +154,11 @@ class HFSampler:
             self.model.train(was_training)
             self.model.config._attn_implementation = was_attention
         return groups
+
+    def sleep(self) -> None:
+        """Nothing to give back: weights are the trainer's, keys and values live inside `sample`."""
+
+    def wake(self) -> None: ...
 
     def _decode(
         self, prompts: list[list[int]], group_size: int, uniform_BT: Tensor, temperature: float
@@ -236,13 +243,3 @@ def draw_uniforms(seed: int, group_size: int, max_new_tokens: int) -> Tensor:
         generator = torch.Generator().manual_seed((seed + g * 0x9E3779B97F4A7C15) % 2**63)
         rows.append(torch.rand(max_new_tokens, generator=generator))
     return torch.stack(rows)
-
-
-def eos_token_ids(model: PreTrainedModel, tokenizer) -> list[int]:
-    """Every id that ends a completion: the tokenizer's and those of the model's generation config."""
-    configured = model.generation_config.eos_token_id if model.generation_config is not None else None
-    extra = configured if isinstance(configured, list) else [configured]
-    ids = {tokenizer.eos_token_id, *extra} - {None}
-    if not ids:
-        raise ValueError("neither the tokenizer nor the model's generation config names an end-of-sequence token")
-    return sorted(ids)
