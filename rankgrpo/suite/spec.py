@@ -1,0 +1,244 @@
+"""What a suite is: one TOML file that names models, rows, seeds and shared settings.
+
+    title = "..."                 heading of its section in the page
+    about = "..."                 what is compared, and why in this order
+    models = ["tiny"]             presets; every row runs once a model and seed
+    data = "demo"                 used unless the command names a data set
+    seeds = [1, 2, 3]             the first seed of every row comes before the second of any
+    against = ["sft", "grpo"]     rows that every row is compared with on the same conversations
+    against_union = ["rank-grpo"] the same for the union of many lists
+    ablation = ["before", "sft"]  rows of the table of stages; before, popularity and ease come with the warm start
+    paper = { tiny = ["redial-0.5b"] }   tables of experiments/results/paper.toml to show beside a model's
+
+    [set.rl]                      overrides of the preset for every row
+    num_steps = 60
+
+    [[rows]]
+    name = "rank-grpo"
+    label = "Rank-GRPO, exp_inf"
+    group = "returns"             rows of a group share a panel of the figures
+    method = "rank-grpo"          file of experiments/methods
+    set = { "rl.updates_per_batch" = 2 }
+    model_set.tiny = { "rl.lr" = 1e-4 }   with one of the models
+
+A row is reinforcement learning from the model of the first row with `stage = "sft"`, or of the one `start` names, or,
+with `start = "none"`, from the untrained model.
+"""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from rankgrpo.config import Config, ConfigError, load_config, presets_dir
+
+BASELINE_ROWS = ("before", "popularity", "ease")
+NO_START = "none"
+
+
+@dataclass(frozen=True)
+class Row:
+    name: str
+    label: str
+    about: str = ""
+    stage: str = "rl"
+    """rl, or sft for a warm start."""
+    start: str = NO_START
+    """Row of stage sft that reinforcement learning starts from."""
+    method: str | None = None
+    group: str = ""
+    words: tuple[str, ...] = ()
+    """Overrides as `section.key=value`, the suite's first."""
+    model_words: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Further overrides with one model; the command line's are the last of each."""
+    seeds: tuple[int, ...] = ()
+
+    def words_for(self, model: str) -> tuple[str, ...]:
+        return (*self.words, *self.model_words.get(model, ()))
+
+
+@dataclass(frozen=True)
+class Suite:
+    name: str
+    title: str
+    about: str
+    models: tuple[str, ...]
+    data: str
+    rows: tuple[Row, ...]
+    against: tuple[str, ...]
+    against_union: tuple[str, ...]
+    ablation: tuple[str, ...]
+    paper: Mapping[str, tuple[str, ...]]
+
+    def row(self, name: str) -> Row:
+        """The row of this name. Raises ConfigError listing the rows there are."""
+        found = [row for row in self.rows if row.name == name]
+        if not found:
+            raise ConfigError(f"suite {self.name} has no row {name!r}; its rows are {', '.join(self.row_names)}")
+        return found[0]
+
+    @property
+    def row_names(self) -> list[str]:
+        return [row.name for row in self.rows]
+
+
+_SUITE_KEYS = {
+    "title": str,
+    "about": str,
+    "models": list,
+    "data": str,
+    "seeds": list,
+    "against": list,
+    "against_union": list,
+    "ablation": list,
+    "paper": dict,
+    "set": dict,
+    "rows": list,
+}
+_ROW_KEYS = {
+    "name": str,
+    "label": str,
+    "about": str,
+    "stage": str,
+    "start": str,
+    "method": str,
+    "group": str,
+    "set": dict,
+    "model_set": dict,
+    "seeds": list,
+}
+
+
+def suite_path(name: str) -> Path:
+    """File of a suite of the repository, or of one given as a path. Raises ConfigError naming the suites there are."""
+    if name.endswith(".toml"):
+        return Path(name)
+    folder = presets_dir() / "suites"
+    known = sorted(path.stem for path in folder.glob("*.toml"))
+    if name not in known:
+        raise ConfigError(f"no suite {name!r} in {folder}; there are {', '.join(known)} (or give a path to a .toml)")
+    return folder / f"{name}.toml"
+
+
+def read_suite(path: Path, *, words: list[str] | None = None) -> Suite:
+    """Read a suite; `words` are overrides of every row that win over the file's.
+
+    Raises ConfigError naming file, row and key for whatever no run could be made of.
+    """
+    try:
+        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such suite") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path}: not valid TOML: {error}") from None
+    _check_keys(raw, _SUITE_KEYS, str(path), required=("title", "models", "seeds", "rows"))
+    shared = _words(raw.get("set", {}))
+    rows = tuple(
+        _read_row(row, place, path, shared, list(words or []), tuple(raw["seeds"]))
+        for place, row in enumerate(raw["rows"])
+    )
+    suite = Suite(
+        name=path.stem,
+        title=raw["title"],
+        about=raw.get("about", "").strip(),
+        models=tuple(raw["models"]),
+        data=raw.get("data", "demo"),
+        rows=_with_starts(rows, path),
+        against=tuple(raw.get("against", ())),
+        against_union=tuple(raw.get("against_union", ())),
+        ablation=tuple(raw.get("ablation", ())),
+        paper={model: tuple(tables) for model, tables in raw.get("paper", {}).items()},
+    )
+    _check_names(suite, path)
+    for model in suite.models:
+        for row in suite.rows:
+            row_config(row, model, suite.data, row.seeds[0], where=f"{path}: row {row.name!r}")
+    return suite
+
+
+def row_config(row: Row, model: str, data: str, seed: int, *, where: str = "") -> Config:
+    """The configuration of a row's run; steps that follow from epochs are still 0."""
+    preset = presets_dir() / f"{model}.toml"
+    words = [*row.words_for(model), f"seed={seed}"]
+    try:
+        return load_config(
+            preset if preset.is_file() else None, words, method=row.method, model__name=model, data__path=data
+        )
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}" if where else str(error)) from None
+
+
+def _check_keys(raw: Any, known: Mapping[str, type], where: str, required: tuple[str, ...]) -> None:
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{where}: expected a table, got {raw!r}")
+    if unknown := sorted(raw.keys() - known.keys()):
+        raise ConfigError(f"{where}: unknown key {unknown[0]!r}; known keys are {', '.join(known)}")
+    if missing := [key for key in required if not raw.get(key)]:
+        raise ConfigError(f"{where}: needs {missing[0]!r}")
+    for key, value in raw.items():
+        if not isinstance(value, known[key]):
+            raise ConfigError(f"{where}: {key} must be a {known[key].__name__}, got {value!r}")
+        if key == "seeds" and not all(type(seed) is int for seed in value):
+            raise ConfigError(f"{where}: seeds must be whole numbers, got {value!r}")
+
+
+def _read_row(raw: Any, place: int, path: Path, shared: list[str], words: list[str], seeds: tuple[int, ...]) -> Row:
+    where = f"{path}: row {raw.get('name', place + 1) if isinstance(raw, dict) else place + 1}"
+    _check_keys(raw, _ROW_KEYS, where, required=("name",))
+    if raw.get("stage", "rl") not in ("rl", "sft"):
+        raise ConfigError(f"{where}: stage must be 'rl' or 'sft', got {raw['stage']!r}")
+    return Row(
+        name=raw["name"],
+        label=raw.get("label", raw["name"]),
+        about=raw.get("about", ""),
+        stage=raw.get("stage", "rl"),
+        start=raw.get("start", ""),
+        method=raw.get("method"),
+        group=raw.get("group", ""),
+        words=(*shared, *_words(raw.get("set", {})), *words),
+        model_words={model: (*_words(table), *words) for model, table in raw.get("model_set", {}).items()},
+        seeds=tuple(raw.get("seeds", ())) or (seeds if raw.get("stage", "rl") == "rl" else seeds[:1]),
+    )
+
+
+def _words(table: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """{"rl": {"lr": 1e-4}} and {"rl.lr": 1e-4} alike as ["rl.lr=0.0001"]."""
+    words = []
+    for key, value in table.items():
+        if isinstance(value, dict):
+            words += _words(value, f"{prefix}{key}.")
+        else:
+            words.append(f"{prefix}{key}={value if isinstance(value, str) else json.dumps(value)}")
+    return words
+
+
+def _with_starts(rows: tuple[Row, ...], path: Path) -> tuple[Row, ...]:
+    """Every row with the warm start that it means."""
+    starts = [row.name for row in rows if row.stage == "sft"]
+    done = []
+    for row in rows:
+        start = row.start or (starts[0] if starts and row.stage == "rl" else NO_START)
+        if start not in (NO_START, *starts):
+            raise ConfigError(
+                f'{path}: row {row.name!r} starts from {start!r}; rows with stage = "sft" are '
+                f"{', '.join(starts) or 'none'}, and {NO_START!r} is the untrained model"
+            )
+        done.append(replace(row, start=start))
+    return tuple(done)
+
+
+def _check_names(suite: Suite, path: Path) -> None:
+    names = suite.row_names
+    if twice := [name for place, name in enumerate(names) if name in (*names[:place], *BASELINE_ROWS)]:
+        raise ConfigError(f"{path}: two rows are named {twice[0]!r} (before, popularity and ease are always there)")
+    named = [*suite.paper, *(model for row in suite.rows for model in row.model_words)]
+    if unknown := [model for model in named if model not in suite.models]:
+        raise ConfigError(f"{path}: no such model {unknown[0]!r} in it; models are {', '.join(suite.models)}")
+    for key in ("against", "against_union", "ablation"):
+        known = (*names, *BASELINE_ROWS) if key == "ablation" else names
+        if unknown := [name for name in getattr(suite, key) if name not in known]:
+            raise ConfigError(f"{path}: {key} names the row {unknown[0]!r}; rows are {', '.join(known)}")

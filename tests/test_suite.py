@@ -1,0 +1,477 @@
+"""Suites: what is refused, what is missing, what runs, and the numbers of the tables from a folder made by hand."""
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from test_evaluate import CATALOG, letters, sample
+from tiny_world import WORDS
+
+from rankgrpo.checkpoint import list_checkpoints
+from rankgrpo.config import ConfigError, presets_dir, to_toml, with_steps
+from rankgrpo.diversity import describe_lists, write_diversity
+from rankgrpo.evaluate import score_completions, write_evaluation
+from rankgrpo.files import write_lines
+from rankgrpo.suite import page, runner
+from rankgrpo.suite.command import list_suite, open_suite, rebuild_page, run_suite
+from rankgrpo.suite.figures import draw_figures
+from rankgrpo.suite.page import gains_table, read_paper, scores_table, stages_table, union_table
+from rankgrpo.suite.plan import choose_runs, plan_runs
+from rankgrpo.suite.results import read_results, write_results
+from rankgrpo.suite.runner import run_missing
+from rankgrpo.suite.spec import read_suite, suite_path
+
+SUITE = """
+title = "Toy"
+models = ["tiny"]
+seeds = [1, 2]
+against = ["sft", "grpo"]
+against_union = ["grpo"]
+ablation = ["before", "sft", "mine"]
+paper = { tiny = ["redial-0.5b"] }
+
+[set.rl]
+num_steps = 5
+
+[[rows]]
+name = "mine"
+label = "Mine"
+group = "All"
+method = "rank-grpo"
+set = { "rl.lr" = 0.5 }
+
+[[rows]]
+name = "sft"
+label = "SFT"
+stage = "sft"
+
+[[rows]]
+name = "grpo"
+label = "GRPO"
+group = "All"
+method = "grpo"
+
+[[rows]]
+name = "zero"
+method = "r1-zero"
+start = "none"
+seeds = [7]
+"""
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write_suite(text: str = SUITE) -> Path:
+        path = tmp_path / "toy.toml"
+        path.write_text(text)
+        return path
+
+    return write_suite
+
+
+# ------------------------------------------------------------------------------------------------------------ reading
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('title = "Toy"', 'titel = "Toy"', r"toy.toml: unknown key 'titel'; known keys are title, about"),
+        ('title = "Toy"', "", r"toy.toml: needs 'title'"),
+        ("seeds = [1, 2]", 'seeds = ["1"]', r"toy.toml: seeds must be whole numbers, got \['1'\]"),
+        ("seeds = [1, 2]", "seeds = 3", r"toy.toml: seeds must be a list, got 3"),
+        ('label = "Mine"', 'lable = "Mine"', r"toy.toml: row mine: unknown key 'lable'; known keys are name, label"),
+        ('name = "mine"\n', "", r"toy.toml: row 1: needs 'name'"),
+        ('name = "mine"', 'name = "grpo"', r"two rows are named 'grpo'"),
+        ('name = "mine"', 'name = "ease"', r"two rows are named 'ease' \(before, popularity and ease are always there"),
+        ('method = "rank-grpo"', 'method = "rankgrpo"', r"row 'mine': unknown method 'rankgrpo'; methods are .*grpo"),
+        ("num_steps = 5", "num_step = 5", r"unknown key 'rl.num_step'"),
+        ('"rl.lr" = 0.5', '"rl.lr" = "fast"', r"row 'mine': override 'rl.lr=fast': rl.lr must be float"),
+        ('stage = "sft"', 'stage = "dpo"', r"row sft: stage must be 'rl' or 'sft', got 'dpo'"),
+        ('start = "none"', 'start = "mine"', r"row 'zero' starts from 'mine'; rows with stage = \"sft\" are sft"),
+        ('against = ["sft", "grpo"]', 'against = ["dpo"]', r"against names the row 'dpo'; rows are mine, sft, grpo"),
+        ("paper = { tiny", "paper = { big", r"no such model 'big' in it; models are tiny"),
+        ("[set.rl]", "[set.rl", r"toy.toml: not valid TOML"),
+    ],
+)
+def test_mistakes_are_named(write, old, new, message):
+    assert old in SUITE
+    with pytest.raises(ConfigError, match=message):
+        read_suite(write(SUITE.replace(old, new, 1)))
+
+
+def test_an_unknown_suite_lists_those_there_are(tmp_path):
+    with pytest.raises(ConfigError, match="no suite 'cpuu' in .*; there are cpu, gpu-hour, paper"):
+        suite_path("cpuu")
+    with pytest.raises(ConfigError, match="none.toml: no such suite"):
+        read_suite(tmp_path / "none.toml")
+
+
+def test_overrides_of_the_command_win(write):
+    suite = read_suite(write(), words=["rl.num_steps=9"])
+    assert suite.row("mine").words == ("rl.num_steps=5", "rl.lr=0.5", "rl.num_steps=9")
+    (run,) = [run for run in plan_runs(suite, "demo", Path("runs")) if run.folder.name == "mine-seed1"]
+    assert (run.config.rl.num_steps, run.config.rl.lr, run.config.seed) == (9, 0.5, 1)
+
+
+def test_a_model_may_have_settings_of_its_own(write):
+    text = SUITE.replace('set = { "rl.lr" = 0.5 }', 'set = { "rl.lr" = 0.5 }\nmodel_set.tiny = { "rl.lr" = 0.25 }')
+    suite = read_suite(write(text))
+    assert {run.row.name: run.config.rl.lr for run in plan_runs(suite, "demo", Path("runs"))}["mine"] == 0.25
+
+
+@pytest.mark.parametrize("name", ["cpu", "gpu-hour", "paper"])
+def test_suites_of_the_repository(name):
+    suite = read_suite(suite_path(name))
+    paper = read_paper(presets_dir() / "results" / "paper.toml")
+    assert set().union(*suite.paper.values()) <= paper.keys()
+    assert suite.row(suite.against[0]).stage == "sft"
+    assert all(run.row.method for run in plan_runs(suite, "demo", Path("none")) if run.row.stage == "rl")
+
+
+# ------------------------------------------------------------------------------------------------------------ planning
+
+
+def test_the_plan_goes_seed_by_seed_and_warm_starts_come_first(write):
+    runs = plan_runs(read_suite(write()), "demo", Path("runs"))
+    names = [run.folder.name for run in runs]
+    assert names == ["sft-seed1", "mine-seed1", "grpo-seed1", "zero-seed7", "mine-seed2", "grpo-seed2"]
+    sft, mine, *_, grpo = runs
+    assert sft.command[:9] == [
+        "run", "--model", "tiny", "--data", "demo", "--run-dir", "runs/tiny/sft-seed1", "--until", "sft",
+    ]  # fmt: skip
+    assert mine.shell_command == (
+        "rankgrpo run --model tiny --data demo --run-dir runs/tiny/mine-seed1 --method rank-grpo "
+        "--from-model runs/tiny/sft-seed1/sft/final --set rl.num_steps=5 rl.lr=0.5 seed=1"
+    )
+    assert grpo.start is sft and "seed=2" in grpo.command
+    assert "--from-model" not in runs[3].command
+
+
+def test_rows_can_be_chosen_with_the_warm_start_they_need(write):
+    suite = read_suite(write())
+    runs = plan_runs(suite, "demo", Path("runs"))
+    assert [run.folder.name for run in choose_runs(suite, runs, ["grpo"], 1)] == ["sft-seed1", "grpo-seed1"]
+    assert [run.folder.name for run in choose_runs(suite, runs, ["zero"], None)] == ["zero-seed7"]
+    with pytest.raises(ConfigError, match="suite toy has no row 'gspo'; its rows are mine, sft, grpo, zero"):
+        choose_runs(suite, runs, ["gspo"], None)
+
+
+def test_a_given_model_stands_for_the_warm_start(write, tmp_path):
+    model = tmp_path / "model"
+    model.mkdir()
+    for file in ("config.json", "model.safetensors"):
+        (model / file).touch()
+    runs = plan_runs(read_suite(write()), "demo", Path("runs"), sft=str(model))
+    sft, mine = runs[:2]
+    assert sft.command[sft.command.index("--from-model") + 1] == str(model) and "--until" in sft.command
+    assert mine.command[mine.command.index("--from-model") + 1] == str(model)
+
+
+def finish(run, **options) -> None:
+    """The files of a run that has finished."""
+    write_lines(run.folder / "config.toml", to_toml(with_steps(run.config, 40)).splitlines())
+    add_scores(run, run.stage, **options)
+
+
+def test_what_is_finished_is_not_missing(write, tmp_path):
+    opened = open_suite(str(write()), runs_dir=tmp_path / "runs", out=tmp_path / "out")
+    assert list_suite(opened, [], None).endswith("6 of 6 runs are missing")
+    for run in opened.runs[:2]:
+        finish(run)
+    listed = list_suite(opened, [], None).splitlines()
+    assert [line.split()[0] for line in listed[:-1]] == ["finished"] * 2 + ["missing"] * 4
+    assert list_suite(opened, ["mine"], 1).endswith("0 of 2 runs are missing")
+
+
+def test_a_folder_with_another_configuration_is_refused(write, tmp_path):
+    finish(open_suite(str(write()), runs_dir=tmp_path / "runs").runs[1])
+    with pytest.raises(ConfigError, match=r"mine-seed1 holds a run of another .*rl.lr: 0.5 -> 0.1.*--runs-dir"):
+        open_suite(str(write(SUITE.replace("= 0.5 }", "= 0.1 }"))), runs_dir=tmp_path / "runs")
+
+
+def test_missing_data_are_one_message(write):
+    with pytest.raises(ConfigError, match="nowhere: no such folder; --data takes a data set"):
+        open_suite(str(write()), data="nowhere")
+
+
+# ------------------------------------------------------------------------------------------------------------- running
+
+# In place of `rankgrpo run`: notes when it ran, then does what the name of its folder asks for.
+FAKE = """
+import sys, time
+from pathlib import Path
+folder = Path(sys.argv[sys.argv.index("--run-dir") + 1])
+with open(folder.parent / "order", "a") as order: print(folder.name, file=order)
+print("some words\\rlast words")
+behaviour = (folder.parent / "behaviour").read_text().split()
+if folder.name in behaviour: sys.exit(3)
+if "sleep" in behaviour: time.sleep(60)
+stage = "sft" if "--until" in sys.argv else "rank-grpo"
+(folder / "eval" / "test").mkdir(parents=True, exist_ok=True)
+(folder / "eval" / "test" / f"{stage}.json").write_text("{}")
+"""
+
+
+@pytest.fixture
+def fake(monkeypatch, tmp_path, write):
+    monkeypatch.setattr(runner, "_launcher", lambda num_processes: [sys.executable, "-c", FAKE])
+    monkeypatch.setattr(runner, "POLL_SECONDS", 0.01)
+
+    def run(behaviour: str, **options):
+        (tmp_path / "runs" / "tiny").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "runs" / "tiny" / "behaviour").write_text(behaviour)
+        runs = plan_runs(read_suite(write()), "demo", tmp_path / "runs")
+        outcome = run_missing(runs, **{"num_jobs": 1, "num_processes": 1, **options})
+        order = (tmp_path / "runs" / "tiny" / "order").read_text().split()
+        return outcome, order
+
+    return run
+
+
+def test_runs_go_in_order_and_only_once(fake):
+    outcome, order = fake("")
+    assert order == ["sft-seed1", "mine-seed1", "grpo-seed1", "zero-seed7", "mine-seed2", "grpo-seed2"]
+    assert not outcome.failed and not outcome.stopped
+    assert fake("")[1] == order
+
+
+def test_a_failure_is_reported_and_the_others_run(fake):
+    outcome, order = fake("mine-seed1")
+    assert len(order) == 6
+    (why,) = outcome.failed.values()
+    assert "exit status 3" in why and why.endswith("    last words") and "some words" not in why
+
+
+def test_nothing_starts_from_a_warm_start_that_failed(fake):
+    outcome, order = fake("sft-seed1", num_jobs=2)
+    assert sorted(order) == ["sft-seed1", "zero-seed7"]
+    assert outcome.failed.pop("tiny/grpo-seed2") == "its warm start tiny/sft-seed1 failed"
+    assert len(outcome.failed) == 4
+
+
+def test_time_runs_out_within_a_run(fake):
+    outcome, order = fake("sleep", max_minutes=0.02)
+    assert outcome.stopped and order in ([], ["sft-seed1"])
+    assert not outcome.finished and not outcome.failed
+
+
+def test_a_run_that_is_still_going_on_is_not_started_again(write, tmp_path):
+    import fcntl
+
+    run = plan_runs(read_suite(write()), "demo", tmp_path / "runs")[0]
+    run.folder.mkdir(parents=True)
+    with (run.folder / "log.txt").open("a") as log:
+        fcntl.flock(log, fcntl.LOCK_EX)
+        with pytest.raises(ConfigError, match="sft-seed1: this run is going on in another process"):
+            run_missing([run], num_jobs=1, num_processes=1)
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_from_its_checkpoint(monkeypatch, tmp_path):
+    """A real run, killed after a checkpoint: the same command finishes it, and what was done is not done again."""
+    path = tmp_path / "toy.toml"
+    path.write_text(
+        'title = "T"\nmodels = ["tiny"]\nseeds = [1]\n[[rows]]\nname = "zero"\nmethod = "r1-zero"\nstart = "none"\n'
+    )
+    words = [*WORDS, "teacher.short_requests=0", "rl.num_steps=8", "rl.kl_coef=1e-3", "rl.repeat_penalty=0"]
+    started, folder = [], tmp_path / "runs" / "tiny" / "zero-seed1"
+    monkeypatch.setattr(
+        runner, "start_process", lambda *a, start=runner.start_process: started.append(start(*a)) or started[-1]
+    )
+
+    def kill_after_a_checkpoint():
+        while not list_checkpoints(folder / "rl" / "checkpoints"):
+            time.sleep(0.005)
+        os.kill(started[0].pid, signal.SIGKILL)
+
+    def run():
+        run_suite(open_suite(str(path), runs_dir=tmp_path / "runs", out=tmp_path / "out", words=words), [], None)
+
+    threading.Thread(target=kill_after_a_checkpoint, daemon=True).start()
+    with pytest.raises(ConfigError, match=r"1 runs failed; the same command tries them again.\n.*exit status -9"):
+        run()
+    metrics = folder / "rl" / "metrics.jsonl"
+    (saved, *_) = [int(path.name.removeprefix("step-")) for path in list_checkpoints(folder / "rl" / "checkpoints")]
+    before = metrics.read_text().splitlines()[: saved + 1]
+    run()
+    after = metrics.read_text().splitlines()
+    assert after[: saved + 1] == before  # with the seconds that they took
+    assert [json.loads(line)["step"] for line in after] == list(range(9))
+    (row,) = [
+        row
+        for row in read_results(tmp_path / "out" / "results" / "toy-demo" / "results.json")["boards"]["tiny"]["rows"]
+        if row["name"] == "zero"
+    ]
+    assert row["cost"]["steps"] == 8
+    run()
+    assert len(started) == 2
+
+
+# ------------------------------------------------------------------------------------------------------------ results
+
+
+# Two test conversations: one likes A, the other B and C. Lists of 20 asked for.
+SAMPLES = [sample("A", name="one"), sample("BC", name="two")]
+
+
+def add_scores(run, name: str, lists: tuple[str, str] = ("A", "D")) -> None:
+    evaluation = score_completions(SAMPLES, [letters(one) for one in lists], CATALOG)
+    write_evaluation(run.folder, evaluation, name=name, split="test")
+
+
+def add_metrics(run, rows: list[dict]) -> None:
+    part = "sft" if run.row.stage == "sft" else "rl"
+    write_lines(run.folder / part / "metrics.jsonl", map(json.dumps, rows))
+
+
+def fabricate(folder: Path):
+    """A finished suite without `zero`, with scores that can be worked out by hand."""
+    (folder / "toy.toml").write_text(SUITE)
+    opened = open_suite(str(folder / "toy.toml"), runs_dir=folder / "runs", out=folder / "out")
+    runs = {run.folder.name: run for run in opened.runs}
+    finish(runs["sft-seed1"], lists=("XA", "D"))  # hit at rank 2 of the first: NDCG .6309, 0
+    add_scores(runs["sft-seed1"], "before", ("X", "X"))
+    finish(runs["grpo-seed1"], lists=("A", "D"))  # NDCG 1, 0
+    finish(runs["grpo-seed2"], lists=("XA", "D"))  # NDCG .6309, 0
+    finish(runs["mine-seed1"], lists=("A", "BC"))  # NDCG 1, 1
+    for name, seconds in (("mine-seed1", 1800), ("grpo-seed1", 3600), ("grpo-seed2", 7200)):
+        rows = [{"step": 0, "eval/ndcg@20": 0.1}]
+        for step in (1, 2):
+            rewards = {f"reward/rank_{rank:02d}": step / (rank + 1) for rank in range(20)}
+            cost = {"time/total_s": seconds, "tokens/sampled": 1000.0, "tokens/trained": 500.0}
+            rows.append({"step": step, "eval/ndcg@20": step * seconds, "list/hits_mean": 0.5, **cost, **rewards})
+        add_metrics(runs[name], rows)
+    for name, lists in (("mine-seed1", [["A", "B"], ["B", "C"]]), ("grpo-seed1", [["A", "A"], ["D", "D"]])):
+        texts = [[letters(one) for one in group] for group in lists]
+        union = describe_lists(SAMPLES, texts, CATALOG, torch.arange(26).float())
+        write_diversity(runs[name].folder, union, name="rank-grpo", split="test")
+    rebuild_page(opened)
+    return opened
+
+
+@pytest.fixture(scope="module")
+def fabricated(tmp_path_factory):
+    return fabricate(tmp_path_factory.mktemp("suite"))
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    """The same, to change; without figures."""
+    monkeypatch.setattr(page, "draw_figures", lambda *_: [])
+    return fabricate(tmp_path)
+
+
+def result(opened, name: str) -> dict:
+    rows = read_results(opened.results_path)["boards"]["tiny"]["rows"]
+    return next(row for row in rows if row["name"] == name)
+
+
+def test_scores_are_means_over_seeds(fabricated):
+    grpo = result(fabricated, "grpo")
+    assert grpo["metrics"]["ndcg@20"]["mean"] == pytest.approx((1 + 0.63093) / 4, abs=1e-4)
+    assert {seed: scores["ndcg@20"] for seed, scores in grpo["by_seed"].items()} == {"1": 0.5, "2": 0.3155}
+    assert grpo["metrics"]["recall@20"]["mean"] == 0.5
+    assert result(fabricated, "mine")["metrics"]["recall@5"]["mean"] == 1
+    assert grpo["hit_rate_by_rank"][:3] == [0.25, 0.25, 0]
+
+
+def test_gains_are_paired_by_conversation(fabricated):
+    gain = result(fabricated, "mine")["gain"]
+    # One conversation gains 1 - .6309, the other 1: the bootstrap of two values reaches from one to the other.
+    difference = gain["sft"]["ndcg@20"]["difference"]
+    assert difference == pytest.approx({"mean": (0.36907 + 1) / 2, "low": 0.36907, "high": 1}, abs=1e-4)
+    assert gain["sft"]["ndcg@20"]["relative"]["mean"] == pytest.approx(2 / 0.63093 - 1, abs=1e-3)
+    assert gain["grpo"]["ndcg@20"]["difference"]["mean"] == pytest.approx(1 - (1 + 0.63093) / 4, abs=1e-4)
+    assert set(result(fabricated, "grpo")["gain"]) == {"sft"}  # not with itself
+
+
+def test_cost_and_curves(fabricated):
+    grpo = result(fabricated, "grpo")
+    cost = {"hours": 3.0, "tokens_sampled": 2000, "tokens_trained": 1000, "steps": 2, "kept_steps": []}
+    assert grpo["cost"] == cost
+    assert grpo["curves"]["eval/ndcg@20"] == [[0, 1, 2], [0.1, 5400, 10800]]
+    steps, matrix_KS = grpo["curves"]["reward_by_rank"]
+    assert (steps, len(matrix_KS), matrix_KS[3]) == ([1, 2], 20, [0.25, 0.5])
+
+
+def test_unions_are_compared_where_both_have_them(fabricated):
+    gain = result(fabricated, "mine")["union_gain"]["grpo"]
+    # Of two lists: mine finds A and then B, C; GRPO finds A alone. Of one list: (.5 + .5) / 2 against (1 + 0) / 2.
+    assert gain["recall@20_of_2"]["mean"] == pytest.approx(0.5)
+    assert gain["recall@20_of_1"]["mean"] == pytest.approx(0)
+    assert gain["coverage_of_2"]["mean"] == pytest.approx((3 - 2) / 26, abs=1e-4)
+    assert "union" not in result(fabricated, "sft")
+
+
+def test_tables_hold_these_numbers(fabricated):
+    board = read_results(fabricated.results_path)["boards"]["tiny"]
+    scores = {row.split("|")[1].strip(): row for row in scores_table(board)}
+    assert " .4077 [" in scores["GRPO"] and " .5000 .3155 |" in scores["GRPO"] and "| 3.00 | 0.0 |" in scores["GRPO"]
+    assert "**1.0000** [1.0000, 1.0000]" in scores["Mine"] and "Before training" in scores
+    paper = [read_paper(presets_dir() / "results" / "paper.toml")["redial-0.5b"]]
+    gains = {row.split("|")[1].strip(): row for row in gains_table(board, ["sft", "grpo"], paper)}
+    assert "**+.6845** [+.3691, +1.0000]" in gains["Mine"]
+    assert " +24.0% |" in gains["GRPO"]  # .1971 / .1590 - 1, of the paper
+    stages = {row.split("|")[1].strip(): row for row in stages_table(board, ["before", "sft", "mine"], paper)}
+    assert "| .0042 |" in stages["Before training"] and "| .1590 |" in stages["SFT"] and "Mine" in stages
+    assert "2 conversations, 2 lists each" in union_table(board, ["grpo"])[0]
+
+
+def test_the_page_names_the_command_of_every_row(fabricated):
+    text = (fabricated.out / "README.md").read_text()
+    for name in ("mine", "sft", "grpo"):
+        assert f"`make experiments SUITE=toy ONLY={name}`" in text
+    for line in text.splitlines():
+        if line.startswith("!["):
+            assert (fabricated.out / line[line.index("](") + 2 : -1]).is_file()
+    assert "results/toy-demo/reward_by_rank.png" in text
+
+
+def test_rows_that_ran_elsewhere_stay_until_their_recipe_changes(own, tmp_path, write):
+    elsewhere = open_suite(str(write()), runs_dir=tmp_path / "other", out=own.out)
+    before = read_results(own.results_path)["boards"]["tiny"]["rows"]
+    finish(elsewhere.runs[0], lists=("A", "B"))
+    rebuild_page(elsewhere)
+    rows = read_results(own.results_path)["boards"]["tiny"]["rows"]
+    assert [row["name"] for row in rows] == [row["name"] for row in before]
+    assert result(own, "mine") == next(row for row in before if row["name"] == "mine")
+    assert result(own, "sft")["metrics"]["ndcg@20"]["mean"] == pytest.approx((1 + 0.61315) / 2, abs=1e-4)
+    rebuild_page(open_suite(str(write(SUITE.replace("= 0.5 }", "= 0.1 }"))), runs_dir=tmp_path / "other", out=own.out))
+    names = [row["name"] for row in read_results(own.results_path)["boards"]["tiny"]["rows"]]
+    assert "mine" not in names and "grpo" in names
+
+
+def test_results_are_whole_or_named(tmp_path):
+    path = tmp_path / "results.json"
+    results = {
+        "format": 1,
+        "title": "T",
+        "boards": {"a": {"split": "test", "rows": [{"name": "x"}, {"name": "y"}]}, "b": {"rows": []}},
+    }
+    write_results(path, results)
+    assert read_results(path) == results
+    path.write_text('{"format": 1,\n')
+    with pytest.raises(ValueError, match="results.json:2: broken JSON"):
+        read_results(path)
+    path.write_text('{"format": 0, "boards": {}}')
+    with pytest.raises(ValueError, match="not the results of a suite"):
+        read_results(path)
+
+
+def test_seeds_on_different_conversations_are_refused(own):
+    (run,) = [run for run in own.runs if run.folder.name == "grpo-seed2"]
+    write_evaluation(
+        run.folder, score_completions(SAMPLES[:1], [letters("A")], CATALOG), name="rank-grpo", split="test"
+    )
+    with pytest.raises(ValueError, match="the seeds of a row were evaluated on different conversations"):
+        rebuild_page(own)
+
+
+def test_no_rows_draw_no_figures(tmp_path):
+    assert draw_figures({"rows": [], "num_ranks": 20}, ["sft"], tmp_path, "") == []
