@@ -17,6 +17,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from rankgrpo.reward_terms import reward_terms
+
 
 class ConfigError(ValueError):
     """A configuration that cannot be used; the message names the source, the key and the choices."""
@@ -130,6 +132,9 @@ class RlConfig:
     """Return of a rank (Eq. 8, 9); units token and list use DCG@K of the whole list."""
     gamma: float = 2.0
     """Discount base of returns = exp."""
+    reward: str = "relevance"
+    """What a list earns, a weighted sum of parts such as `relevance + 0.1 * in_catalog` (see rankgrpo/reward_terms.py).
+    A part of your own is `package.module:function`; the file reward_parts.py has its signature."""
     reduction: Literal["rank", "token"] = "rank"
     """rank = Eq. 6; token = the released code's token mean."""
     token_mean: Literal["list", "batch", "max"] = "list"
@@ -202,6 +207,10 @@ class RlConfig:
         _require(self.kl_coef >= 0, "rl.kl_coef", "must not be negative")
         _require(self.gamma > 1, "rl.gamma", "must be above 1")
         _require(0 <= self.unlikeliness < 1, "rl.unlikeliness", "must be in [0, 1)")
+        try:
+            reward_terms(self.reward)
+        except ValueError as error:
+            raise ConfigError(f"rl.reward: {error}") from None
         _require(self.group_size > 1, "rl.group_size", "must be at least 2: an advantage compares the lists of a group")
         _require(
             self.unit == "rank" or self.repeat_penalty == 0,

@@ -28,6 +28,7 @@ from rankgrpo.distributed import Parallel, start_parallel, wait_for_all
 from rankgrpo.files import write_lines
 from rankgrpo.model import make_init
 from rankgrpo.report import build_report
+from rankgrpo.reward_parts import load_parts
 from rankgrpo.sampler.vllm import require_vllm
 from rankgrpo.sft import train_sft
 from rankgrpo.tiny import TinyConfig
@@ -48,6 +49,7 @@ def run_pipeline(
         raise ConfigError("sft.enabled = false leaves nothing to do before reinforcement learning; set it to true")
     parallel = start_parallel()
     dataset = load_config_dataset(config)
+    load_parts(config.rl.reward, dataset.catalog)  # what cannot be computed fails before anything is written
     config = with_steps(config, len(dataset.train))
     if parallel.is_main:
         open_run(config, run_dir)
@@ -84,10 +86,12 @@ def say(parallel: Parallel, text: str) -> None:
 
 
 def check_run(config: Config, run_dir: Path) -> None:
-    """Raise what a run would raise later: about the data, the sampler, and a run folder of another configuration."""
+    """Raise what a run would raise later: about data, reward, sampler, and a run folder of another configuration."""
     if config.rl.sampler == "vllm":
         require_vllm()
-    check_resumable(with_steps(config, len(load_config_dataset(config).train)), run_dir)
+    dataset = load_config_dataset(config)
+    load_parts(config.rl.reward, dataset.catalog)
+    check_resumable(with_steps(config, len(dataset.train)), run_dir)
 
 
 def check_resumable(config: Config, run_dir: Path) -> None:

@@ -1,6 +1,6 @@
-"""From sampled lists to advantages: parse once, relevance, returns, group advantage; and what to log of the lists."""
+"""From sampled lists to advantages: parse once, reward, returns, group advantage; and what to log of the lists."""
 
-# Shape letters: P prompts, G lists a prompt, K ranks.
+# Shape letters: P prompts, G lists a prompt, B = P*G, K ranks, U units that have an advantage (K ranks, or 1 list).
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -15,8 +15,10 @@ from rankgrpo.config import RlConfig
 from rankgrpo.data import Sample
 from rankgrpo.distributed import Means
 from rankgrpo.loss import rank_log_ratio
-from rankgrpo.parse import ListedItem, RankSegmenter, parse_list
-from rankgrpo.reward import list_return, rank_returns, relevance, unlikeliness_reward
+from rankgrpo.parse import RankSegmenter
+from rankgrpo.reward import list_return, rank_returns, unlikeliness_reward
+from rankgrpo.reward_parts import Answer, load_parts, measure, repetition
+from rankgrpo.reward_terms import reward_terms
 from rankgrpo.sampler.base import Rollout
 
 
@@ -25,7 +27,7 @@ class ScoredGroups:
     """Rewards and advantages of P groups of G lists."""
 
     reward_PGK: Tensor
-    """Return of every rank (Eq. 8, 9)."""
+    """Return of every rank (Eq. 8, 9), of the weighted sum of the reward's parts."""
     advantage_PGU: Tensor
     """Advantage of every rank, or one a list (last axis 1) when the unit is the token or the list."""
     carries_gradient: list[bool]
@@ -41,53 +43,73 @@ def score_groups(
     means: Means,
     segmenter: RankSegmenter | None = None,
 ) -> ScoredGroups:
-    """Score sampled groups against their examples' ground truth; adds reward/* and list/* to `means`.
+    """Score sampled groups against their examples; adds reward/*, reward_part/* and list/* to `means`.
 
     segmenter: finds the tokens of a rank, needed for rl.unlikeliness only.
     """
-    relevance_rows, repeat_rows, has_penalty = [], [], []
-    for rollouts, example in zip(groups, examples, strict=True):
-        penalised = False
-        for rollout in rollouts:
-            items = parse_list(rollout.text)
-            relevance_rows.append(
-                relevance(
-                    items,
-                    example.groundtruth,
-                    catalog=catalog,
-                    seen=example.seen_titles,
-                    num_ranks=num_ranks,
-                    year_tolerance=rl.year_tolerance,
-                )
-            )
-            repeat_rows.append(repeats(items, catalog, num_ranks))
-            _describe_list(items, rollout, catalog, num_ranks, means)
-            overflows, early = len(items) > num_ranks, rollout.finished and len(items) < num_ranks
-            penalised |= bool(overflows and rl.overflow_penalty) or bool(early and rl.early_eos_penalty)
-            penalised |= bool(rl.full_list_bonus and rollout.finished and len(items) == num_ranks)
-        has_penalty.append(penalised)
-    P, G = len(groups), rl.group_size
-    relevance_BK = torch.stack(relevance_rows)
-    gamma = rl.gamma if rl.returns == "exp" else None
-    reward_PGK = rank_returns(relevance_BK, kind=rl.returns, gamma=gamma).view(P, G, num_ranks)
-    scored_PGU = reward_PGK if rl.unit == "rank" else list_return(relevance_BK).view(P, G, 1)
-    if rl.unlikeliness:
-        by_rank = rl.unit == "rank"
-        if by_rank and segmenter is None:
-            raise ValueError("rl.unlikeliness with rl.unit = rank needs a segmenter, to find the tokens of a rank")
-        flat = [rollout for rollouts in groups for rollout in rollouts]
-        logp_BU = mean_logp(flat, segmenter if by_rank else None, scored_PGU.shape[2])
-        scored_PGU = unlikeliness_reward(scored_PGU, logp_BU.view(P, G, -1), rl.unlikeliness, among_hits=by_rank)
+    P, G, K = len(groups), rl.group_size, num_ranks
+    flat = [rollout for rollouts in groups for rollout in rollouts]
+    answers = [
+        Answer(example, rollout.text, rollout.finished, catalog, num_ranks, rl.year_tolerance)
+        for rollouts, example in zip(groups, examples, strict=True)
+        for rollout in rollouts
+    ]
+    for answer, rollout in zip(answers, flat, strict=True):
+        _describe_list(answer, rollout, means)
+    parts = load_parts("relevance", catalog) | load_parts(rl.reward, catalog)
+    values = {name: measure(name, part, answers) for name, part in parts.items()}
+
+    reward_BK, scored_BU = torch.zeros(P * G, K), torch.zeros(P * G, K if rl.unit == "rank" else 1)
+    for name, weight in reward_terms(rl.reward).items():
+        means.add(f"reward_part/{name}", values[name].sum(), values[name].numel())
+        of_ranks_BK, of_units_BU = _returns(values[name], rl, K)
+        reward_BK = reward_BK + weight * of_ranks_BK
+        if name == "relevance" and rl.unlikeliness:
+            of_units_BU = _unlikely(of_units_BU, flat, rl, segmenter)
+        scored_BU = scored_BU + weight * of_units_BU
+    reward_PGK, scored_PGU = reward_BK.view(P, G, K), scored_BU.view(P, G, -1)
     advantage_PGU = group_advantage(scored_PGU, scale_by_std=rl.scale_by_std)
     if rl.repeat_penalty:
         # After normalisation, like the other penalties: before it, a repeat would weigh as much as a hit wherever no
         # list of the group has one, which is almost everywhere.
-        advantage_PGU = advantage_PGU + rl.repeat_penalty * torch.stack(repeat_rows).view(P, G, num_ranks)
-    _describe_rewards(relevance_BK.view(P, G, num_ranks), reward_PGK, scored_PGU, means)
+        repeat_BK = torch.stack([repetition(answer) for answer in answers])
+        advantage_PGU = advantage_PGU + rl.repeat_penalty * repeat_BK.view(P, G, K)
+    _describe_rewards(values["relevance"].view(P, G, K), reward_PGK, scored_PGU, means)
     has_advantage = (advantage_PGU != 0).flatten(1).any(1).tolist()
     # Penalties belong to ranks: with another unit they do not apply.
-    carries = [a or (p and rl.unit == "rank") for a, p in zip(has_advantage, has_penalty, strict=True)]
+    penalised = [rl.unit == "rank" and _is_penalised(answer, rl) for answer in answers]
+    carries = [has_advantage[p] or any(penalised[p * G : (p + 1) * G]) for p in range(P)]
     return ScoredGroups(reward_PGK, advantage_PGU, carries)
+
+
+def _returns(value: Tensor, rl: RlConfig, num_ranks: int) -> tuple[Tensor, Tensor]:
+    """From what a part gives the ranks, or whole lists, to the returns of the ranks (B, K) and of the units (B, U)."""
+    if value.ndim == 1:
+        return value[:, None].expand(-1, num_ranks), value[:, None]
+    gamma = rl.gamma if rl.returns == "exp" else None
+    return_BK = rank_returns(value, kind=rl.returns, gamma=gamma)
+    return return_BK, return_BK if rl.unit == "rank" else list_return(value)[:, None]
+
+
+def _unlikely(reward_BU: Tensor, rollouts: list[Rollout], rl: RlConfig, segmenter: RankSegmenter | None) -> Tensor:
+    by_rank = rl.unit == "rank"
+    if by_rank and segmenter is None:
+        raise ValueError("rl.unlikeliness with rl.unit = rank needs a segmenter, to find the tokens of a rank")
+    B, U = reward_BU.shape
+    reward_PGU, logp_PGU = (
+        x.view(B // rl.group_size, rl.group_size, U)
+        for x in (reward_BU, mean_logp(rollouts, segmenter if by_rank else None, U))
+    )
+    return unlikeliness_reward(reward_PGU, logp_PGU, rl.unlikeliness, among_hits=by_rank).view(B, U)
+
+
+def _is_penalised(answer: Answer, rl: RlConfig) -> bool:
+    num_items, full = len(answer.items), answer.num_ranks
+    if num_items > full:
+        return rl.overflow_penalty != 0
+    if not answer.finished:
+        return False
+    return (rl.early_eos_penalty if num_items < full else rl.full_list_bonus) != 0
 
 
 def mean_logp(rollouts: list[Rollout], segmenter: RankSegmenter | None, num_ranks: int) -> Tensor:
@@ -102,28 +124,15 @@ def mean_logp(rollouts: list[Rollout], segmenter: RankSegmenter | None, num_rank
     return rank_log_ratio(logp_BT, torch.zeros_like(logp_BT), rank_BT, num_ranks)
 
 
-def repeats(items: list[ListedItem], catalog: Catalog, num_ranks: int) -> Tensor:
-    """(K,) 1 where a line names an item that an earlier line named, by catalog item or by title and year outside it."""
-    repeat_K, earlier = torch.zeros(num_ranks), set()
-    for rank, item in enumerate(items[:num_ranks]):
-        if item.title is None:
-            continue
-        index = catalog.lookup(item.title, item.year)
-        key = (catalog.title_key(item.title), item.year) if index is None else index
-        repeat_K[rank] = key in earlier
-        earlier.add(key)
-    return repeat_K
-
-
-def _describe_list(items, rollout: Rollout, catalog: Catalog, num_ranks: int, means: Means) -> None:
-    parsed = [(item.title, item.year) for item in items if item.title is not None]
-    known = [catalog.lookup(title, year) for title, year in parsed]
-    in_catalog = [index for index in known if index is not None]
+def _describe_list(answer: Answer, rollout: Rollout, means: Means) -> None:
+    items, num_ranks = answer.items, answer.num_ranks
+    num_parsed = sum(item.title is not None for item in items)
+    in_catalog = [index for index in answer.indices if index is not None]
     means.add("list/items_mean", len(items), 1)
     means.add("list/tokens_mean", len(rollout.token_ids), 1)
     means.add("list/finished_frac", rollout.finished, 1)
     means.add("list/full_frac", rollout.finished and len(items) == num_ranks, 1)
-    means.add("list/parsed_frac", len(parsed), len(items))
+    means.add("list/parsed_frac", num_parsed, len(items))
     means.add("list/in_catalog_frac", len(in_catalog), len(items))
     means.add("list/duplicate_frac", len(in_catalog) - len(set(in_catalog)), len(items))
     # E[-log p] over sampled tokens is the policy's entropy a token, estimated from the very samples.
