@@ -295,16 +295,25 @@ def main() -> None:
     if os.environ.get("RANK", "0") != "0":
         os.environ["TQDM_DISABLE"] = "1"  # one process shows progress; read when tqdm is imported
     from rankgrpo.checkpoint import CheckpointError
-    from rankgrpo.files import SaveError
+    from rankgrpo.distributed import ParallelError, lost_contact
+    from rankgrpo.files import BusyError, SaveError
     from rankgrpo.optim import TrainingError
     from rankgrpo.sampler.base import SamplingError
 
     try:
         app.cli(prog="rankgrpo", description=__doc__)
-    except (ValueError, CheckpointError, SaveError, TrainingError, SamplingError) as error:
+    except (ValueError, CheckpointError, SaveError, BusyError, ParallelError, TrainingError, SamplingError) as error:
         if os.environ.get("RANKGRPO_TRACEBACK"):
             raise
         sys.exit(f"rankgrpo: {error}")
+    except RuntimeError as error:
+        if os.environ.get("RANKGRPO_TRACEBACK") or not lost_contact(error):
+            raise
+        sys.exit(
+            f"rankgrpo: another process of this run has died, so this one stops; look for its message, or in dmesg for "
+            f"memory that ran out. The same command continues from the last checkpoint, and torchrun does so by itself "
+            f"with --max-restarts ({str(error).splitlines()[0]})"
+        )
     except KeyboardInterrupt:
         sys.exit("rankgrpo: stopped; the same command continues from the last checkpoint")
 

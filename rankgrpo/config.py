@@ -250,6 +250,21 @@ class EvalConfig:
 
 
 @dataclass(frozen=True)
+class ParallelConfig:
+    """How the processes of torchrun share a model. A run may go on under other values, and with other processes."""
+
+    shard: Literal["auto", "none", "full", "hybrid"] = "auto"
+    """none: every process holds the whole model. full: parameters, gradients and optimizer state are split over all
+    processes. hybrid: split inside a node, copied between nodes. auto: none on one process and on CPUs, full on the
+    GPUs of one node, hybrid on several nodes of several GPUs."""
+    cpu_offload: bool = False
+    """Keep the split parameters and the optimizer in host memory; slower, for a model that does not fit otherwise."""
+
+    def __post_init__(self):
+        _require(not (self.cpu_offload and self.shard == "none"), "parallel.cpu_offload", "needs a split model")
+
+
+@dataclass(frozen=True)
 class Config:
     seed: int = 3407
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -258,6 +273,7 @@ class Config:
     sft: SftConfig = field(default_factory=SftConfig)
     rl: RlConfig = field(default_factory=RlConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
 
 def with_steps(config: Config, num_train: int) -> Config:
@@ -269,11 +285,12 @@ def with_steps(config: Config, num_train: int) -> Config:
     return replace(config, sft=replace(sft, num_steps=sft_steps), rl=replace(rl, num_steps=rl_steps))
 
 
-# Keys that change how a run is watched and kept, not what it computes: a run may resume with other values.
+# Keys that change how a run is watched, kept and shared out, not what it computes: a run may resume with other values.
 FREE_KEYS = frozenset(
     {
         *("sft.save_every", "sft.keep_last", "rl.save_every", "rl.keep_last"),
         *("rl.vllm_memory", "rl.vllm_sleep", "rl.mismatch_alarm"),
+        *("parallel.shard", "parallel.cpu_offload"),
     }
 )
 

@@ -1,21 +1,33 @@
-"""Data parallelism over torchrun's processes: who I am, and sums over everybody.
+"""Data parallelism over torchrun's processes: who I am, sums over everybody, and models split among all.
 
-Every process holds the whole model and a share of the prompts. Losses are divided by the count of the whole step, so
-summed gradients equal those of one process that saw every prompt.
+Every process takes a share of the prompts. Losses are divided by the count of the whole step, so summed gradients equal
+those of one process that saw every prompt. The model is either whole on every process (`sum_gradients`), or its
+parameters, gradients and optimizer state are split with FSDP2 (`shard_model`). A split model computes only when all
+processes do: each forward gathers and each backward sums together, so everybody makes equally many of both.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator
+import signal
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as td
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.multiprocessing import _prctl_pr_set_pdeathsig
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from rankgrpo.config import ConfigError, ParallelConfig
+
+
+class ParallelError(RuntimeError):
+    """The processes of a run cannot work together; the message says what to do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +51,14 @@ class Parallel:
         td.all_reduce(total)
         return total.tolist()
 
+    def max(self, value: int) -> int:
+        """The largest of the processes' values, on all of them."""
+        if self.dp_world == 1:
+            return value
+        largest = torch.tensor(value, device=self.device)
+        td.all_reduce(largest, td.ReduceOp.MAX)
+        return int(largest)
+
     def gather(self, texts: list[str]) -> list[list[str]]:
         """Every process's texts, by process, on all of them."""
         if self.dp_world == 1:
@@ -54,7 +74,10 @@ class Parallel:
 
 
 def start_parallel() -> Parallel:
-    """Join torchrun's process group (NCCL on GPUs, gloo on CPUs), or run alone when torchrun did not start us."""
+    """Join torchrun's process group (NCCL on GPUs, gloo on CPUs), or run alone when torchrun did not start us.
+
+    Raises ParallelError when the processes cannot reach each other.
+    """
     # Adam's moments of embedding rows that go unused decay to denormal numbers, which a CPU computes some hundred times
     # slower: a step takes twice as long after 2,500. Worker threads inherit the mode, so it is set before any is made.
     torch.set_flush_denormal(True)
@@ -62,17 +85,105 @@ def start_parallel() -> Parallel:
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
     if on_gpu:
+        if local_rank >= torch.cuda.device_count():
+            raise ParallelError(
+                f"process {local_rank} of this machine has no GPU: there are {torch.cuda.device_count()}. Start at "
+                f"most one process a GPU (NPROC, or torchrun's --nproc-per-node)"
+            )
         torch.cuda.set_device(device)
     if "WORLD_SIZE" not in os.environ:
         return Parallel(0, 1, device)
     if not td.is_initialized():
-        td.init_process_group("nccl" if on_gpu else "gloo")
+        # torchrun's children outlive it when it is killed, and would go on writing beside those of the next start.
+        _prctl_pr_set_pdeathsig(signal.SIGKILL)
+        try:
+            # gloo beside NCCL: what is offloaded to host memory is reduced there.
+            td.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
+        except (td.DistNetworkError, td.DistStoreError) as error:
+            raise ParallelError(
+                f"the processes cannot meet at {os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')} "
+                f"({str(error).splitlines()[0]}). If the port is in use, take another one (torchrun --master-port, or "
+                f"--standalone on one machine); if it is not, check that every node reaches this address"
+            ) from error
     return Parallel(td.get_rank(), td.get_world_size(), device)
 
 
+def lost_contact(error: RuntimeError) -> bool:
+    """Is this what a process meets when another one of the run has died?"""
+    return isinstance(error, td.DistError) or "gloo" in str(error)
+
+
+def wait_for_all(parallel: Parallel) -> None:
+    """Return once every process is here."""
+    parallel.sum([0.0])
+
+
+# ---------------------------------------------------------------------------------------------------------- models
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """How a model is split among the processes."""
+
+    mesh: DeviceMesh
+    """One axis: split over it. Two: copied along the first, split along the second."""
+    cpu_offload: bool
+    parallel: Parallel
+
+
+def make_sharding(config: ParallelConfig, parallel: Parallel) -> Sharding | None:
+    """What parallel.shard means for these processes; None when every process holds the whole model.
+
+    Raises ConfigError for what these processes cannot do.
+    """
+    kind, world, local = config.shard, parallel.dp_world, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if kind == "auto":
+        several_gpus = parallel.device.type == "cuda" and world > 1
+        kind = ("hybrid" if 1 < local < world else "full") if several_gpus else "none"
+    if kind == "none":
+        if config.cpu_offload:
+            raise ConfigError("parallel.cpu_offload: belongs to a split model: needs parallel.shard = full or hybrid")
+        return None
+    if not td.is_initialized():
+        raise ConfigError(
+            f"parallel.shard: {kind!r} splits the model among the processes of torchrun, and this one was started "
+            f"alone; use torchrun (make does, with NPROC of 2 and more), or parallel.shard=none"
+        )
+    if world % local:
+        raise ConfigError(
+            f"parallel.shard: every node needs as many processes, got {world} of them, {local} on this node"
+        )
+    shape = {"shard": world} if kind == "full" else {"replicate": world // local, "shard": local}
+    mesh = init_device_mesh(parallel.device.type, tuple(shape.values()), mesh_dim_names=tuple(shape))
+    return Sharding(mesh, config.cpu_offload, parallel)
+
+
+def shard_model(model: nn.Module, sharding: Sharding, *, bfloat16: bool) -> None:
+    """Split a transformers model with FSDP2, a transformer block at a time and the rest as one; gradients are summed.
+
+    With bfloat16 computation and gathering are in bfloat16; parameters, their gradients' sums and the optimizer's state
+    stay float32. Tied embeddings belong to the rest, so they stay tied. Frozen models free the rest after a forward.
+    """
+    blocks = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not blocks:
+        raise ValueError(f"{type(model).__name__} has no transformer blocks to split; use parallel.shard=none")
+    frozen = not any(parameter.requires_grad for parameter in model.parameters())
+    options = {
+        "mesh": sharding.mesh,
+        "mp_policy": MixedPrecisionPolicy(torch.bfloat16 if bfloat16 else None, reduce_dtype=torch.float32),
+        "offload_policy": CPUOffloadPolicy() if sharding.cpu_offload else OffloadPolicy(),
+    }
+    for block in blocks:
+        fully_shard(block, **options)
+    fully_shard(model, reshard_after_forward=True if frozen else None, **options)
+    for module in (*blocks, model):
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)  # dividing by one is a NCCL operation that gloo lacks
+
+
 def sum_gradients(model: nn.Module, parallel: Parallel) -> None:
-    """Replace every gradient by its sum over the processes."""
-    if parallel.dp_world == 1:
+    """Replace every gradient by its sum over the processes; those of a split model are sums already."""
+    if parallel.dp_world == 1 or isinstance(model, FSDPModule):
         return
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in trained:
@@ -86,6 +197,14 @@ def sum_gradients(model: nn.Module, parallel: Parallel) -> None:
             grad.copy_(summed.view_as(grad))
 
 
+def split_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Every parameter by name, each process's own part of a split model; tied ones come once."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()  # what a forward without a backward left whole is under the parameter's name
+    return dict(model.named_parameters())
+
+
 @torch.no_grad()
 def full_parameters(model: nn.Module, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
     """Every parameter by name, whole, one at a time, in the order of named_parameters; tied ones come once.
@@ -94,10 +213,7 @@ def full_parameters(model: nn.Module, dtype: torch.dtype | None = None) -> Itera
     for and nothing keeps it, so there is never a second copy of the model. With `dtype` it is cast before it is
     gathered. Whole parameters are the model's own tensors: read them, do not write.
     """
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()  # what a forward without a backward left whole is under the parameter's name
-    for name, parameter in model.named_parameters():
+    for name, parameter in split_parameters(model).items():
         tensor = parameter.detach()
         if isinstance(tensor, DTensor):  # an offloaded shard is gathered on the device, where it is wanted
             yield name, tensor.to(tensor.device_mesh.device_type, dtype or tensor.dtype).full_tensor()
@@ -105,17 +221,17 @@ def full_parameters(model: nn.Module, dtype: torch.dtype | None = None) -> Itera
             yield name, tensor.to(dtype or tensor.dtype)
 
 
+# ---------------------------------------------------------------------------------------------------------- metrics
+
+
 class Means:
-    """Named weighted means and sums over micro-batches and processes.
+    """Named weighted means and sums over micro-batches and processes; a process may know names that others do not.
 
     Example: ``means.add("list/items_mean", total, count)``, ``means.add_sum("loss/policy", value)``
-
-    All processes must hold the same names when they reduce: declare in `names` those that a process may have nothing
-    to add to.
     """
 
-    def __init__(self, names: Iterable[str] = ()) -> None:
-        self.pairs: dict[str, list[float]] = {name: [0.0, 0.0] for name in names}
+    def __init__(self) -> None:
+        self.pairs: dict[str, list[float]] = {}
         self.sums: dict[str, float] = {}
 
     def add(self, name: str, total: float, count: float) -> None:
@@ -128,15 +244,13 @@ class Means:
 
     def reduce(self, parallel: Parallel) -> dict[str, float]:
         """Means and sums over all processes; a mean of nothing is left out."""
-        names, sum_names = sorted(self.pairs), sorted(self.sums)
-        flat = [value for name in names for value in self.pairs[name]] + [self.sums[name] for name in sum_names]
-        values = parallel.sum(flat)
+        names, sum_names = (_union(parallel, list(kind)) for kind in (self.pairs, self.sums))
+        flat = [value for name in names for value in self.pairs.get(name, (0.0, 0.0))]
+        values = parallel.sum(flat + [self.sums.get(name, 0.0) for name in sum_names])
         pairs = zip(names, values[0 : 2 * len(names) : 2], values[1 : 2 * len(names) : 2], strict=True)
         means = {name: total / count for name, total, count in pairs if count > 0}
         return means | dict(zip(sum_names, values[2 * len(names) :], strict=True))
 
 
-def wait_for_all(parallel: Parallel) -> None:
-    """Return once every process is here."""
-    if parallel.dp_world > 1:
-        td.barrier()
+def _union(parallel: Parallel, names: list[str]) -> list[str]:
+    return sorted({name for theirs in parallel.gather(names) for name in theirs})

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import shutil
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 from safetensors import SafetensorError
 
@@ -18,6 +21,10 @@ class SaveError(RuntimeError):
     """Something could not be written; what was saved before is untouched."""
 
 
+class BusyError(RuntimeError):
+    """Another process works where this one was to."""
+
+
 @contextmanager
 def atomic_folder(final: Path) -> Iterator[Path]:
     """Yield a temporary folder that becomes `final` (replacing it) if the block succeeds, and vanishes if it fails.
@@ -25,7 +32,7 @@ def atomic_folder(final: Path) -> Iterator[Path]:
     Raises SaveError when the disk is full or not writable.
     """
     final.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _temporary(final)
+    temporary = temporary_name(final)
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir()
@@ -40,7 +47,7 @@ def atomic_folder(final: Path) -> Iterator[Path]:
         sync(final.parent)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise SaveError(_explain(final, error)) from error
+        raise SaveError(explain(final, error)) from error
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -52,7 +59,7 @@ def write_lines(path: str | os.PathLike[str], lines: Iterable[str]) -> None:
     Raises SaveError when the disk is full or not writable.
     """
     path = Path(path)
-    temporary = _temporary(path)
+    temporary = temporary_name(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("w", encoding="utf-8", newline="\n") as file:
@@ -61,7 +68,7 @@ def write_lines(path: str | os.PathLike[str], lines: Iterable[str]) -> None:
         os.replace(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise SaveError(_explain(path, error)) from error
+        raise SaveError(explain(path, error)) from error
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
@@ -69,16 +76,51 @@ def write_lines(path: str | os.PathLike[str], lines: Iterable[str]) -> None:
 
 def point_link(link: Path, target: Path) -> None:
     """Make `link` a symbolic link to its sibling `target`, in one atomic step."""
-    temporary = _temporary(link)
+    temporary = temporary_name(link)
     temporary.unlink(missing_ok=True)
     temporary.symlink_to(target.name)
     os.replace(temporary, link)
+
+
+@contextmanager
+def only_one(folder: Path, patience_s: float = 20.0) -> Iterator[None]:
+    """Let no other process work in `folder` meanwhile, on this machine or another that shares the file system.
+
+    Raises BusyError when another does and does not end within `patience_s`: one whose parent was killed may need a
+    moment to follow it. The hold ends with the process, however that dies.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("a") as lock:
+        deadline = time.monotonic() + patience_s
+        while not _try_lock(lock):
+            if time.monotonic() > deadline:
+                raise BusyError(
+                    f"{folder}: another process is at work in this run folder; wait for it, stop it, or name a new run "
+                    f"folder (`fuser {folder / '.lock'}` tells which process it is)"
+                )
+            time.sleep(0.1)
+        yield
+
+
+def _try_lock(file: TextIO) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def remove_leftovers(folder: Path) -> None:
     """Remove the temporary folders of saves that were interrupted."""
     for leftover in folder.glob(f"{TEMPORARY}*"):
         shutil.rmtree(leftover)
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder that must never be seen half removed."""
+    temporary = temporary_name(folder)
+    os.replace(folder, temporary)
+    shutil.rmtree(temporary)
 
 
 def sync(path: Path) -> None:
@@ -90,11 +132,13 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _temporary(path: Path) -> Path:
+def temporary_name(path: Path) -> Path:
+    """Where `path` is written before it is complete."""
     return path.with_name(f"{TEMPORARY}{path.name}")
 
 
-def _explain(path: Path, error: Exception) -> str:
+def explain(path: Path, error: BaseException) -> str:
+    """What to tell the user of an error while `path` was written."""
     # safetensors reports an I/O error as text only.
     full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
     if full:

@@ -21,8 +21,6 @@ from rankgrpo.units import Units
 
 Correction = Literal["truncate", "mask"]
 
-METRICS = ("mismatch/abs_logp", "mismatch/exp_abs_logp", "mismatch/outside_clip_frac", "mismatch/corrected_frac")
-
 
 def mismatch_weight(
     logp_BT: Tensor, sampler_logp_BT: Tensor, unit_BT: Tensor, num_units: int, *, kind: Correction, cap: float

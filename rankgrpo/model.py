@@ -14,7 +14,7 @@ import json
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,6 +23,7 @@ from typing import Any, Literal
 import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
@@ -38,6 +39,7 @@ HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
 HUB_IGNORED = ["original/*", "onnx/*", "consolidated*"]  # the same weights in other formats
 # A padding token other than EOS, in order of preference; the first is Llama 3's, the second Qwen's and SmolLM2's.
 PAD_TOKENS = ("<|finetune_right_pad_id|>", "<|endoftext|>", "<pad>", "[PAD]", "<unk>")
+FILE_BYTES = 2**32  # of one safetensors file of an export
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -163,17 +165,58 @@ def load_policy(
     return model.to(device), tokenizer
 
 
-def save_policy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | os.PathLike[str]) -> None:
+def save_policy(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: str | os.PathLike[str],
+    parameters: Iterable[tuple[str, Tensor]] | None = None,
+) -> None:
     """Write config, safetensors weights (tied ones once) and tokenizer into `folder`, for `from_pretrained` to read.
 
-    Not atomic: wrap it in `files.atomic_folder` where a reader must never see half of it.
+    `parameters` are written in place of the model's own, and read one at a time. Not atomic: wrap it in
+    `files.atomic_folder` where a reader must never see half of it.
     """
     folder = Path(folder)
-    with _no_progress_bars():
-        model.save_pretrained(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    model.config.architectures = [type(model).__name__]
+    model.config.dtype = str(model.dtype).removeprefix("torch.")
+    model.config.save_pretrained(folder)
+    model.generation_config.save_pretrained(folder)
+    _write_weights(folder, model.named_parameters() if parameters is None else parameters)
     tokenizer.save_pretrained(folder)
-    for weights in folder.glob("*.safetensors"):  # written private to the user, unlike the files beside them
-        weights.chmod(stat.S_IMODE((folder / "config.json").stat().st_mode))
+
+
+def _write_weights(folder: Path, parameters: Iterable[tuple[str, Tensor]]) -> None:
+    """model.safetensors, or files of FILE_BYTES with their index; memory holds one file's tensors at a time."""
+    file_of_name: dict[str, Path] = {}
+    files: list[Path] = []
+    held: dict[str, Tensor] = {}
+    total = size = 0
+
+    def write() -> None:
+        file = folder / f"model-{len(files) + 1:05d}.safetensors"
+        save_file(held, file, metadata={"format": "pt"})
+        file.chmod(stat.S_IMODE((folder / "config.json").stat().st_mode))  # written private to the user otherwise
+        file_of_name.update(dict.fromkeys(held, file))
+        files.append(file)
+        held.clear()
+
+    for name, tensor in parameters:
+        num_bytes = tensor.numel() * tensor.element_size()
+        if held and size + num_bytes > FILE_BYTES:
+            write()
+            size = 0
+        held[name] = tensor.detach().cpu().contiguous()
+        size, total = size + num_bytes, total + num_bytes
+    write()
+    if len(files) == 1:
+        files[0].rename(folder / "model.safetensors")
+        return
+    index = {
+        "metadata": {"total_size": total},
+        "weight_map": {name: file.name for name, file in file_of_name.items()},
+    }
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
 
 
 def count_parameters(model: torch.nn.Module) -> int:

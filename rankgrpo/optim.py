@@ -8,6 +8,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 
 class TrainingError(RuntimeError):
@@ -60,7 +61,8 @@ def optimizer_step(
 
     Raises TrainingError before anything is changed when the norm is not finite.
     """
-    norm = float(nn.utils.clip_grad_norm_(list(parameters), grad_clip))
+    total = nn.utils.clip_grad_norm_(list(parameters), grad_clip)
+    norm = float(total.full_tensor() if isinstance(total, DTensor) else total)
     if not math.isfinite(norm):
         optimizer.zero_grad(set_to_none=True)
         raise TrainingError(

@@ -13,6 +13,7 @@ import platform
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -25,7 +26,7 @@ from rankgrpo.data import Dataset, Sample, read_samples, write_samples
 from rankgrpo.distill.augment import short_demonstrations
 from rankgrpo.distill.teacher import make_demonstrations
 from rankgrpo.distributed import Parallel, start_parallel, wait_for_all
-from rankgrpo.files import write_lines
+from rankgrpo.files import only_one, write_lines
 from rankgrpo.model import make_init
 from rankgrpo.report import build_report
 from rankgrpo.reward_parts import load_parts
@@ -43,11 +44,19 @@ def run_pipeline(
     """Run or continue the pipeline in `run_dir`: training up to the stage `until`, then evaluation and report.
 
     rl_start: an SFT model to take in place of a warm start of the run's own. Raises ConfigError when `run_dir` was
-    started with another configuration.
+    started with another configuration, BusyError while another process works in it.
     """
     if until == "sft" and not config.sft.enabled:
         raise ConfigError("sft.enabled = false leaves nothing to do before reinforcement learning; set it to true")
     parallel = start_parallel()
+    with only_one(run_dir) if parallel.is_main else nullcontext():
+        run_stages(config, run_dir, parallel, until=until, rl_start=rl_start, evaluate=evaluate)
+
+
+def run_stages(
+    config: Config, run_dir: Path, parallel: Parallel, *, until: Until, rl_start: str | None, evaluate: bool
+) -> None:
+    """`run_pipeline` on processes that have met, in a run folder that is theirs."""
     dataset = load_config_dataset(config)
     load_parts(config.rl.reward, dataset.catalog)  # what cannot be computed fails before anything is written
     config = with_steps(config, len(dataset.train))

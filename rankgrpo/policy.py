@@ -1,21 +1,32 @@
-"""A model ready to train and to sample from: weights, tokenizer, the ids it may emit, its compute type."""
+"""A model ready to train and to sample from: weights, tokenizer, the ids it may emit, its compute type.
+
+Parameters are float32 and model.autocast="bfloat16" computes in bfloat16: a whole model under torch.autocast, a split
+one from parameters that are gathered in bfloat16.
+"""
 
 from __future__ import annotations
 
+import copy
 import importlib.util
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rankgrpo.attention import use_shared_prefix
 from rankgrpo.config import ModelConfig
+from rankgrpo.distributed import Parallel, Sharding, full_parameters, shard_model
+from rankgrpo.files import atomic_folder
 from rankgrpo.logprob import Impl, pack_logprobs
-from rankgrpo.model import load_policy, valid_token_mask
+from rankgrpo.model import load_policy, save_policy, valid_token_mask
 from rankgrpo.packing import Group, Pack, build_pack
 from rankgrpo.sampler.hf import HFSampler
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -24,44 +35,96 @@ class Policy:
     tokenizer: PreTrainedTokenizerBase
     allowed_V: Tensor
     """(V,) bool: ids the tokenizer knows. The others are masked in sampling and in training alike."""
-    autocast: bool
+    bfloat16: bool
     """bfloat16 matrix products; parameters stay float32."""
     impl: Impl = "torch"
     """Of the head and the loss."""
+    sharding: Sharding | None = None
+    """None: the model is whole on every process."""
+    skeleton: PreTrainedModel | None = None
+    """Of a split model: the same model with empty parameters, which sampling fills."""
 
     @property
     def device(self) -> torch.device:
-        return self.model.device
+        return self.allowed_V.device
 
     def logprobs(self, groups: list[Group], *, temperature: float = 1.0) -> tuple[Pack, Tensor]:
         """Pack whole groups and return the pack with the completions' token log-probabilities, (B, T) float32."""
         pack = build_pack(groups, self.device)
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.autocast):
+        autocast = self.bfloat16 and self.sharding is None
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=autocast):
             logp_BT = pack_logprobs(self.model, pack, temperature=temperature, impl=self.impl, allowed_V=self.allowed_V)
         return pack, logp_BT
 
+    def paced(self, batch: Sequence[Item]) -> Iterator[Item]:
+        """Every item of `batch`, each for one pass, and after them the passes that other processes still make.
+
+        A pass is one call of `logprobs`, with its backward where gradients are recorded. A split model takes all
+        processes for each; those made here add nothing.
+        """
+        num_passes = len(batch) if self.sharding is None else self.sharding.parallel.max(len(batch))
+        yield from batch
+        eos = self.tokenizer.eos_token_id
+        for _ in range(num_passes - len(batch)):
+            _, logp_BT = self.logprobs([Group([eos], [[eos]])])
+            if torch.is_grad_enabled():
+                (0.0 * logp_BT.sum()).backward()
+
     def sampler(self, rows: int = 256) -> HFSampler:
-        """A sampler over these very weights."""
+        """A sampler over these very weights. Of a split model all processes sample when one does."""
+        if self.skeleton is None:
+            autocast = "bfloat16" if self.bfloat16 else None
+            return HFSampler(self.model, self.tokenizer, allowed_V=self.allowed_V, rows=rows, autocast=autocast)
+        dtype = torch.bfloat16 if self.bfloat16 else None
         return HFSampler(
-            self.model,
+            self.skeleton,
             self.tokenizer,
             allowed_V=self.allowed_V,
             rows=rows,
-            autocast="bfloat16" if self.autocast else None,
+            weights=lambda: full_parameters(self.model, dtype),
         )
 
+    def export(self, folder: Path, parallel: Parallel) -> None:
+        """Write the policy to `folder` in Hugging Face format, whole or not at all; every process takes part."""
+        parameters = full_parameters(self.model)
+        if parallel.is_main:
+            with atomic_folder(folder) as temporary:
+                save_policy(
+                    self.model if self.skeleton is None else self.skeleton, self.tokenizer, temporary, parameters
+                )
+        for _ in parameters:
+            pass  # the other processes' part in gathering them
 
-def open_policy(source: str | Path, config: ModelConfig, device: torch.device, *, trainable: bool = True) -> Policy:
+
+def open_policy(
+    source: str | Path,
+    config: ModelConfig,
+    device: torch.device,
+    *,
+    trainable: bool = True,
+    sharding: Sharding | None = None,
+) -> Policy:
     """Load a model folder or hub id with the shared-prefix attention; a reference is loaded frozen."""
-    model, tokenizer = load_policy(str(source), device=device)
+    # A split model is read into host memory and reaches the device block by block: whole it may not fit there.
+    model, tokenizer = load_policy(str(source), device=device if sharding is None else "cpu")
     use_shared_prefix(model)
     if config.gradient_checkpointing and trainable:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model.requires_grad_(trainable)
     model.train(trainable)
     allowed_V = valid_token_mask(model, tokenizer).to(device)
-    impl = choose_impl(config.kernels, device)
-    return Policy(model, tokenizer, allowed_V, autocast=config.autocast == "bfloat16", impl=impl)
+    bfloat16, impl = config.autocast == "bfloat16", choose_impl(config.kernels, device)
+    skeleton = None
+    if sharding is not None:
+        skeleton = empty_copy(model, device)
+        shard_model(model, sharding, bfloat16=bfloat16)
+    return Policy(model, tokenizer, allowed_V, bfloat16, impl, sharding, skeleton)
+
+
+def empty_copy(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
+    """The model on `device` with parameters of no elements, frozen; ties are kept."""
+    empty = {id(p): nn.Parameter(p.new_empty(0, device=device), requires_grad=False) for p in model.parameters()}
+    return copy.deepcopy(model, empty).to(device)
 
 
 def choose_impl(kernels: str, device: torch.device) -> Impl:

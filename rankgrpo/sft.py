@@ -10,9 +10,7 @@ import torch
 from rankgrpo.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from rankgrpo.config import Config
 from rankgrpo.data import BatchOrder, Dataset, Sample
-from rankgrpo.distributed import Means, Parallel, sum_gradients, wait_for_all
-from rankgrpo.files import atomic_folder
-from rankgrpo.model import save_policy
+from rankgrpo.distributed import Means, Parallel, make_sharding, sum_gradients, wait_for_all
 from rankgrpo.optim import check_finite, learning_rate, make_optimizer, optimizer_step
 from rankgrpo.packing import Group, plan_micro_batches
 from rankgrpo.policy import Policy, open_policy
@@ -38,14 +36,14 @@ def train_sft(
     if final.is_dir():
         return final
     sft = config.sft
-    policy = open_policy(start, config.model, parallel.device)
+    policy = open_policy(start, config.model, parallel.device, sharding=make_sharding(config.parallel, parallel))
     optimizer = make_optimizer(policy.model, lr=sft.lr, betas=sft.betas, weight_decay=sft.weight_decay)
     train_groups = demonstration_groups(policy.tokenizer, demonstrations["train"], config.data.max_prompt_tokens)
     val_groups = demonstration_groups(policy.tokenizer, demonstrations["validation"], config.data.max_prompt_tokens)
     order = BatchOrder(len(train_groups), sft.batch_size, config.seed, parallel.dp_rank, parallel.dp_world)
 
     done = 0
-    if (checkpoint := latest_checkpoint(out / "checkpoints")) is not None:
+    if (checkpoint := latest_checkpoint(out / "checkpoints", parallel)) is not None:
         done = load_checkpoint(checkpoint, policy.model, optimizer)["step"]
     log = (
         MetricsLog(out / "metrics.jsonl", resume_step=done, num_steps=sft.num_steps, title="SFT")
@@ -81,12 +79,11 @@ def train_sft(
         metrics["time/total_s"] = time.perf_counter() - began
         if log is not None:
             log.write(finished, metrics)
-            if finished % sft.save_every == 0 and finished < sft.num_steps:
-                save_checkpoint(out / "checkpoints", finished, policy.model, optimizer, {}, sft.keep_last)
+        if finished % sft.save_every == 0 and finished < sft.num_steps:
+            save_checkpoint(out / "checkpoints", finished, policy.model, optimizer, {}, sft.keep_last, parallel)
     if log is not None:
         log.close()
-        with atomic_folder(final) as temporary:
-            save_policy(policy.model, policy.tokenizer, temporary)
+    policy.export(final, parallel)
     wait_for_all(parallel)
     return final
 
@@ -104,7 +101,7 @@ def demonstration_groups(tokenizer, samples: list[Sample], max_prompt_tokens: in
 def backward_nll(policy: Policy, groups: list[Group], num_tokens: int, token_budget: int) -> float:
     """Accumulate the gradient of sum(-logp) / num_tokens over micro-batches; returns this process's loss."""
     total = torch.zeros((), device=policy.device)
-    for chosen in plan_micro_batches(groups, token_budget):
+    for chosen in policy.paced(plan_micro_batches(groups, token_budget)):
         pack, logp_BT = policy.logprobs([groups[i] for i in chosen])
         loss = -torch.where(pack.mask_BT, logp_BT, 0.0).sum() / num_tokens
         loss.backward()

@@ -20,10 +20,9 @@ from rankgrpo import mismatch
 from rankgrpo.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from rankgrpo.config import Config, RlConfig
 from rankgrpo.data import BatchOrder, Dataset
-from rankgrpo.distributed import Means, Parallel, sum_gradients, wait_for_all
-from rankgrpo.files import atomic_folder, point_link
+from rankgrpo.distributed import Means, Parallel, make_sharding, sum_gradients, wait_for_all
+from rankgrpo.files import point_link
 from rankgrpo.loss import rank_grpo_loss
-from rankgrpo.model import save_policy
 from rankgrpo.optim import TrainingError, check_finite, learning_rate, make_optimizer, optimizer_step
 from rankgrpo.packing import Group, Pack, plan_micro_batches
 from rankgrpo.parse import RankSegmenter
@@ -37,11 +36,6 @@ from rankgrpo.tracker import MetricsLog
 from rankgrpo.units import Units, make_units
 from rankgrpo.validate import validate
 
-# Metrics that a process without a trained group adds nothing to.
-PER_PACK = (
-    "ratio/mean", "ratio/clip_low_frac", "ratio/clip_high_frac", "tokens/saved_frac", *mismatch.METRICS,
-)  # fmt: skip
-
 
 @dataclass
 class MicroBatch:
@@ -53,6 +47,7 @@ class MicroBatch:
     old_logp_BT: Tensor | None = None
     """Set by the first update, whose policy is the one that sampled."""
     ref_logp_BT: Tensor | None = None
+    """Set by `Updater.add_reference` when there is a reference."""
     units: Units | None = None
 
 
@@ -73,12 +68,20 @@ class Updater:
         self.segmenter = RankSegmenter(policy.tokenizer)
         self.eos_ids = torch.tensor(sampler.eos_ids, device=policy.device)
 
+    @torch.no_grad()
+    def add_reference(self, batch: list[MicroBatch]) -> None:
+        """Log-probs under the reference model, which all updates of a batch share."""
+        if self.ref is None:
+            return
+        for micro_batch in self.ref.paced(batch):
+            _, micro_batch.ref_logp_BT = self.ref.logprobs(micro_batch.groups, temperature=self.rl.temperature)
+
     def step(self, batch: list[MicroBatch], denominator: float, lr: float, where: str, means: Means) -> float:
         """One optimizer step on the whole batch; returns the gradient norm."""
         loss_sum = torch.zeros((), device=self.policy.device)
         for name in ("loss/policy", "loss/kl", "tokens/trained"):
             means.add_sum(name, 0.0)
-        for micro_batch in batch:
+        for micro_batch in self.policy.paced(batch):
             loss_sum += self._backward(micro_batch, denominator, means)
         check_finite(float(loss_sum), where, "the loss")
         self._check_mismatch(means, where)
@@ -89,9 +92,6 @@ class Updater:
 
     def _backward(self, micro_batch: MicroBatch, denominator: float, means: Means) -> Tensor:
         rl = self.rl
-        if self.ref is not None and micro_batch.ref_logp_BT is None:
-            with torch.no_grad():
-                _, micro_batch.ref_logp_BT = self.ref.logprobs(micro_batch.groups, temperature=rl.temperature)
         pack, logp_BT = self.policy.logprobs(micro_batch.groups, temperature=rl.temperature)
         if micro_batch.units is None:
             means.add("tokens/saved_frac", pack.tokens_dense - pack.tokens_shared, pack.tokens_dense)
@@ -142,7 +142,7 @@ class Updater:
 
     def _check_mismatch(self, means: Means, where: str) -> None:
         """Stop, before the weights change, when the sampler's log-probs are not the trainer's."""
-        total, count = self.parallel.sum(means.pairs["mismatch/exp_abs_logp"])
+        total, count = self.parallel.sum(means.pairs.get("mismatch/exp_abs_logp", [0.0, 0.0]))
         alarm = self.rl.mismatch_alarm
         if total <= alarm * count:
             return
@@ -168,8 +168,9 @@ def train(config: Config, dataset: Dataset, start: str | Path, out: Path, parall
     if final.is_dir():
         return out / "best"
     rl, num_ranks = config.rl, config.data.num_ranks
-    policy = open_policy(start, config.model, parallel.device)
-    ref = open_policy(start, config.model, parallel.device, trainable=False) if rl.kl_coef > 0 else None
+    device, sharding = parallel.device, make_sharding(config.parallel, parallel)
+    policy = open_policy(start, config.model, device, sharding=sharding)
+    ref = open_policy(start, config.model, device, trainable=False, sharding=sharding) if rl.kl_coef > 0 else None
     optimizer = make_optimizer(policy.model, lr=rl.lr, betas=rl.betas, weight_decay=rl.weight_decay, eps=rl.adam_eps)
     sampler = open_sampler(policy, config, parallel)
     updater = Updater(policy, ref, sampler, optimizer, config, parallel)
@@ -178,7 +179,7 @@ def train(config: Config, dataset: Dataset, start: str | Path, out: Path, parall
     val_samples = dataset.validation[: rl.eval_samples]
 
     done, best = 0, {"ndcg": -1.0, "step": 0}
-    if (checkpoint := latest_checkpoint(out / "checkpoints")) is not None:
+    if (checkpoint := latest_checkpoint(out / "checkpoints", parallel)) is not None:
         state = load_checkpoint(checkpoint, policy.model, optimizer)
         done, best = state["step"], state["best"]
     log = (
@@ -193,8 +194,7 @@ def train(config: Config, dataset: Dataset, start: str | Path, out: Path, parall
         ndcg = metrics[f"eval/ndcg@{num_ranks}"]
         if ndcg > best["ndcg"]:
             best = {"ndcg": ndcg, "step": finished}
-            if parallel.is_main:
-                keep_best(policy, out, finished)
+            keep_best(policy, out, finished, parallel)
         return metrics
 
     sync_weights(sampler, policy.model)
@@ -204,7 +204,7 @@ def train(config: Config, dataset: Dataset, start: str | Path, out: Path, parall
             log.write(0, metrics)
 
     for step in range(done, rl.num_steps):
-        began, means, where = time.perf_counter(), Means(PER_PACK), f"RL step {step + 1}"
+        began, means, where = time.perf_counter(), Means(), f"RL step {step + 1}"
         indices = order.indices(step)
         examples = [dataset.train[i] for i in indices]
 
@@ -234,6 +234,7 @@ def train(config: Config, dataset: Dataset, start: str | Path, out: Path, parall
         denominator = step_denominator(rl, num_ranks, num_tokens, parallel)
         scored_at = time.perf_counter()
 
+        updater.add_reference(batch)
         for update in range(rl.updates_per_batch):
             lr = learning_rate(
                 step,
@@ -265,12 +266,12 @@ def train(config: Config, dataset: Dataset, start: str | Path, out: Path, parall
         }
         if log is not None:
             log.write(finished, metrics)
-            if finished % rl.save_every == 0 and finished < rl.num_steps:
-                save_checkpoint(out / "checkpoints", finished, policy.model, optimizer, {"best": best}, rl.keep_last)
+        if finished % rl.save_every == 0 and finished < rl.num_steps:
+            state = {"best": best}
+            save_checkpoint(out / "checkpoints", finished, policy.model, optimizer, state, rl.keep_last, parallel)
     if log is not None:
         log.close()
-        with atomic_folder(final) as temporary:
-            save_policy(policy.model, policy.tokenizer, temporary)
+    policy.export(final, parallel)
     sampler.sleep()
     wait_for_all(parallel)
     return out / "best"
@@ -286,11 +287,12 @@ def step_denominator(rl: RlConfig, num_ranks: int, num_tokens: int, parallel: Pa
     return num_lists * (num_ranks if rl.unit == "rank" else 1)
 
 
-def keep_best(policy: Policy, out: Path, finished: int) -> None:
+def keep_best(policy: Policy, out: Path, finished: int, parallel: Parallel) -> None:
     """Export the policy and point out/best at it; the export before it goes only once the link has moved."""
     export = out / f"best-{finished:08d}"
-    with atomic_folder(export) as temporary:
-        save_policy(policy.model, policy.tokenizer, temporary)
+    policy.export(export, parallel)
+    if not parallel.is_main:
+        return
     point_link(out / "best", export)
     for old in out.glob("best-*"):
         if old.name != os.readlink(out / "best"):

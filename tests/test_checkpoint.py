@@ -4,6 +4,7 @@ import os
 
 import pytest
 import torch
+from tiny_world import ALONE
 from torch import nn
 
 from rankgrpo import checkpoint as ckpt
@@ -33,12 +34,12 @@ def advance(model, optimizer, steps):
 
 def test_resumed_training_is_bit_identical(tmp_path):
     whole, whole_optimizer = trained(0, 3)
-    ckpt.save_checkpoint(tmp_path, 3, whole, whole_optimizer, {"best": {"ndcg": 0.1}}, keep_last=2)
+    ckpt.save_checkpoint(tmp_path, 3, whole, whole_optimizer, {"best": {"ndcg": 0.1}}, keep_last=2, parallel=ALONE)
     advance(whole, whole_optimizer, range(3, 6))
 
     resumed = small_model(99)
     optimizer = make_optimizer(resumed, lr=1e-2, betas=(0.9, 0.99), weight_decay=0.1)
-    state = ckpt.load_checkpoint(ckpt.latest_checkpoint(tmp_path), resumed, optimizer)
+    state = ckpt.load_checkpoint(ckpt.latest_checkpoint(tmp_path, ALONE), resumed, optimizer)
     assert state == {"step": 3, "best": {"ndcg": 0.1}}
     advance(resumed, optimizer, range(3, 6))
     for a, b in zip(whole.parameters(), resumed.parameters(), strict=True):
@@ -48,29 +49,29 @@ def test_resumed_training_is_bit_identical(tmp_path):
 def test_keeps_the_newest(tmp_path):
     model, optimizer = trained(0, 1)
     for step in (1, 2, 10, 11):
-        ckpt.save_checkpoint(tmp_path, step, model, optimizer, {}, keep_last=2)
+        ckpt.save_checkpoint(tmp_path, step, model, optimizer, {}, keep_last=2, parallel=ALONE)
     assert [path.name for path in ckpt.list_checkpoints(tmp_path)] == ["step-00000010", "step-00000011"]
 
 
 def test_an_interrupted_save_is_no_checkpoint_and_is_cleared(tmp_path):
     model, optimizer = trained(0, 1)
-    ckpt.save_checkpoint(tmp_path, 1, model, optimizer, {}, keep_last=2)
+    ckpt.save_checkpoint(tmp_path, 1, model, optimizer, {}, keep_last=2, parallel=ALONE)
     (tmp_path / f"{TEMPORARY}step-00000002").mkdir()
     (tmp_path / f"{TEMPORARY}step-00000002" / "model.safetensors").write_bytes(b"half")
-    assert ckpt.latest_checkpoint(tmp_path).name == "step-00000001"
+    assert ckpt.latest_checkpoint(tmp_path, ALONE).name == "step-00000001"
     assert not list(tmp_path.glob(f"{TEMPORARY}*"))
 
 
 def test_full_disk_is_one_clear_error_and_loses_nothing(tmp_path, monkeypatch):
     model, optimizer = trained(0, 1)
-    ckpt.save_checkpoint(tmp_path, 1, model, optimizer, {}, keep_last=1)
+    ckpt.save_checkpoint(tmp_path, 1, model, optimizer, {}, keep_last=1, parallel=ALONE)
 
     def full(*args, **kwargs):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(ckpt, "save_file", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(SaveError, match="the disk is full.*same command"):
-        ckpt.save_checkpoint(tmp_path, 2, model, optimizer, {}, keep_last=1)
+        ckpt.save_checkpoint(tmp_path, 2, model, optimizer, {}, keep_last=1, parallel=ALONE)
     monkeypatch.undo()
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
     ckpt.load_checkpoint(tmp_path / "step-00000001", model, optimizer)
@@ -78,20 +79,20 @@ def test_full_disk_is_one_clear_error_and_loses_nothing(tmp_path, monkeypatch):
 
 def test_damaged_checkpoint_says_what_to_do(tmp_path):
     model, optimizer = trained(0, 1)
-    path = ckpt.save_checkpoint(tmp_path, 1, model, optimizer, {}, keep_last=1)
-    (path / "model.safetensors").write_bytes(b"not a tensor")
+    path = ckpt.save_checkpoint(tmp_path, 1, model, optimizer, {}, keep_last=1, parallel=ALONE)
+    (path / "shard-00001-model-00001-of-00001.safetensors").write_bytes(b"not a tensor")
     with pytest.raises(ckpt.CheckpointError, match="delete this folder"):
         ckpt.load_checkpoint(path, model, optimizer)
 
 
 def test_another_models_checkpoint_is_refused(tmp_path):
     model, optimizer = trained(0, 1)
-    path = ckpt.save_checkpoint(tmp_path, 1, model, optimizer, {}, keep_last=1)
+    path = ckpt.save_checkpoint(tmp_path, 1, model, optimizer, {}, keep_last=1, parallel=ALONE)
     with pytest.raises(ckpt.CheckpointError, match="another model.*bias"):
         ckpt.load_checkpoint(path, nn.Linear(5, 4), optimizer)
 
 
 def test_no_pickle_in_a_checkpoint(tmp_path):
-    path = ckpt.save_checkpoint(tmp_path, 1, *trained(0, 1), {}, keep_last=1)
-    assert {file.name for file in path.iterdir()} == {"model.safetensors", "optimizer.safetensors", "state.json"}
+    path = ckpt.save_checkpoint(tmp_path, 1, *trained(0, 1), {}, keep_last=1, parallel=ALONE)
+    assert {file.name for file in path.iterdir()} == {"shard-00001-model-00001-of-00001.safetensors", "state.json"}
     json.loads((path / "state.json").read_text())

@@ -1,72 +1,13 @@
 """Real processes, killed with SIGKILL at several moments: the same command must finish the run it would have been."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
-from tiny_world import WORDS
+from processes import being_saved, finish, kill_when, num_rows, rows, start
 
 from rankgrpo.checkpoint import list_checkpoints
 from rankgrpo.files import TEMPORARY
-
-TESTS = Path(__file__).parent
-
-# The process under test. Slow syncs hold every save open long enough to be killed in the middle of it.
-PROGRAM = """
-import sys, time
-import rankgrpo.files as files
-from rankgrpo.cli import main
-sync, delay = files.sync, float(sys.argv.pop(1))
-def slow_sync(path):
-    time.sleep(delay)
-    sync(path)
-files.sync = slow_sync
-main()
-"""
-
-
-def start(run: Path, *words: str, delay: float = 0.0) -> subprocess.Popen:
-    command = [sys.executable, "-c", PROGRAM, str(delay), "run", "--run-dir", str(run), "--set", *WORDS, *words]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS.parent)}
-    return subprocess.Popen(
-        command, cwd=run.parent, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-
-
-def finish(process: subprocess.Popen) -> str:
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output
-    return output
-
-
-def kill_when(process: subprocess.Popen, reached) -> None:
-    deadline = time.monotonic() + 240
-    while not reached():
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline, "the moment to kill never came"
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    process.stdout.close()
-
-
-def rows(run: Path, phase: str) -> list[dict]:
-    lines = (run / phase / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if not k.startswith("time/")} for line in lines]
-
-
-def num_rows(run: Path, phase: str) -> int:
-    path = run / phase / "metrics.jsonl"
-    return path.read_text().count("\n") if path.exists() else 0
-
-
-def being_saved(folder: Path) -> bool:
-    return any(folder.glob(f"{TEMPORARY}*"))
 
 
 @pytest.fixture(scope="module")
@@ -118,13 +59,7 @@ def test_a_changed_configuration_is_refused_and_nothing_is_touched(uninterrupted
 @pytest.mark.slow
 def test_two_processes_train_as_one(uninterrupted, tmp_path):
     run = tmp_path / "run"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "rankgrpo"]
-    command += ["run", "--run-dir", str(run), "--set", *WORDS]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS.parent)}
-    done = subprocess.run(
-        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    finish(start(run, num_processes=2))
     assert [row["step"] for row in rows(run, "rl")] == [row["step"] for row in rows(uninterrupted, "rl")]
     for two, one in zip(rows(run, "sft"), rows(uninterrupted, "sft"), strict=True):
         assert two == pytest.approx(one, rel=1e-3, abs=1e-5), one["step"]

@@ -29,7 +29,7 @@ from rankgrpo.packing import Group, plan_micro_batches
 from rankgrpo.policy import Policy
 from rankgrpo.rollouts import score_groups
 from rankgrpo.tiny import TinyConfig, init_model, train_tokenizer
-from rankgrpo.train import PER_PACK, MicroBatch, Updater
+from rankgrpo.train import MicroBatch, Updater
 from rankgrpo_kernels.bench.common import print_table, record, write_json
 
 EXAMPLE = """examples:
@@ -95,7 +95,7 @@ class Bench:
             )
             for chosen in plan_micro_batches(groups, self.args.token_budget)
         ]
-        self.updater.step(batch, advantage_PGK.numel(), 1e-6, "benchmark", Means(PER_PACK))
+        self.updater.step(batch, advantage_PGK.numel(), 1e-6, "benchmark", Means())
         self._wait()
         return {"sample": sampled - began, "score": scored - sampled, "update": time.perf_counter() - scored}
 

@@ -11,7 +11,8 @@ It has no paged cache, no continuous batching and no tensor parallelism; that is
 # N key-value heads, R query heads a key-value head, H head size.
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -95,7 +96,9 @@ class HFSampler:
     """Sampler over a transformers causal language model that shares its weights with the trainer.
 
     `allowed_V` (bool, one entry an id) marks the ids that may be sampled; log-probabilities are normalised over them.
-    `rows` bounds the lists decoded at once. `autocast` is "bfloat16" or None.
+    `rows` bounds the lists decoded at once. `autocast` is "bfloat16" or None. `weights` gives the model's parameters by
+    name for as long as lists are sampled: those of a trainer that splits its own among processes, which wait for each
+    other here and not between two tokens.
     """
 
     owns_weights = False
@@ -108,11 +111,12 @@ class HFSampler:
         allowed_V: Tensor | None = None,
         rows: int = 256,
         autocast: str | None = None,
+        weights: Callable[[], Iterable[tuple[str, Tensor]]] | None = None,
     ):
         self.model, self.tokenizer = model, tokenizer
         self.eos_ids = eos_token_ids(model, tokenizer)
         self.banned_V = None if allowed_V is None or bool(allowed_V.all()) else ~allowed_V.to(model.device)
-        self.rows, self.autocast = rows, autocast
+        self.rows, self.autocast, self.weights = rows, autocast, weights
 
     @torch.no_grad()
     def sample(
@@ -134,12 +138,9 @@ class HFSampler:
         order = sorted(range(len(prompts)), key=lambda p: len(prompts[p]), reverse=True)
         per_batch = max(1, self.rows // group_size)
         groups: list[list[Rollout]] = [[] for _ in prompts]
-        was_training, was_attention = self.model.training, self.model.config._attn_implementation
-        self.model.eval()
-        self.model.config._attn_implementation = ATTENTION_NAME
         device_type = self.model.device.type
         enabled = self.autocast is not None
-        try:
+        with self._ready():
             for start in range(0, len(order), per_batch):
                 chosen = order[start : start + per_batch]
                 uniform_BT = torch.cat([draw_uniforms(seeds[p], group_size, max_new_tokens) for p in chosen])
@@ -150,10 +151,24 @@ class HFSampler:
                     groups[p] = [self._rollout(ids[row], logps[row]) for row in rows]
                 if on_progress is not None:
                     on_progress(len(chosen))
+        return groups
+
+    @contextmanager
+    def _ready(self) -> Iterator[None]:
+        """The model with its weights and the attention of decoding."""
+        was_training, was_attention = self.model.training, self.model.config._attn_implementation
+        parameters = dict(self.model.named_parameters()) if self.weights is not None else {}
+        try:
+            for name, tensor in self.weights() if self.weights is not None else ():
+                parameters[name].data = tensor
+            self.model.eval()
+            self.model.config._attn_implementation = ATTENTION_NAME
+            yield
         finally:
             self.model.train(was_training)
             self.model.config._attn_implementation = was_attention
-        return groups
+            for parameter in parameters.values():
+                parameter.data = parameter.new_empty(0)
 
     def sleep(self) -> None:
         """Nothing to give back: weights are the trainer's, keys and values live inside `sample`."""

@@ -1,15 +1,30 @@
-"""What the tests of this folder run in several processes: `torchrun scenarios.py NAME FOLDER`."""
+"""What the tests of this folder run in one or several processes: `torchrun scenarios.py NAME FOLDER`."""
 
 from __future__ import annotations
 
+import json
+import os
 import sys
 from pathlib import Path
 
 import torch
-from torch import nn
+from processes import finish, launch
+from safetensors.torch import save_file
+from tiny_world import tiny_config
+from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-from rankgrpo.distributed import full_parameters, start_parallel
+import rankgrpo.train as training
+from rankgrpo.checkpoint import load_checkpoint, save_checkpoint
+from rankgrpo.distributed import Means, Parallel, full_parameters, make_sharding, start_parallel
+from rankgrpo.optim import make_optimizer
+from rankgrpo.packing import Group, plan_micro_batches
+from rankgrpo.policy import Policy, open_policy
+
+
+def play(num_processes: int, scenario: str, folder: Path) -> None:
+    """Run a function of this file in `num_processes` processes; fails with their output."""
+    finish(launch(__file__, scenario, str(folder), num_processes=num_processes))
 
 
 def whole_parameters(folder: Path) -> None:
@@ -30,6 +45,84 @@ def whole_parameters(folder: Path) -> None:
             model(torch.tensor([1, 2]))  # leaves the root whole, in bfloat16
     for name, tensor in full_parameters(model, torch.bfloat16):
         assert torch.equal(tensor, made[name].bfloat16())
+
+
+def jobs(folder: Path) -> None:
+    """Play every job of folder/jobs.json: optimizer steps on given rollouts."""
+    parallel = start_parallel()
+    for job in json.loads((folder / "jobs.json").read_text()):
+        play_job(job, folder, parallel)
+
+
+def play_job(job: dict, folder: Path, parallel: Parallel) -> None:
+    """Steps `first` to `last` on the rollouts of folder/rollouts.json; writes folder/NAME.safetensors and NAME.json.
+
+    job: name, words (of the configuration), model (folder), shares (groups of every process), first, last; save and
+    resume name a checkpoint folder; sample: prompts to sample and export after the last step.
+    """
+    config = tiny_config(*job["words"], "rl.mismatch_alarm=1e9")  # no sampler drew the lists
+    os.environ |= job.get("environment", {})
+    sharding = make_sharding(config.parallel, parallel)
+    policy = open_policy(job["model"], config.model, parallel.device, sharding=sharding)
+    ref = open_policy(job["model"], config.model, parallel.device, trainable=False, sharding=sharding)
+    rl = config.rl
+    optimizer = make_optimizer(policy.model, lr=rl.lr, betas=rl.betas, weight_decay=0.1, eps=rl.adam_eps)
+    updater = training.Updater(policy, ref if rl.kl_coef else None, policy.sampler(), optimizer, config, parallel)
+    if "resume" in job:
+        state = load_checkpoint(Path(job["resume"]), policy.model, optimizer)
+        assert state["step"] == job["first"]
+    rollouts = json.loads((folder / "rollouts.json").read_text())
+    results: dict[str, list] = {"loss": [], "norm": []}
+    gradients: dict[str, Tensor] = {}
+    training.optimizer_step = recording(training.optimizer_step, policy, gradients)
+    for step in range(job["first"], job["last"]):
+        means = Means()
+        batch = micro_batches([rollouts[step][i] for i in job["shares"][parallel.dp_rank]], rl.token_budget)
+        updater.add_reference(batch)
+        for _ in range(rl.updates_per_batch):
+            norm = updater.step(batch, job["denominator"], rl.lr, f"step {step}", means)
+        metrics = means.reduce(parallel)
+        results["loss"].append(metrics["loss/policy"] + rl.kl_coef * metrics["loss/kl"])
+        results["norm"].append(norm)
+    training.optimizer_step = training.optimizer_step.plain
+    if "save" in job:
+        save_checkpoint(Path(job["save"]), job["last"], policy.model, optimizer, {}, 1, parallel)
+    if "sample" in job:
+        lists = policy.sampler().sample(job["sample"], group_size=2, seeds=[1, 2, 3], max_new_tokens=12)
+        results["sampled"] = [[rollout.token_ids for rollout in group] for group in lists]
+        policy.export(folder / f"{job['name']}-export", parallel)
+    parameters = {f"parameter/{name}": tensor.clone() for name, tensor in full_parameters(policy.model)}
+    if parallel.is_main:
+        save_file(
+            parameters | {f"gradient/{k}": g for k, g in gradients.items()}, folder / f"{job['name']}.safetensors"
+        )
+        (folder / f"{job['name']}.json").write_text(json.dumps(results))
+
+
+def micro_batches(rollouts: list[dict], token_budget: int) -> list[training.MicroBatch]:
+    groups = [Group(rollout["prompt"], rollout["lists"]) for rollout in rollouts]
+    return [
+        training.MicroBatch(
+            [groups[i] for i in chosen],
+            torch.tensor([row for i in chosen for row in rollouts[i]["advantage"]]),
+            [[-1.0] * len(ids) for i in chosen for ids in rollouts[i]["lists"]],
+        )
+        for chosen in plan_micro_batches(groups, token_budget)
+    ]
+
+
+def recording(plain, policy: Policy, gradients: dict[str, Tensor]):
+    """`optimizer_step` that keeps the first step's whole gradients in `gradients`."""
+
+    def step(optimizer, parameters, **options):
+        if not gradients:
+            for name, parameter in policy.model.named_parameters():
+                grad = parameter.grad
+                gradients[name] = (grad.full_tensor() if policy.sharding is not None else grad).clone()
+        return plain(optimizer, parameters, **options)
+
+    step.plain = plain
+    return step
 
 
 if __name__ == "__main__":

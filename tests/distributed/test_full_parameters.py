@@ -1,6 +1,6 @@
 import pytest
 import torch
-from launch import launch
+from scenarios import play
 from torch import nn
 
 from rankgrpo.distributed import full_parameters
@@ -17,4 +17,4 @@ def test_of_a_whole_model_they_are_its_own():
 
 @pytest.mark.slow
 def test_of_a_sharded_model_they_are_what_it_was_made_of(tmp_path):
-    launch(2, "whole_parameters", tmp_path)
+    play(2, "whole_parameters", tmp_path)

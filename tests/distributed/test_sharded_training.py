@@ -1,0 +1,144 @@
+"""Several processes equal one: the same rollouts through the update, shared out in every uneven way."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from scenarios import play, play_job
+from tiny_world import ALONE, taught_dataset, tiny_config, tiny_demonstrations
+from transformers import AutoModelForCausalLM
+
+from rankgrpo.model import load_policy, make_init
+from rankgrpo.sft import demonstration_groups
+from rankgrpo.tiny import TinyConfig
+
+NUM_GROUPS, GROUP_SIZE, NUM_RANKS, NUM_STEPS = 5, 3, 5, 5
+EVERYTHING = list(range(NUM_GROUPS))
+UNEVEN = [[0, 1, 2, 3], [4]]
+SPLIT = ("parallel.shard=full", "rl.lr=1e-3", "rl.adam_eps=1e-6", "rl.token_budget=200")
+# name: (words, shares of two processes)
+CASES = {
+    "uneven": ((*SPLIT, "rl.kl_coef=0.05"), UNEVEN),
+    "idle": ((*SPLIT, "rl.kl_coef=0"), [EVERYTHING, []]),
+    "idle-with-reference": ((*SPLIT, "rl.kl_coef=0.05"), [[], EVERYTHING]),
+    "clipped": ((*SPLIT, "rl.kl_coef=0", "rl.grad_clip=1e-3"), UNEVEN),
+    "two-updates": ((*SPLIT, "rl.kl_coef=0.05", "rl.updates_per_batch=2"), UNEVEN),
+    "recomputed": ((*SPLIT, "rl.kl_coef=0", "model.gradient_checkpointing=true"), UNEVEN),
+    "hybrid": ((*SPLIT, "parallel.shard=hybrid", "rl.kl_coef=0"), UNEVEN),
+    "replicated": ((*SPLIT, "parallel.shard=none", "rl.kl_coef=0.05"), [EVERYTHING, []]),
+    "bfloat16": ((*SPLIT, "rl.kl_coef=0.05", "model.autocast=bfloat16"), UNEVEN),
+}
+MORE = {
+    "uneven": {"last": NUM_STEPS, "sample": [[5, 6, 7], [8, 9], [10]]},
+    "hybrid": {"environment": {"LOCAL_WORLD_SIZE": "1"}},  # two nodes of one process: copied, not split
+}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A folder with a model and rollouts: demonstrations of several conversations stand in for the lists of one."""
+    folder = tmp_path_factory.mktemp("world")
+    size = tiny_config().model
+    tiny = TinyConfig(size.hidden, size.layers, size.ffn, size.heads, size.kv_heads, size.vocab)
+    model = make_init("tiny", taught_dataset(), folder / "model", seed=0, tiny=tiny)
+    _, tokenizer = load_policy(model)
+    demonstrations = demonstration_groups(tokenizer, tiny_demonstrations()["train"], 512)
+    generator = torch.Generator().manual_seed(0)
+    rollouts = []
+    for step in range(NUM_STEPS):
+        rows = demonstrations[step * NUM_GROUPS : (step + 1) * NUM_GROUPS]
+        lists = [ids for row in rows for ids in row.completion_ids]
+        # Lists of uneven length, some cut short: they earn the penalty of an early end.
+        lists = [ids[: len(ids) - 4 * (i % 3)] for i, ids in enumerate(lists)]
+        advantage = (torch.randn(NUM_GROUPS, GROUP_SIZE, NUM_RANKS, generator=generator) + 0.5).tolist()
+        rollouts.append(
+            [
+                {"prompt": row.prompt_ids, "lists": [lists[(i + j) % NUM_GROUPS] for j in range(GROUP_SIZE)],
+                 "advantage": advantage[i]}
+                for i, row in enumerate(rows)
+            ]
+        )  # fmt: skip
+    (folder / "rollouts.json").write_text(json.dumps(rollouts))
+    return folder, model
+
+
+def make_job(world, name, words, shares, **more):
+    job = {"name": name, "words": words, "shares": shares, "model": world[1], "first": 0, "last": 2}
+    return job | {"denominator": NUM_GROUPS * GROUP_SIZE * NUM_RANKS} | more
+
+
+def alone(world, name, words, **more):
+    """The job in this process: everything, in one piece."""
+    words = [*words, "parallel.shard=none", "rl.token_budget=100000"]
+    play_job(make_job(world, f"{name}-alone", words, [EVERYTHING], **more), world[0], ALONE)
+    return results(world, f"{name}-alone")
+
+
+def results(world, name):
+    return load_file(world[0] / f"{name}.safetensors"), json.loads((world[0] / f"{name}.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def two(world):
+    """What two processes make of every case, in one start of them."""
+    jobs = [make_job(world, name, *case, **MORE.get(name, {})) for name, case in CASES.items()]
+    checkpoint = str(world[0] / "checkpoints")
+    jobs.append(make_job(world, "half", CASES["uneven"][0], UNEVEN, save=checkpoint))
+    (world[0] / "jobs.json").write_text(json.dumps(jobs))
+    play(2, "jobs", world[0])
+    return world
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in CASES if name != "bfloat16"])
+def test_two_processes_equal_one(two, name):
+    tensors, values = results(two, name)
+    words, _ = CASES[name]
+    expected, expected_values = alone(two, name, words, **MORE.get(name, {}))
+    assert values["loss"] == pytest.approx(expected_values["loss"], rel=1e-6)
+    assert values["norm"] == pytest.approx(expected_values["norm"], rel=1e-5)
+    assert tensors.keys() == expected.keys()
+    for key, tensor in tensors.items():
+        if key.startswith("gradient/"):
+            assert (tensor - expected[key]).norm() <= 1e-6 * expected[key].norm(), key
+        else:
+            torch.testing.assert_close(tensor, expected[key], rtol=0, atol=1e-5, msg=key)
+    assert values.get("sampled") == expected_values.get("sampled")
+
+
+@pytest.mark.slow
+def test_bfloat16_is_near(two):
+    tensors, _ = results(two, "bfloat16")
+    expected, _ = alone(two, "bfloat16", CASES["uneven"][0])
+    gradient, exact = (
+        torch.cat([t.flatten() for k, t in of.items() if k.startswith("gradient/")]) for of in (tensors, expected)
+    )
+    assert gradient.dtype == torch.float32
+    assert 1e-4 * exact.norm() < (gradient - exact).norm() < 3e-2 * exact.norm()
+
+
+@pytest.mark.slow
+def test_exports_of_a_split_model_load_in_transformers(two):
+    tensors, _ = results(two, "uneven")
+    model = AutoModelForCausalLM.from_pretrained(two[0] / "uneven-export")
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    exported = {f"parameter/{name}": parameter for name, parameter in model.named_parameters()}
+    assert exported.keys() == {key for key in tensors if key.startswith("parameter/")}
+    assert all(torch.equal(parameter, tensors[key]) for key, parameter in exported.items())
+
+
+@pytest.mark.slow
+def test_saved_by_two_resumed_by_one_and_by_three(two):
+    folder, _ = two
+    resume = {"first": 2, "last": NUM_STEPS, "resume": str(folder / "checkpoints" / "step-00000002")}
+    words = CASES["uneven"][0]
+    whole, values = results(two, "uneven")
+    (folder / "jobs.json").write_text(json.dumps([make_job(two, "three", words, [[0, 1], [2, 4], [3]], **resume)]))
+    play(3, "jobs", folder)
+    alone(two, "one", words, **resume)
+    for name in ("three", "one-alone"):
+        tensors, resumed = results(two, name)
+        assert resumed["loss"] == pytest.approx(values["loss"][2:], rel=1e-5), name
+        for key in (key for key in tensors if key.startswith("parameter/")):
+            torch.testing.assert_close(tensors[key], whole[key], rtol=0, atol=1e-5, msg=f"{name} {key}")

@@ -1,0 +1,89 @@
+"""Whole processes of the command line, alone or under torchrun, to be killed: used by the tests of resuming."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from tiny_world import WORDS
+
+from rankgrpo.files import TEMPORARY
+
+TESTS = Path(__file__).parent
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone")
+
+
+def launch(
+    *words: str, num_processes: int = 1, torchrun: tuple[str, ...] = (), cwd: Path | None = None
+) -> subprocess.Popen:
+    """Start a Python file with its words; with `num_processes` above 1, or options for it, under torchrun."""
+    launcher = []
+    if num_processes > 1 or torchrun:
+        launcher = [*TORCHRUN, "--nproc-per-node", str(num_processes), *torchrun]
+    path = os.pathsep.join([str(TESTS.parent), str(TESTS), os.environ.get("PYTHONPATH", "")])
+    return subprocess.Popen(
+        [sys.executable, *launcher, *words],
+        cwd=cwd,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def start(
+    run: Path, *words: str, delay: float = 0.0, num_processes: int = 1, torchrun: tuple[str, ...] = ()
+) -> subprocess.Popen:
+    """Start or continue the tiny run in `run`; every sync to disk takes `delay` seconds more."""
+    program = str(TESTS / "slow_saves.py")
+    command = [program, str(delay), "run", "--run-dir", str(run), "--set", *WORDS, *words]
+    return launch(*command, num_processes=num_processes, torchrun=torchrun, cwd=run.parent)
+
+
+def finish(process: subprocess.Popen) -> str:
+    try:
+        output, _ = process.communicate(timeout=300)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise
+    assert process.returncode == 0, output
+    return output
+
+
+def kill_when(process: subprocess.Popen, reached: Callable[[], bool], victim: Callable[[], int] | None = None) -> None:
+    """SIGKILL the process, or the one whose id `victim` gives, once the moment is reached."""
+    deadline = time.monotonic() + 240
+    while not reached():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline, "the moment to kill never came"
+        time.sleep(0.002)
+    os.kill(process.pid if victim is None else victim(), signal.SIGKILL)
+    if victim is None:
+        process.wait()
+        process.stdout.close()
+
+
+def workers(process: subprocess.Popen) -> list[int]:
+    """Process ids of torchrun's children, by rank."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    return sorted(map(int, children))
+
+
+def rows(run: Path, phase: str) -> list[dict]:
+    lines = (run / phase / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if not k.startswith("time/")} for line in lines]
+
+
+def num_rows(run: Path, phase: str) -> int:
+    path = run / phase / "metrics.jsonl"
+    return path.read_text().count("\n") if path.exists() else 0
+
+
+def being_saved(folder: Path) -> bool:
+    return any(folder.glob(f"{TEMPORARY}*"))
