@@ -290,30 +290,37 @@ def _settings(model: str, data: str, config: Path | None, overrides: list[str], 
     return load_config(config, overrides, method=method, model__name=model, data__path=data)
 
 
-def main() -> None:
-    """Run the command line; a mistake in what the user gave is one message, not a traceback."""
-    if os.environ.get("RANK", "0") != "0":
-        os.environ["TQDM_DISABLE"] = "1"  # one process shows progress; read when tqdm is imported
+def message_of(error: Exception) -> str | None:
+    """What to tell the user of an error that a run can meet; None for one that is a defect of the program."""
     from rankgrpo.checkpoint import CheckpointError
     from rankgrpo.distributed import ParallelError, lost_contact
     from rankgrpo.files import BusyError, SaveError
     from rankgrpo.optim import TrainingError
     from rankgrpo.sampler.base import SamplingError
 
+    expected = (ValueError, CheckpointError, SaveError, BusyError, ParallelError, TrainingError, SamplingError)
+    if isinstance(error, expected):
+        return str(error)
+    if lost_contact(error):
+        return (
+            f"another process of this run has died, so this one stops; look for its message, or in dmesg for memory "
+            f"that ran out. The same command continues from the last checkpoint, and torchrun does so by itself with "
+            f"--max-restarts ({str(error).splitlines()[0]})"
+        )
+    return None
+
+
+def main() -> None:
+    """Run the command line; a mistake in what the user gave is one message, not a traceback."""
+    if os.environ.get("RANK", "0") != "0":
+        os.environ["TQDM_DISABLE"] = "1"  # one process shows progress; read when tqdm is imported
     try:
         app.cli(prog="rankgrpo", description=__doc__)
-    except (ValueError, CheckpointError, SaveError, BusyError, ParallelError, TrainingError, SamplingError) as error:
-        if os.environ.get("RANKGRPO_TRACEBACK"):
+    except (ValueError, RuntimeError) as error:
+        message = None if os.environ.get("RANKGRPO_TRACEBACK") else message_of(error)
+        if message is None:
             raise
-        sys.exit(f"rankgrpo: {error}")
-    except RuntimeError as error:
-        if os.environ.get("RANKGRPO_TRACEBACK") or not lost_contact(error):
-            raise
-        sys.exit(
-            f"rankgrpo: another process of this run has died, so this one stops; look for its message, or in dmesg for "
-            f"memory that ran out. The same command continues from the last checkpoint, and torchrun does so by itself "
-            f"with --max-restarts ({str(error).splitlines()[0]})"
-        )
+        sys.exit(f"rankgrpo: {message}")
     except KeyboardInterrupt:
         sys.exit("rankgrpo: stopped; the same command continues from the last checkpoint")
 

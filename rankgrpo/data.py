@@ -328,7 +328,7 @@ class BatchOrder:
 
     Each epoch goes through all samples once in an order of its own; batches run on over the end of an epoch, so none is
     short. Process `dp_rank` of `dp_world` takes its contiguous share of each batch: shares in process order are the
-    batch of a single process. Raises ValueError for impossible numbers.
+    batch of a single process, and differ by one sample at most. Raises ValueError for impossible numbers.
 
     Example: BatchOrder(9638, 48, seed=1, dp_rank=0, dp_world=2).indices(step=7) -> 24 sample indices
     """
@@ -345,10 +345,8 @@ class BatchOrder:
             raise ValueError(f"num_samples, batch_size and dp_world must be at least 1 and seed at least 0, got {self}")
         if not 0 <= self.dp_rank < self.dp_world:
             raise ValueError(f"dp_rank must be in [0, {self.dp_world}), got {self.dp_rank}")
-        if self.batch_size % self.dp_world:
-            raise ValueError(
-                f"batch_size {self.batch_size} must be a multiple of the number of processes {self.dp_world}"
-            )
+        if self.batch_size < self.dp_world:
+            raise ValueError(f"batch_size {self.batch_size} must be at least the number of processes {self.dp_world}")
 
     def global_indices(self, step: int) -> list[int]:
         """Sample indices of the whole batch of `step` (counted from 0)."""
@@ -365,8 +363,8 @@ class BatchOrder:
 
     def indices(self, step: int) -> list[int]:
         """This process's share of `global_indices(step)`."""
-        share = self.batch_size // self.dp_world
-        return self.global_indices(step)[self.dp_rank * share : (self.dp_rank + 1) * share]
+        start, end = (rank * self.batch_size // self.dp_world for rank in (self.dp_rank, self.dp_rank + 1))
+        return self.global_indices(step)[start:end]
 
     def num_steps(self, num_epochs: float) -> int:
         """Steps after which every sample has been used at least `num_epochs` times over."""

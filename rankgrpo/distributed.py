@@ -94,8 +94,6 @@ def start_parallel() -> Parallel:
     if "WORLD_SIZE" not in os.environ:
         return Parallel(0, 1, device)
     if not td.is_initialized():
-        # torchrun's children outlive it when it is killed, and would go on writing beside those of the next start.
-        _prctl_pr_set_pdeathsig(signal.SIGKILL)
         try:
             # gloo beside NCCL: what is offloaded to host memory is reduced there.
             td.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
@@ -105,6 +103,8 @@ def start_parallel() -> Parallel:
                 f"({str(error).splitlines()[0]}). If the port is in use, take another one (torchrun --master-port, or "
                 f"--standalone on one machine); if it is not, check that every node reaches this address"
             ) from error
+        # torchrun's children outlive it when it is killed, and would go on writing beside those of the next start.
+        _prctl_pr_set_pdeathsig(signal.SIGKILL)
     return Parallel(td.get_rank(), td.get_world_size(), device)
 
 
@@ -168,10 +168,11 @@ def shard_model(model: nn.Module, sharding: Sharding, *, bfloat16: bool) -> None
     if not blocks:
         raise ValueError(f"{type(model).__name__} has no transformer blocks to split; use parallel.shard=none")
     frozen = not any(parameter.requires_grad for parameter in model.parameters())
+    on_gpu = sharding.parallel.device.type == "cuda"
     options = {
         "mesh": sharding.mesh,
         "mp_policy": MixedPrecisionPolicy(torch.bfloat16 if bfloat16 else None, reduce_dtype=torch.float32),
-        "offload_policy": CPUOffloadPolicy() if sharding.cpu_offload else OffloadPolicy(),
+        "offload_policy": CPUOffloadPolicy(pin_memory=on_gpu) if sharding.cpu_offload else OffloadPolicy(),
     }
     for block in blocks:
         fully_shard(block, **options)

@@ -61,7 +61,8 @@ def play_job(job: dict, folder: Path, parallel: Parallel) -> None:
     resume name a checkpoint folder; sample: prompts to sample and export after the last step.
     """
     config = tiny_config(*job["words"], "rl.mismatch_alarm=1e9")  # no sampler drew the lists
-    os.environ |= job.get("environment", {})
+    if parallel.dp_world > 1:
+        os.environ |= job.get("environment", {})
     sharding = make_sharding(config.parallel, parallel)
     policy = open_policy(job["model"], config.model, parallel.device, sharding=sharding)
     ref = open_policy(job["model"], config.model, parallel.device, trainable=False, sharding=sharding)

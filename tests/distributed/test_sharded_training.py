@@ -26,6 +26,7 @@ CASES = {
     "two-updates": ((*SPLIT, "rl.kl_coef=0.05", "rl.updates_per_batch=2"), UNEVEN),
     "recomputed": ((*SPLIT, "rl.kl_coef=0", "model.gradient_checkpointing=true"), UNEVEN),
     "hybrid": ((*SPLIT, "parallel.shard=hybrid", "rl.kl_coef=0"), UNEVEN),
+    "offloaded": ((*SPLIT, "parallel.cpu_offload=true", "rl.kl_coef=0"), UNEVEN),
     "replicated": ((*SPLIT, "parallel.shard=none", "rl.kl_coef=0.05"), [EVERYTHING, []]),
     "bfloat16": ((*SPLIT, "rl.kl_coef=0.05", "model.autocast=bfloat16"), UNEVEN),
 }
