@@ -1,4 +1,4 @@
-"""The command line: `rankgrpo run | sft | train | evaluate | recommend | report | experiments | methods | ...`.
+"""The command line: `rankgrpo run`, its stages `distill`, `sft` and `train`, and the tools beside them.
 
 Heavy imports wait until a command needs them, so `--help` answers at once.
 """
@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
-from tyro.conf import Positional, arg
+from tyro.conf import OmitArgPrefixes, Positional, arg
+
+from rankgrpo.distill.settings import DistillConfig
 
 Set = Annotated[
     list[str],
@@ -23,6 +25,9 @@ Method = Annotated[str | None, arg(help="what Rank-GRPO is compared with, or a v
 Data = Annotated[str, arg(help="`demo`, or a folder with train/validation/test.jsonl and catalog.jsonl or .csv")]
 FromModel = Annotated[
     str | None, arg(help="SFT model that Rank-GRPO starts from, in place of a warm start of the run's own")
+]
+Demonstrations = Annotated[
+    str | None, arg(help="folder that `rankgrpo distill` wrote: its demonstrations in place of EASE's plain lists")
 ]
 RunDir = Annotated[Path, arg(help="run folder; the same command continues an unfinished run")]
 
@@ -40,6 +45,7 @@ def run(
         Path | None, arg(help="run folder (default: runs/MODEL-DATA[-METHOD]); the same command continues it")
     ] = None,
     config: Annotated[Path | None, arg(help="TOML file (default: the preset's, experiments/MODEL.toml)")] = None,
+    demonstrations: Demonstrations = None,
     from_model: FromModel = None,
     until: Annotated[
         Literal["sft", "rl"], arg(help="last stage of training: sft evaluates the warm start and stops there")
@@ -53,12 +59,13 @@ def run(
       rankgrpo run
       rankgrpo run --model tiny --data path/to/redial --run-dir runs/redial
       rankgrpo run --model tiny --method grpo
+      rankgrpo run --data path/to/redial --demonstrations runs/distill-redial
       rankgrpo run --model smollm2-135m --set rl.num_steps=50 rl.group_size=4
       torchrun --nproc-per-node 2 -m rankgrpo run
     """
     from rankgrpo.pipeline import check_run, run_pipeline
 
-    settings = _settings(model, data, config, set, method)
+    settings = _settings(model, data, config, set, method, demonstrations)
     run_dir = run_dir or default_run_dir(model, data, method)
     if check:
         check_run(settings, run_dir)
@@ -73,6 +80,7 @@ def sft(
     data: Data = "demo",
     run_dir: Annotated[Path | None, arg(help="run folder (default: runs/MODEL-DATA)")] = None,
     config: Annotated[Path | None, arg(help="TOML file (default: the preset's)")] = None,
+    demonstrations: Demonstrations = None,
     set: Set = [],  # noqa: B006
 ) -> None:
     """The pipeline up to the supervised warm start; `rankgrpo run` or `rankgrpo train` continues the same run folder.
@@ -82,7 +90,7 @@ def sft(
     """
     from rankgrpo.pipeline import run_pipeline
 
-    settings = _settings(model, data, config, set)
+    settings = _settings(model, data, config, set, demonstrations=demonstrations)
     run_pipeline(settings, run_dir or default_run_dir(model, data), until="sft", evaluate=False)
 
 
@@ -141,6 +149,25 @@ def evaluate(
         models, data=data, split=split, num_samples=num_samples, out=out, markdown=markdown, num_lists=lists
     )
     print(table)
+
+
+@app.command
+def distill(config: OmitArgPrefixes[DistillConfig]) -> None:
+    """Stage 1: demonstrations from a teacher's lists, remapped to the catalog, judged, and adjusted to what is right.
+
+    Try:
+      rankgrpo distill --data path/to/redial
+      rankgrpo distill --data path/to/redial --teacher http://localhost:8000/v1 --model Qwen/Qwen2.5-7B-Instruct
+      rankgrpo distill --data path/to/redial --teacher https://api.openai.com/v1 --model gpt-4o --num-train 2400 \
+        --price-in 2.5 --price-out 10 --estimate
+      rankgrpo run --data path/to/redial --demonstrations runs/distill-redial
+
+    A local model is served by `vllm serve Qwen/Qwen2.5-7B-Instruct`. The key of a hosted one is read from
+    OPENAI_API_KEY.
+    """
+    from rankgrpo.distill.stages import distill
+
+    print(distill(config))
 
 
 @app.command
@@ -279,7 +306,14 @@ def default_run_dir(model: str, data: str, method: str | None = None) -> Path:
     return Path("runs") / "-".join(parts)
 
 
-def _settings(model: str, data: str, config: Path | None, overrides: list[str], method: str | None = None):
+def _settings(
+    model: str,
+    data: str,
+    config: Path | None,
+    overrides: list[str],
+    method: str | None = None,
+    demonstrations: str | None = None,
+):
     from rankgrpo.config import load_config, presets_dir
     from rankgrpo.model import resolve_model
 
@@ -287,7 +321,10 @@ def _settings(model: str, data: str, config: Path | None, overrides: list[str], 
     if config is None:
         preset = presets_dir() / f"{model}.toml"
         config = preset if preset.is_file() else None
-    return load_config(config, overrides, method=method, model__name=model, data__path=data)
+    direct = {"model__name": model, "data__path": data}
+    if demonstrations is not None:
+        direct["teacher__demonstrations"] = demonstrations
+    return load_config(config, overrides, method=method, **direct)
 
 
 def message_of(error: Exception) -> str | None:

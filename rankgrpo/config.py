@@ -74,8 +74,11 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class TeacherConfig:
-    """EASE (Steck 2019), the offline teacher of the warm start."""
+    """EASE (Steck 2019), the offline teacher of the warm start, unless it learns from demonstrations of its own."""
 
+    demonstrations: str = ""
+    """Folder of demonstrations-train.jsonl and demonstrations-validation.jsonl (`rankgrpo distill` writes one); the
+    other keys of this section are then not used."""
     l2: float = 50.0
     popularity_weight: float = 2e-4
     num_folds: int = 5
@@ -276,10 +279,14 @@ class Config:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
 
-def with_steps(config: Config, num_train: int) -> Config:
-    """`config` with the steps that its epochs mean for `num_train` training samples."""
+def with_steps(config: Config, num_train: int, num_demonstrations: int | None = None) -> Config:
+    """`config` with the steps that its epochs mean for `num_train` training samples and their demonstrations.
+
+    num_demonstrations: by default those that EASE makes.
+    """
     sft, rl = config.sft, config.rl
-    num_demonstrations = num_train * (1 + config.teacher.short_requests)
+    if num_demonstrations is None:
+        num_demonstrations = num_train * (1 + config.teacher.short_requests)
     sft_steps = sft.num_steps or math.ceil(sft.num_epochs * num_demonstrations / sft.batch_size)
     rl_steps = rl.num_steps or math.ceil(rl.num_epochs * num_train / rl.prompts_per_step)
     return replace(config, sft=replace(sft, num_steps=sft_steps), rl=replace(rl, num_steps=rl_steps))

@@ -59,7 +59,7 @@ def run_stages(
     """`run_pipeline` on processes that have met, in a run folder that is theirs."""
     dataset = load_config_dataset(config)
     load_parts(config.rl.reward, dataset.catalog)  # what cannot be computed fails before anything is written
-    config = with_steps(config, len(dataset.train))
+    config = with_steps(config, len(dataset.train), count_demonstrations(config, run_dir))
     if parallel.is_main:
         open_run(config, run_dir)
     wait_for_all(parallel)
@@ -100,7 +100,7 @@ def check_run(config: Config, run_dir: Path) -> None:
         require_vllm()
     dataset = load_config_dataset(config)
     load_parts(config.rl.reward, dataset.catalog)
-    check_resumable(with_steps(config, len(dataset.train)), run_dir)
+    check_resumable(with_steps(config, len(dataset.train), count_demonstrations(config, run_dir)), run_dir)
 
 
 def check_resumable(config: Config, run_dir: Path) -> None:
@@ -151,10 +151,37 @@ def installed_version(package: str) -> str | None:
         return None
 
 
+def given_demonstrations(config: Config) -> dict[str, Path]:
+    """The files of teacher.demonstrations by split; ConfigError where one is missing."""
+    folder = Path(config.teacher.demonstrations)
+    paths = {split: folder / f"demonstrations-{split}.jsonl" for split in ("train", "validation")}
+    if missing := [str(path) for path in paths.values() if not path.is_file()]:
+        raise ConfigError(
+            f"teacher.demonstrations: no {' and no '.join(missing)}; `rankgrpo distill --data {config.data.path} --out "
+            f"{folder}` writes them"
+        )
+    return paths
+
+
+def count_demonstrations(config: Config, run_dir: Path) -> int | None:
+    """How many training demonstrations were given; None where EASE makes them. The run's own copy counts first."""
+    if not config.teacher.demonstrations:
+        return None
+    copied = run_dir / "demonstrations-train.jsonl"
+    path = copied if copied.exists() else given_demonstrations(config)["train"]
+    with path.open("rb") as file:
+        return sum(bool(line.strip()) for line in file)
+
+
 def teach(config: Config, dataset: Dataset, run_dir: Path, parallel: Parallel) -> dict[str, list[Sample]]:
-    """The teacher's lists for the training and validation conversations, from disk when they are there."""
+    """The lists to imitate for the training and validation conversations, from disk when they are there."""
     paths = {split: run_dir / f"demonstrations-{split}.jsonl" for split in ("train", "validation")}
-    if parallel.is_main and not all(path.exists() for path in paths.values()):
+    is_done = all(path.exists() for path in paths.values())
+    if parallel.is_main and not is_done and config.teacher.demonstrations:
+        say(parallel, f"demonstrations: {config.teacher.demonstrations}")
+        for split, path in given_demonstrations(config).items():
+            write_samples(paths[split], read_samples(path)[0])
+    elif parallel.is_main and not is_done:
         say(parallel, "teacher: EASE on the training split")
         teacher = fit_teacher(config, dataset, num_folds=config.teacher.num_folds)
         num_items = config.data.num_ranks

@@ -35,17 +35,30 @@ REQUESTS = (
 def short_demonstrations(
     samples: Sequence[Sample], teacher: Teacher, catalog: Catalog, *, num_variants: int, num_items: int = 20, seed: int
 ) -> list[Sample]:
-    """`num_variants` answered short requests a sample, with ids `<id>+0`, `<id>+1`, ...; a function of `seed`.
+    """`short_requests` that the teacher answered, under their own ids."""
+    demonstrations = []
+    for variant, requests in enumerate(
+        short_requests(samples, teacher, catalog, num_variants=num_variants, num_items=num_items, seed=seed)
+    ):
+        answered = make_demonstrations(requests, teacher, num_items=num_items)
+        demonstrations += [replace(sample, id=request_id(sample, variant)) for sample in answered]
+    return demonstrations
+
+
+def short_requests(
+    samples: Sequence[Sample], teacher: Teacher, catalog: Catalog, *, num_variants: int, num_items: int = 20, seed: int
+) -> list[list[Sample]]:
+    """`num_variants` rounds of one short request a sample; a function of `seed`.
 
     Each names 1 to 5 items: some that its sample names or holds as ground truth, some that the teacher lists for those.
-    The teacher sees the sample's own id, so a cross-fitted one leaves the sample's dialog out. Samples without catalog
-    items give none.
+    It keeps the id of its sample, so that a cross-fitted teacher leaves the sample's dialog out; `request_id` is the id
+    of its own. Samples without catalog items give none.
     """
     items_of = [_items(sample, catalog) for sample in samples]
     similar = (
         similar_items({index for items in items_of for index in items}, teacher, num_items) if num_variants else {}
     )
-    demonstrations = []
+    rounds = []
     for variant in range(num_variants):
         rng = np.random.default_rng([seed, variant])
         requests = []
@@ -54,9 +67,13 @@ def short_demonstrations(
                 chosen = rng.permutation(items)[: rng.integers(1, min(MAX_NAMED, len(items)) + 1)].tolist()
                 exchanged = [rng.choice(similar[index]) if rng.random() < EXCHANGED else index for index in chosen]
                 requests.append(_request(sample, list(dict.fromkeys(exchanged)), catalog, rng))
-        answered = make_demonstrations(requests, teacher, num_items=num_items)
-        demonstrations += [replace(sample, id=f"{sample.id}+{variant}") for sample in answered]
-    return demonstrations
+        rounds.append(requests)
+    return rounds
+
+
+def request_id(sample: Sample, variant: int) -> str:
+    """The id of a sample's short request."""
+    return f"{sample.id}+{variant}"
 
 
 def similar_items(items: Iterable[int], teacher: Teacher, num_items: int) -> dict[int, list[int]]:

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from rankgrpo.catalog import Catalog, Item
 from rankgrpo.data import Sample, Turn
+from rankgrpo.distill.ranking import best_items
 
 SCORED_AT_ONCE = 256  # samples; 256 x 7,000 scores in float32 are 7 MiB, and sorting them takes several times that
 
@@ -65,10 +66,21 @@ def named_items(sample: Sample, catalog: Catalog) -> list[int]:
     return list(named)
 
 
+def groundtruth_items(sample: Sample, catalog: Catalog) -> list[int]:
+    """Catalog indices of a sample's ground truth, without repeats and without what the catalog does not hold."""
+    indices = dict.fromkeys(catalog.lookup(title, year) for title, year in sample.groundtruth)
+    return [index for index in indices if index is not None]
+
+
 def popularity_counts(samples: Iterable[Sample], catalog: Catalog) -> Tensor:
     """How many samples hold each item in their ground truth, float32 (N,)."""
-    found = [index for sample in samples for index in _groundtruth_items(sample, catalog)]
+    found = [index for sample in samples for index in groundtruth_items(sample, catalog)]
     return torch.tensor(found, dtype=torch.long).bincount(minlength=len(catalog)).float()
+
+
+def popularity_order(popularity_N: Tensor) -> Tensor:
+    """The items from the most to the least popular, equal ones in catalog order."""
+    return popularity_N.sort(descending=True, stable=True).indices
 
 
 def popularity_lists(
@@ -78,7 +90,7 @@ def popularity_lists(
 
     Returns catalog indices, best first; items of equal count come in catalog order.
     """
-    order = popularity_counts(train, catalog).sort(descending=True, stable=True).indices.tolist()
+    order = popularity_order(popularity_counts(train, catalog)).tolist()
     lists = []
     for sample in samples:
         named = set(named_items(sample, catalog))
@@ -183,7 +195,7 @@ class EaseTeacher:
             for chunk in _chunks(members):
                 named = [named_items(samples[place], self.catalog) for place in chunk]
                 scores_SN = model.scores(named) + self._popularity_weight * model.popularity_N
-                best = _best_items(scores_SN, named, model.popularity_N, num_items)
+                best = best_items(scores_SN, named, popularity_order(model.popularity_N), num_items)
                 for place, indices in zip(chunk, best, strict=True):
                     lists[place] = indices
         return lists
@@ -207,7 +219,7 @@ class _Interactions:
         rows: dict[int, set[int]] = {}
         for dialog, sample in samples_of:
             row = rows.setdefault(dialog, set())
-            row.update(named_items(sample, catalog), _groundtruth_items(sample, catalog))
+            row.update(named_items(sample, catalog), groundtruth_items(sample, catalog))
         samples = [sample for _, sample in samples_of]
         return cls([s.id for s in samples], [sorted(row) for row in rows.values()], popularity_counts(samples, catalog))
 
@@ -243,25 +255,6 @@ class _Ease:
         scores_SN = torch.zeros(len(bags), len(self.popularity_N))
         scores_SN[:, self.active_A] = F.embedding_bag(flat, self.weight_AA, torch.from_numpy(starts), mode="sum")
         return scores_SN
-
-
-def _groundtruth_items(sample: Sample, catalog: Catalog) -> list[int]:
-    indices = dict.fromkeys(catalog.lookup(title, year) for title, year in sample.groundtruth)
-    return [index for index in indices if index is not None]
-
-
-def _best_items(
-    scores_SN: Tensor, named: Sequence[Sequence[int]], popularity_N: Tensor, num_items: int
-) -> list[list[int]]:
-    """The best items of each row that were not named. Equal scores go by popularity, then by catalog order."""
-    if num_items < 1:
-        raise ValueError(f"num_items must be at least 1, got {num_items}")
-    for scores_N, items in zip(scores_SN, named, strict=True):
-        scores_N[items] = -torch.inf
-    by_popularity_N = popularity_N.sort(descending=True, stable=True).indices
-    scores_SK, order_SK = (t[:, :num_items] for t in scores_SN[:, by_popularity_N].sort(descending=True, stable=True))
-    index_SK = by_popularity_N[order_SK]
-    return [index_K[scores_K > -torch.inf].tolist() for index_K, scores_K in zip(index_SK, scores_SK, strict=True)]
 
 
 def _chunks(values: Sequence) -> Iterable[Sequence]:
