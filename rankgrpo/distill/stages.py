@@ -125,6 +125,7 @@ class DistillRun:
             return self._teacher_rows(lists), not report.failed
 
         rows = self.files.rows("teacher.jsonl", self.key, make)
+        self.key = content_key(self.key, rows)  # lists that came late make everything after them anew
         self.taught = lists_of_rows(rows, corpus.catalog)
         self.answered = [place for place, items in enumerate(self.taught.lists) if items]
         if not self.answered:
@@ -213,8 +214,10 @@ class DistillRun:
             rows = [_rating_row(corpus, place, rated) for place, rated in zip(places, ratings, strict=True)]
             return rows, not report.failed
 
+        rows = self.files.rows("ratings.jsonl", self.key, make)
+        self.key = content_key(self.key, rows)
         ratings: list[dict[int, int]] = [{} for _ in corpus.samples]
-        for place, row in zip(places, self.files.rows("ratings.jsonl", self.key, make), strict=True):
+        for place, row in zip(places, rows, strict=True):
             ratings[place] = {_index(corpus, title, year): rating for title, year, rating in row["ratings"]}
         reflected = ReflectScores(scores, ratings, config.gamma)
         self._rank("reflect", reflected, self._num_ranked)
