@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -20,7 +21,7 @@ from rankgrpo.evaluate import score_completions, write_evaluation
 from rankgrpo.files import write_lines
 from rankgrpo.suite import page, runner
 from rankgrpo.suite.command import list_suite, open_suite, rebuild_page, run_suite
-from rankgrpo.suite.figures import draw_figures
+from rankgrpo.suite.figures import FIGURES, draw_figures
 from rankgrpo.suite.page import gains_table, read_paper, scores_table, stages_table, union_table
 from rankgrpo.suite.plan import choose_runs, plan_runs
 from rankgrpo.suite.results import read_results, write_results
@@ -171,6 +172,17 @@ def test_a_given_model_stands_for_the_warm_start(write, tmp_path):
     sft, mine = runs[:2]
     assert sft.command[sft.command.index("--from-model") + 1] == str(model) and "--until" in sft.command
     assert mine.command[mine.command.index("--from-model") + 1] == str(model)
+
+
+def test_a_folder_that_began_from_another_model_is_refused(write, tmp_path):
+    opened = open_suite(str(write()), runs_dir=tmp_path / "runs")
+    mine = opened.runs[1]
+    finish(mine)
+    (mine.folder / "meta.json").write_text(json.dumps({"command": mine.shell_command}))
+    assert open_suite(str(write()), runs_dir=tmp_path / "runs").runs[1].is_finished
+    (mine.folder / "meta.json").write_text(json.dumps({"command": "rankgrpo run --from-model other/final"}))
+    with pytest.raises(ConfigError, match="another configuration .--from-model: other/final -> .*sft-seed1/sft/final"):
+        open_suite(str(write()), runs_dir=tmp_path / "runs")
 
 
 def finish(run, **options) -> None:
@@ -471,6 +483,19 @@ def test_seeds_on_different_conversations_are_refused(own):
     )
     with pytest.raises(ValueError, match="the seeds of a row were evaluated on different conversations"):
         rebuild_page(own)
+
+
+def test_the_page_of_the_repository_is_what_the_command_makes(monkeypatch, tmp_path):
+    experiments = presets_dir()
+
+    def drawn(board, against, folder, prefix):
+        paths = [(figure, folder / f"{prefix}{figure.name}.png") for figure in FIGURES]
+        return [(figure, path) for figure, path in paths if path.is_file()]
+
+    monkeypatch.setattr(page, "draw_figures", drawn)
+    shutil.copytree(experiments / "results", tmp_path / "results")
+    made = page.build_page(tmp_path).read_text()
+    assert made == (experiments / "README.md").read_text(), "run `rankgrpo experiments SUITE --page`"
 
 
 def test_no_rows_draw_no_figures(tmp_path):

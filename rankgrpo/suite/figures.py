@@ -6,6 +6,7 @@ Colours are the Okabe-Ito set, and every line also has a marker or a dash patter
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
+from PIL import Image
 
 from rankgrpo.report_figures import GREY, RANK_COLOURS, SHOWN_RANKS, smooth
 from rankgrpo.report_plots import STYLE
@@ -28,7 +30,7 @@ COLOURS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 MARKERS = ("o", "s", "^", "D", "v", "P")
 DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)))
 MAX_COLUMNS = 3
-PANEL = (4.2, 3.0)  # inches
+WIDTH, HEIGHT, LEGEND = 4.2, 3.0, 0.9  # inches of a panel, and of a legend below it
 
 
 @dataclass(frozen=True)
@@ -52,10 +54,16 @@ def draw_figures(board: Board, against: Sequence[str], folder: Path, prefix: str
             if picture is None:
                 path.unlink(missing_ok=True)
                 continue
-            # Without the version of matplotlib in it, the same data give the same file.
-            picture.savefig(path, dpi=110, facecolor="white", metadata={"Software": None})
+            _save(picture, path)
         drawn.append((figure, path))
     return drawn
+
+
+def _save(picture: Figure, path: Path) -> None:
+    """A PNG with a palette: a third of the size, and the same bytes for the same data."""
+    buffer = io.BytesIO()
+    picture.savefig(buffer, format="png", dpi=110, facecolor="white")
+    Image.open(buffer).convert("RGB").quantize(colors=256, dither=Image.Dither.NONE).save(path, optimize=True)
 
 
 # ---------------------------------------------------------------------------------------------------------- panels
@@ -77,10 +85,10 @@ def groups_of(rows: Iterable[Result]) -> dict[str, list[Result]]:
     return groups
 
 
-def _grid(num_panels: int, **kwargs) -> tuple[Figure, list[Axes]]:
+def _grid(num_panels: int, height: float, **kwargs) -> tuple[Figure, list[Axes]]:
     columns = min(num_panels, MAX_COLUMNS)
     rows = -(-num_panels // columns)
-    figure = Figure(figsize=(max(PANEL[0] * columns, 6.0), PANEL[1] * rows), layout="constrained")
+    figure = Figure(figsize=(max(WIDTH * columns, 6.0), height * rows), layout="constrained")
     panels = list(figure.subplots(rows, columns, squeeze=False, **kwargs).flat)
     for extra in panels[num_panels:]:
         extra.remove()
@@ -100,7 +108,7 @@ def _by_group(
         return None
     groups = groups_of(rows)
     common = [row for name in against if (row := find_row(board, name)) is not None and read(row) is not None]
-    figure, panels = _grid(len(groups), sharex=True, sharey=True)
+    figure, panels = _grid(len(groups), HEIGHT + LEGEND, sharex=True, sharey=True)
     for place, (axes, (group, members)) in enumerate(zip(panels, groups.items(), strict=True)):
         for index, row in enumerate(row for row in common if row not in members):
             axes.plot(*read(row), linestyle=DASHES[index + 1], color=GREY, label=row["label"])
@@ -116,7 +124,7 @@ def _by_group(
             axes.set_ylabel(ylabel)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
         axes.tick_params(labelbottom=True)
-        axes.legend(fontsize=8.5)
+        axes.legend(fontsize=8.5, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2)
     return figure
 
 
@@ -128,7 +136,7 @@ def _curve(row: Result, key: str) -> tuple[list[float], list[float]] | None:
 
 
 def _percent(axes: Axes) -> None:
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:+.0f} %"))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:+.3g} %"))
 
 
 # ---------------------------------------------------------------------------------------------------------- figures
@@ -189,7 +197,8 @@ def hit_rate_by_rank(board: Board, against: Sequence[str]) -> Figure | None:
         rates = row["hit_rate_by_rank"]
         return range(1, len(rates) + 1), [100 * rate for rate in rates]
 
-    return _by_group(board, against, "Rank (1 = top)", "Lists with a hit there (%)", read)
+    figure = _by_group(board, against, "Rank (1 = top)", "Lists with a hit there (%)", read)
+    return _rank_ticks(figure, board["num_ranks"])
 
 
 def gain_by_rank(board: Board, against: Sequence[str]) -> Figure | None:
@@ -202,14 +211,21 @@ def gain_by_rank(board: Board, against: Sequence[str]) -> Figure | None:
         gained = np.cumsum(row["hit_rate_by_rank"]) - np.cumsum(base["hit_rate_by_rank"])
         return range(1, len(gained) + 1), gained
 
-    return _by_group(board, against, "Down to rank", f"Hits a list over {base['label']}", read)
+    figure = _by_group(board, against, "Down to rank", f"Hits a list over {base['label']}", read)
+    return _rank_ticks(figure, board["num_ranks"])
+
+
+def _rank_ticks(figure: Figure | None, num_ranks: int) -> Figure | None:
+    for axes in figure.axes if figure is not None else ():
+        axes.xaxis.set_major_locator(FixedLocator([1, *range(5, num_ranks + 1, 5)]))
+    return figure
 
 
 def reward_by_rank(board: Board, against: Sequence[str]) -> Figure | None:
     rows = [row for row in trained_rows(board) if "reward_by_rank" in row["curves"]]
     if not rows:
         return None
-    figure, panels = _grid(len(rows), sharex=True)
+    figure, panels = _grid(len(rows), HEIGHT, sharex=True)
     for place, (axes, row) in enumerate(zip(panels, rows, strict=True)):
         steps, matrix_KS = row["curves"]["reward_by_rank"]
         for rank, colour, dash in zip(SHOWN_RANKS, RANK_COLOURS, DASHES, strict=False):
@@ -230,17 +246,35 @@ def reward_by_rank(board: Board, against: Sequence[str]) -> Figure | None:
 
 
 def union_recall(board: Board, against: Sequence[str]) -> Figure | None:
-    prefix = f"recall@{board['num_ranks']}_of_"
+    label = f"Recall@{board['num_ranks']} of the union"
+    return _union_ticks(_by_group(board, against, "Lists a conversation", label, lambda row: _union(board, row)), board)
+
+
+def union_gain(board: Board, against: Sequence[str]) -> Figure | None:
+    """The same, less the first row that all are compared with."""
+    base = find_row(board, against[0]) if against else None
+    if base is None or _union(board, base) is None:
+        return None
 
     def read(row: Result):
-        union = row.get("union", {})
-        points = [(int(key.removeprefix(prefix)), union[key]["mean"]) for key in union if key.startswith(prefix)]
-        return tuple(zip(*points, strict=True)) if len(points) > 1 else None
+        union = _union(board, row)
+        return union and (union[0], np.subtract(union[1], _union(board, base)[1]))
 
-    label = f"Recall@{board['num_ranks']} of their union"
-    figure = _by_group(board, against, "Lists a conversation", label, read)
+    label = f"Recall@{board['num_ranks']} over {base['label']}"
+    return _union_ticks(_by_group(board, against, "Lists a conversation", label, read), board)
+
+
+def _union(board: Board, row: Result) -> tuple[tuple[int, ...], tuple[float, ...]] | None:
+    """Sizes of the union and its Recall."""
+    prefix = f"recall@{board['num_ranks']}_of_"
+    union = row.get("union", {})
+    points = [(int(key.removeprefix(prefix)), union[key]["mean"]) for key in union if key.startswith(prefix)]
+    return tuple(zip(*points, strict=True)) if len(points) > 1 else None
+
+
+def _union_ticks(figure: Figure | None, board: Board) -> Figure | None:
     if figure is not None:
-        sizes = max((read(row)[0] for row in trained_rows(board) if read(row)), key=len)
+        sizes = max((union[0] for row in board["rows"] if (union := _union(board, row))), key=len)
         figure.axes[0].set_xscale("log", base=2)
         for axes in figure.axes:
             axes.xaxis.set_major_locator(FixedLocator(sizes))
@@ -309,6 +343,9 @@ FIGURES = (
         "Many lists",
         "Recall of the union of n sampled test lists a conversation: pass@n for lists.",
         union_recall,
+    ),
+    SuiteFigure(
+        "union_gain", "Many lists, over the warm start", "The same, less what the warm start finds.", union_gain
     ),
     SuiteFigure(
         "health",

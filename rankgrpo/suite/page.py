@@ -36,6 +36,7 @@ about further seeds, for which the scores of the single seeds stand beside them.
 defined in [evaluate.py](../rankgrpo/evaluate.py) and [diversity.py](../rankgrpo/diversity.py).
 """
 CUTOFFS = (5, 10, 15, 20)
+COMPARED_UNIONS = ("_of_1", "_of_4", "_of_16")
 
 
 def build_page(folder: Path) -> Path:
@@ -238,9 +239,10 @@ def union_table(board: Board, against: Sequence[str]) -> list[str]:
     most = max((row["union"] for row in rows), key=len)
     recalls = [key for key in most if key.startswith("recall@")]
     coverage = [key for key in most if key.startswith("coverage_of_")]
-    keys = [*recalls, *dict.fromkeys((coverage[0], coverage[-1])), "popularity", "hit_popularity", "gini"]
+    ndcg = main_metric(most)
+    keys = [ndcg, *recalls, *dict.fromkeys((coverage[0], coverage[-1])), "popularity", "hit_popularity", "gini"]
     bases = [row for name in against if (row := find_row(board, name)) in rows]
-    compared = [*dict.fromkeys((recalls[0], recalls[-1])), coverage[-1]]
+    compared = [ndcg, *(key for key in recalls if key.endswith(COMPARED_UNIONS) or key == recalls[-1]), coverage[-1]]
     head = ["", *(metric_label(key) for key in keys)]
     lines = []
     for row in rows:

@@ -45,12 +45,16 @@ class Run:
         return "sft" if self.row.stage == "sft" else "rank-grpo"
 
     @property
+    def source(self) -> str | None:
+        """Model that the run takes in place of a warm start of its own."""
+        return self.from_model if self.start is None else self.start.trained_start
+
+    @property
     def command(self) -> list[str]:
         """Words after `rankgrpo`."""
         words = ["run", "--model", self.model, "--data", self.data, "--run-dir", str(self.folder)]
-        source = self.from_model if self.start is None else self.start.trained_start
         words += ["--method", self.row.method] if self.row.method else []
-        words += ["--from-model", source] if source else []
+        words += ["--from-model", self.source] if self.source else []
         words += ["--until", "sft"] if self.row.stage == "sft" else []
         return [*words, "--set", *self.row.words_for(self.model), f"seed={self.seed}"]
 
@@ -118,17 +122,26 @@ def choose_runs(suite: Suite, runs: list[Run], only: list[str], num_seeds: int |
 
 
 def check_folder(run: Run) -> None:
-    """Raise ConfigError when the run's folder holds a run of another configuration."""
+    """Raise ConfigError when the run's folder holds a run of another configuration, or from another model."""
     saved = run.folder / "config.toml"
     if not saved.is_file():
         return
     by_epochs = {f"{part}.num_steps" for part in ("sft", "rl") if getattr(run.config, part).num_steps == 0}
     changed = [text for text in changed_keys(load_config(saved), run.config) if text.split(":")[0] not in by_epochs]
+    old = _saved_source(run)
+    if old and run.source and Path(old).resolve() != Path(run.source).resolve():
+        changed.append(f"--from-model: {old} -> {run.source}")
     if changed:
         raise ConfigError(
             f"{run.folder} holds a run of another configuration ({'; '.join(changed)}). Remove that folder to run the "
             f"row again, or keep both: name another folder of runs with --runs-dir"
         )
+
+
+def _saved_source(run: Run) -> str | None:
+    """The model that the run in the folder was started from."""
+    words = machine_of(run).get("command", "").split()
+    return words[words.index("--from-model") + 1] if "--from-model" in words else None
 
 
 def share_evaluations(run: Run) -> None:
@@ -150,13 +163,6 @@ def steps_done(run: Run) -> int:
     metrics = run.folder / ("sft" if run.row.stage == "sft" else "rl") / "metrics.jsonl"
     rows = read_metrics(metrics)[0] if metrics.is_file() else []
     return rows[-1]["step"] if rows else 0
-
-
-def start_problem(run: Run) -> str | None:
-    """Why a run cannot begin yet, or None."""
-    if run.start is None or run.start.from_model or run.start.is_finished:
-        return None
-    return f"needs the warm start {run.start.title}"
 
 
 def machine_of(run: Run) -> dict:

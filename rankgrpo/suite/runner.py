@@ -18,7 +18,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from rankgrpo.config import ConfigError
-from rankgrpo.suite.plan import Run, share_evaluations, start_problem, steps_done
+from rankgrpo.suite.plan import Run, share_evaluations, steps_done
 
 POLL_SECONDS, SHOW_SECONDS = 0.5, 10.0
 GRACE_SECONDS = 60  # for a process to end after it was asked to
@@ -49,7 +49,7 @@ def run_missing(runs: list[Run], *, num_jobs: int, num_processes: int, max_minut
                 if deadline is not None and time.monotonic() > deadline:
                     outcome.stopped = True
                     break
-                ready = [run for run in waiting if start_problem(run) is None]
+                ready = [run for run in waiting if run.start is None or run.start.is_finished]
                 for run in ready[: num_jobs - len(active)]:
                     waiting.remove(run)
                     bar.write(f"> {run.title}: {run.shell_command}")
