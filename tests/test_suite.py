@@ -273,17 +273,6 @@ def test_time_runs_out_within_a_run(fake):
     assert not outcome.finished and not outcome.failed
 
 
-def test_a_run_that_is_still_going_on_is_not_started_again(write, tmp_path):
-    import fcntl
-
-    run = plan_runs(read_suite(write()), "demo", tmp_path / "runs")[0]
-    run.folder.mkdir(parents=True)
-    with (run.folder / "log.txt").open("a") as log:
-        fcntl.flock(log, fcntl.LOCK_EX)
-        with pytest.raises(ConfigError, match="sft-seed1: this run is going on in another process"):
-            run_missing([run], num_jobs=1, num_processes=1)
-
-
 @pytest.mark.slow
 def test_a_killed_run_goes_on_from_its_checkpoint(monkeypatch, tmp_path):
     """A real run, killed after a checkpoint: the same command finishes it, and what was done is not done again."""

@@ -6,7 +6,6 @@ prints goes to `log.txt` in its folder. A run that fails does not keep the other
 
 from __future__ import annotations
 
-import fcntl
 import os
 import signal
 import subprocess
@@ -17,7 +16,6 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from rankgrpo.config import ConfigError
 from rankgrpo.suite.plan import Run, share_evaluations, steps_done
 
 POLL_SECONDS, SHOW_SECONDS = 0.5, 10.0
@@ -75,15 +73,9 @@ def start_process(run: Run, at_once: int, num_processes: int) -> subprocess.Pope
     share_evaluations(run)
     threads = max(1, (os.cpu_count() or 1) // (at_once * num_processes))
     environment = {"OMP_NUM_THREADS": str(threads), **os.environ, "PYTHONUNBUFFERED": "1"}
+    command = [*_launcher(num_processes), *run.command]
     with (run.folder / "log.txt").open("a", encoding="utf-8") as log:
-        try:
-            # The lock lives as long as any process that writes to the log, whoever started it.
-            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(f"{run.folder}: this run is going on in another process; stop it, or wait") from None
-        return subprocess.Popen(
-            [*_launcher(num_processes), *run.command], stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment
-        )
+        return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment)
 
 
 def stop_processes(processes: list[subprocess.Popen]) -> None:
