@@ -77,8 +77,8 @@ class CopySampler(Sampler, Protocol):
         """Replace the weights by the whole tensors that the iterator yields, one at a time."""
         ...
 
-    def fingerprints(self) -> dict[str, int]:
-        """`fingerprint` of every tensor it computes with, by the name it stores it under."""
+    def fingerprints(self) -> dict[str, int | None]:
+        """`fingerprint` of every tensor it computes with, by the name it stores it under; None where it has none."""
         ...
 
     def stored_name(self, name: str) -> str:

@@ -67,8 +67,8 @@ def _recorded(
 def _different(sampler: CopySampler, sent: dict[str, Tensor]) -> list[str]:
     stored = sampler.fingerprints()
     expected = dict(zip(sent, torch.stack(list(sent.values())).tolist(), strict=True))
-    names = [key for key in expected if key in stored and expected[key] != stored[key]]
+    names = [key for key in expected if key in stored and stored[key] not in (None, expected[key])]
     # Tensors that the sampler stores under a name of its own can still be compared as a whole.
     left_over = sum(value for key, value in expected.items() if key not in stored)
-    unexplained = sum(value for key, value in stored.items() if key not in expected)
+    unexplained = sum(value or 0 for key, value in stored.items() if key not in expected)
     return names + ([OTHERS] if left_over != unexplained else [])

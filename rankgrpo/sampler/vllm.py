@@ -119,10 +119,17 @@ class VLLMSampler:
             raise SamplingError("vLLM did not drop its prefix cache, which still belongs to the weights before")
 
     @torch.no_grad()
-    def fingerprints(self) -> dict[str, int]:
-        """By stored name, what `fingerprint` makes of the engine's own weights."""
+    def fingerprints(self) -> dict[str, int | None]:
+        """By stored name, what `fingerprint` makes of the engine's own weights; tensor parallel engines do it together.
+
+        None for what cannot be compared: keys and values that several processes hold alike because there are fewer
+        heads of them than processes.
+        """
         stored = {name: fingerprint(p.data) for name, p in self.engine_model.named_parameters()}
-        return dict(zip(stored, torch.stack(list(stored.values())).tolist(), strict=True))
+        own = torch.stack(list(stored.values()))
+        if self.config.tensor_parallel == 1:
+            return dict(zip(stored, own.tolist(), strict=True))
+        return dict(zip(stored, sum_of_shards(self.engine_model, list(stored), own), strict=True))
 
     def stored_name(self, name: str) -> str:
         """The engine's tensor that holds the model's tensor `name`: q, k and v share one, as do gate and up."""
@@ -329,6 +336,25 @@ def mask_logits(engine_model: nn.Module, banned: Tensor) -> None:
         return logits if logits is None else logits.index_fill_(-1, banned, float("-inf"))
 
     engine_model.compute_logits = compute_masked_logits
+
+
+def sum_of_shards(engine_model: nn.Module, names: list[str], own: Tensor) -> list[int | None]:
+    """Of every parameter the fingerprint of the whole: the sum of its shards', or its own where it is not split."""
+    from vllm.distributed import get_tp_group
+    from vllm.model_executor.layers.linear import ColumnParallelLinear, QKVParallelLinear, RowParallelLinear
+    from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+
+    total = own.clone()
+    torch.distributed.all_reduce(total, group=get_tp_group().device_group)
+    values: list[int | None] = []
+    for name, alone, together in zip(names, own.tolist(), total.tolist(), strict=True):
+        module_name, _, leaf = name.rpartition(".")
+        module = engine_model.get_submodule(module_name)
+        split = isinstance(module, ColumnParallelLinear | VocabParallelEmbedding)
+        split |= isinstance(module, RowParallelLinear) and leaf == "weight"
+        repeated = isinstance(module, QKVParallelLinear) and module.num_kv_head_replicas > 1
+        values.append(None if repeated else together if split else alone)
+    return values
 
 
 def packed_names(engine_model: nn.Module) -> dict[str, str]:

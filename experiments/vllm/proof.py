@@ -1,0 +1,86 @@
+"""Rank-GRPO sampled by vLLM, the weights synced after every step: are the two the same policy?
+
+Runs reinforcement learning with small groups and short lists, in real conversations, and writes the mismatch of every
+step as JSON. Every sync has compared all tensors bit by bit, or the run would have stopped; here are the log-probs.
+
+    .venv-vllm/bin/python experiments/vllm/proof.py --model smollm2-135m --steps 20 --data ../shared/data/redial
+    .venv-vllm/bin/python experiments/vllm/proof.py --model tiny --steps 50 --data ../shared/data/redial
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+from rankgrpo.config import load_config, presets_dir
+from rankgrpo.pipeline import describe_machine, run_pipeline
+from rankgrpo.tracker import read_metrics
+
+WORDS = {
+    # Warm, so that its lists have lines; the KL term gives every step after the first a gradient.
+    "tiny": [
+        *("data.num_train=1000", "teacher.short_requests=0", "sft.num_steps=60", "sft.eval_samples=8"),
+        *("rl.max_new_tokens=48", "rl.kl_coef=1e-2", "rl.token_budget=2048"),
+    ],
+    # As it comes. It lists more than three items, which costs a penalty, so there is a gradient.
+    "smollm2-135m": [
+        *("data.num_train=200", "data.max_prompt_tokens=256", "data.num_ranks=3", "sft.enabled=false"),
+        *("rl.max_new_tokens=32", "rl.kl_coef=0", "rl.lr=1e-5", "rl.token_budget=2048", "model.autocast=none"),
+    ],
+}
+SMALL = ["rl.sampler=vllm", "rl.prompts_per_step=2", "rl.group_size=4", "rl.eval_samples=4", "rl.eval_every=1000"]
+
+
+def prove(model: str, data: str, steps: int, run_dir: Path, words: list[str] = ()) -> dict:
+    """The mismatch of every step of a run in `run_dir`, which continues one that is there."""
+    words = [*WORDS[model], *SMALL, f"rl.num_steps={steps}", *words]
+    config = load_config(presets_dir() / f"{model}.toml", words, model__name=model, data__path=data)
+    run_pipeline(config, run_dir, until="rl", evaluate=False)
+    rows = [row for row in read_metrics(run_dir / "rl" / "metrics.jsonl")[0] if row["step"] > 0]
+
+    def column(key: str) -> list[float]:
+        return [row[key] for row in rows]
+
+    exp_abs = column("mismatch/exp_abs_logp")
+    return {
+        "model": model,
+        "compute": "bfloat16" if config.model.autocast == "bfloat16" else "float32",
+        "steps": len(rows),
+        "steps_that_changed_the_weights": sum(norm > 0 for norm in column("grad/norm")),
+        "mean_exp_abs_logp": {"mean": sum(exp_abs) / len(exp_abs), "worst_step": max(exp_abs)},
+        "mean_abs_logp": sum(column("mismatch/abs_logp")) / len(rows),
+        "outside_clip_frac": sum(column("mismatch/outside_clip_frac")) / len(rows),
+        "tokens": sum(column("tokens/sampled")),
+        "by_step": {key: column(key) for key in ("mismatch/exp_abs_logp", "mismatch/abs_logp", "grad/norm")},
+        "settings": words,
+        "machine": describe_machine(),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=sorted(WORDS), default="tiny")
+    parser.add_argument("--data", default="demo", help="`demo` or a folder")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--bfloat16", action="store_true")
+    parser.add_argument("--run-dir", type=Path, help="kept and continued; by default a temporary folder")
+    parser.add_argument("--out", type=Path, help="JSON file")
+    parser.add_argument("--bound", type=float, help="fail when mean exp|difference| of a step is above it")
+    args = parser.parse_args()
+    words = [f"model.autocast={'bfloat16' if args.bfloat16 else 'none'}"]
+    with tempfile.TemporaryDirectory() as folder:
+        result = prove(args.model, args.data, args.steps, args.run_dir or Path(folder) / "run", words)
+    result["machine"]["command"] = " ".join(["experiments/vllm/proof.py", *sys.argv[1:]])
+    if args.out is not None:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps({key: value for key, value in result.items() if key not in ("by_step", "machine")}, indent=1))
+    if args.bound is not None and result["mean_exp_abs_logp"]["worst_step"] > args.bound:
+        sys.exit(f"mean exp|difference| of a step is above {args.bound}")
+
+
+if __name__ == "__main__":
+    main()

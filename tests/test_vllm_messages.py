@@ -1,0 +1,109 @@
+"""What users meet before vLLM runs, without vLLM."""
+
+import sys
+import types
+
+import pytest
+import torch
+from transformers import Qwen2Config
+
+import rankgrpo.sampler.vllm as vllm_module
+from rankgrpo.cli import main
+from rankgrpo.sampler.base import SamplingError
+from rankgrpo.sampler.choose import choose_sampler
+from rankgrpo.sampler.vllm import GIB, EngineConfig, cache_bytes_a_list, explain_start, import_vllm, vllm_installed
+
+# Qwen2.5-0.5B: 24 layers, 2 key-value heads of 64.
+MODEL = Qwen2Config(
+    hidden_size=896, num_hidden_layers=24, num_attention_heads=14, num_key_value_heads=2, architectures=["Qwen2X"]
+)
+ENGINE = EngineConfig(max_tokens=3072, dtype=torch.bfloat16)
+
+
+def pretend(monkeypatch, version: str | None) -> None:
+    """A package vllm of this version, or one that cannot be imported."""
+    monkeypatch.setattr(vllm_module, "vllm_installed", lambda: True)
+    package = None
+    if version is not None:
+        package = types.ModuleType("vllm")
+        package.__version__ = version
+    monkeypatch.setitem(sys.modules, "vllm", package)
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch):
+    for name in ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_LOGGING_LEVEL", "VLLM_NO_USAGE_STATS"):
+        monkeypatch.setenv(name, "kept")  # so that what import_vllm sets is undone
+
+
+def test_not_installed(monkeypatch):
+    monkeypatch.setattr(vllm_module, "vllm_installed", lambda: False)
+    with pytest.raises(SamplingError, match=r"not installed: pip install 'rankgrpo\[vllm\]'.*or set rl.sampler=hf"):
+        import_vllm()
+
+
+def test_a_run_that_asks_for_it_fails_before_it_starts(monkeypatch, tmp_path):
+    monkeypatch.setattr(vllm_module, "vllm_installed", lambda: False)
+    command = ["rankgrpo", "run", "--check", "--run-dir", str(tmp_path / "run"), "--set", "rl.sampler=vllm"]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit, match="rl.sampler = vllm, and vLLM is not installed"):
+        main()
+
+
+def test_a_folder_named_vllm_is_no_package(monkeypatch, tmp_path):
+    (tmp_path / "vllm").mkdir()
+    before = vllm_installed()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert vllm_installed() == before
+
+
+@pytest.mark.parametrize("version", ["0.24.2", "0.34.0", "1.0.0"])
+def test_versions_that_nobody_tried(monkeypatch, version):
+    pretend(monkeypatch, version)
+    with pytest.raises(SamplingError, match=rf"vLLM {version} is not one .*\(0.25 to 0.33\): pip install vllm==0.32.0"):
+        import_vllm()
+
+
+@pytest.mark.parametrize("version", ["0.25.0", "0.32.0+cpu", "0.33.0rc1"])
+def test_versions_that_are_known(monkeypatch, version):
+    pretend(monkeypatch, version)
+    assert import_vllm().__version__ == version
+
+
+def test_a_broken_installation_names_both_versions_of_torch(monkeypatch):
+    pretend(monkeypatch, None)
+    monkeypatch.setattr(vllm_module.importlib.metadata, "requires", lambda name: ["numpy", "torch==2.12.0"])
+    monkeypatch.setattr(vllm_module.importlib.metadata, "version", lambda name: "0.31.0")
+    with pytest.raises(SamplingError, match=r"cannot be imported.*vllm 0.31.0 needs torch==2.12.0, installed is torch"):
+        import_vllm()
+
+
+def test_cache_of_a_list_by_hand():
+    # keys and values x 24 layers x 2 heads x 64 x 2 bytes = 12,288 bytes a token
+    assert cache_bytes_a_list(MODEL, ENGINE) == 12_288 * 3072
+
+
+def test_messages_say_what_to_change(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (20 * GIB, 80 * GIB))
+    crowded = explain_start("Free memory on device cuda:0 (20/80 GiB) is less", "0.32.0", MODEL, ENGINE, True)
+    assert "rl.vllm_memory = 0.4 of the GPU's 80.0 GiB, and 20.0 GiB are free" in crowded
+    assert "set rl.vllm_memory=0.23" in crowded
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (GIB, GIB))
+    small = explain_start("No available memory for the cache blocks.", "0.32.0", MODEL, ENGINE, True)
+    assert "(0.04 GiB): set rl.vllm_memory=0.52, or make lists or prompts shorter" in small
+    unknown = explain_start("Model architectures ['Qwen2X'] are not supported for now.", "0.32.0", MODEL, ENGINE, True)
+    assert unknown == "vLLM 0.32.0 does not know the model architecture Qwen2X; set rl.sampler=hf"
+    assert explain_start("one\ntwo", "0.33.0", MODEL, ENGINE, False) == "vLLM 0.33.0 did not start: one"
+
+
+def test_auto_is_vllm_on_a_gpu_that_has_it(monkeypatch):
+    import rankgrpo.sampler.choose as choose
+
+    monkeypatch.setattr(choose, "vllm_installed", lambda: True)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert choose_sampler("auto", torch.device("cuda")) == "vllm"
+    assert choose_sampler("auto", torch.device("cpu")) == "hf"
+    assert choose_sampler("vllm", torch.device("cpu")) == "vllm"
+    assert choose_sampler("hf", torch.device("cuda")) == "hf"
+    monkeypatch.setattr(choose, "vllm_installed", lambda: False)
+    assert choose_sampler("auto", torch.device("cuda")) == "hf"
