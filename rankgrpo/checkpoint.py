@@ -66,7 +66,8 @@ def save_checkpoint(
                     f"{final}: parts of {missing[0]} that other processes saved are not here; the run folder must be "
                     f"on a file system that all nodes share"
                 )
-            (temporary / "state.json").write_text(json.dumps({"step": step, **state}), encoding="utf-8")
+            files = sorted(file.name for file in temporary.glob("*.safetensors"))
+            (temporary / "state.json").write_text(json.dumps({"step": step, "files": files, **state}), encoding="utf-8")
     if parallel.is_main:
         for old in list_checkpoints(folder)[:-keep_last]:
             remove_folder(old)
@@ -81,8 +82,10 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
     one of another model, before anything is changed.
     """
     try:
-        saved = HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        for file in state.pop("files"):
+            (path / file).stat()  # the storage would take what is there for all there is
+        saved = HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
     except (OSError, SafetensorError, json.JSONDecodeError) as error:
         raise CheckpointError(_damaged(path, error)) from error
     parameters = split_parameters(model)
@@ -94,12 +97,9 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
             split = saved[f"{slot}/{name}"].size == parameter.shape
             empty = torch.zeros_like(parameter) if split else torch.zeros((), device=parameter.device)
             optimizer.state[parameter][slot] = empty
-    tensors = _tensors(parameters, optimizer)
-    if missing := [name for name, tensor in tensors.items() if not _is_whole(saved.get(name), tensor)]:
-        raise CheckpointError(_damaged(path, f"parts of {missing[0]} are missing"))
     try:
         with torch.no_grad():
-            dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(path)), **_alone())
+            dcp.load(_tensors(parameters, optimizer), storage_reader=HuggingFaceStorageReader(str(path)), **_alone())
     except CheckpointException as error:
         raise CheckpointError(_damaged(path, _cause(error))) from error
     return state
@@ -145,7 +145,7 @@ def _shape(size: torch.Size | None) -> str:
 
 
 def _is_whole(saved: TensorStorageMetadata | None, tensor: Tensor) -> bool:
-    """Do the saved parts make up a tensor of this shape? The storage itself would leave a hole as it is."""
+    """Do the saved parts make up a tensor of this shape?"""
     if saved is None or saved.size != tensor.shape:
         return False
     return sum(chunk.sizes.numel() for chunk in saved.chunks) == tensor.numel()

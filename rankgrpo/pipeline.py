@@ -28,7 +28,6 @@ from rankgrpo.distill.teacher import make_demonstrations
 from rankgrpo.distributed import Parallel, start_parallel, wait_for_all
 from rankgrpo.files import only_one, write_lines
 from rankgrpo.model import make_init
-from rankgrpo.report import build_report
 from rankgrpo.reward_parts import load_parts
 from rankgrpo.sampler.vllm import require_vllm
 from rankgrpo.sft import train_sft
@@ -85,6 +84,8 @@ def run_stages(
         return
     evaluate_run(config, dataset, run_dir, stages, parallel)
     if parallel.is_main:
+        from rankgrpo.report import build_report  # matplotlib takes seconds, of one process and not of every worker
+
         print(results_table(run_dir, config.eval.split, stages))
         print(f"\nreport: {build_report(run_dir)}")
 

@@ -89,9 +89,7 @@ class Policy:
         parameters = full_parameters(self.model)
         if parallel.is_main:
             with atomic_folder(folder) as temporary:
-                save_policy(
-                    self.model if self.skeleton is None else self.skeleton, self.tokenizer, temporary, parameters
-                )
+                save_policy(self.skeleton or self.model, self.tokenizer, temporary, parameters)
         for _ in parameters:
             pass  # the other processes' part in gathering them
 

@@ -48,7 +48,7 @@ def start(
 
 def finish(process: subprocess.Popen) -> str:
     try:
-        output, _ = process.communicate(timeout=300)
+        output, _ = process.communicate(timeout=900)
     except subprocess.TimeoutExpired:
         process.kill()
         raise
@@ -58,7 +58,7 @@ def finish(process: subprocess.Popen) -> str:
 
 def kill_when(process: subprocess.Popen, reached: Callable[[], bool], victim: Callable[[], int] | None = None) -> None:
     """SIGKILL the process, or the one whose id `victim` gives, once the moment is reached."""
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + 900
     while not reached():
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < deadline, "the moment to kill never came"
@@ -69,10 +69,26 @@ def kill_when(process: subprocess.Popen, reached: Callable[[], bool], victim: Ca
         process.stdout.close()
 
 
-def workers(process: subprocess.Popen) -> list[int]:
-    """Process ids of torchrun's children, by rank."""
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    return sorted(map(int, children))
+def children(process_id: int) -> list[int]:
+    """Process ids of its children; of torchrun the workers by rank."""
+    return sorted(map(int, Path(f"/proc/{process_id}/task/{process_id}/children").read_text().split()))
+
+
+def gone(process_ids: list[int], patience_s: float = 10.0) -> bool:
+    """Do all of these processes end within that time?"""
+    deadline = time.monotonic() + patience_s
+    while any(map(_alive, process_ids)):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+def _alive(process_id: int) -> bool:
+    try:
+        return Path(f"/proc/{process_id}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 def rows(run: Path, phase: str) -> list[dict]:

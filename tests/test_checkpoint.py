@@ -85,11 +85,22 @@ def test_damaged_checkpoint_says_what_to_do(tmp_path):
         ckpt.load_checkpoint(path, model, optimizer)
 
 
+def test_a_part_that_is_missing_is_named(tmp_path):
+    model, optimizer = trained(0, 1)
+    path = ckpt.save_checkpoint(tmp_path, 1, model, optimizer, {}, keep_last=1, parallel=ALONE)
+    (path / "shard-00001-model-00001-of-00001.safetensors").unlink()
+    with pytest.raises(ckpt.CheckpointError, match="cannot be read.*shard-00001.*delete this folder"):
+        ckpt.load_checkpoint(path, model, optimizer)
+
+
 def test_another_models_checkpoint_is_refused(tmp_path):
     model, optimizer = trained(0, 1)
     path = ckpt.save_checkpoint(tmp_path, 1, model, optimizer, {}, keep_last=1, parallel=ALONE)
     with pytest.raises(ckpt.CheckpointError, match="another model.*bias"):
         ckpt.load_checkpoint(path, nn.Linear(5, 4), optimizer)
+    wider = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3))
+    with pytest.raises(ckpt.CheckpointError, match=r"another model; 3 .*0.bias: \(4,\) here, \(6,\) in the model"):
+        ckpt.load_checkpoint(path, wider, optimizer)
 
 
 def test_no_pickle_in_a_checkpoint(tmp_path):

@@ -2,6 +2,7 @@ import importlib.util
 import json
 import random
 import shutil
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -243,6 +244,27 @@ def test_an_export_is_read_by_transformers_alone(init, tmp_path):
         assert "lm_head.weight" not in file.keys()
     modes = {path.stat().st_mode for path in (tmp_path / "export").iterdir()}
     assert len(modes) == 1
+
+
+def test_a_large_export_is_several_files_and_takes_parameters_one_by_one(init, tmp_path, monkeypatch):
+    model, tokenizer = load_policy(init)
+    monkeypatch.setattr("rankgrpo.model.FILE_BYTES", 4 * SMALL.hidden * SMALL.hidden)
+    alive: list[weakref.ref] = []
+
+    def doubled():
+        for name, parameter in model.named_parameters():
+            tensor = 2 * parameter.detach()
+            alive.append(weakref.ref(tensor))
+            yield name, tensor
+            del tensor
+            assert sum(reference() is not None for reference in alive) < 12, "what was written is still in memory"
+
+    save_policy(model, tokenizer, tmp_path, doubled())
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 2 and not (tmp_path / "model.safetensors").exists()
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    expected = {name: 2 * parameter for name, parameter in model.named_parameters()}
+    assert {name for name, _ in again.named_parameters()} == expected.keys()
+    assert all(torch.equal(parameter, expected[name]) for name, parameter in again.named_parameters())
 
 
 def test_initial_weights_are_a_function_of_the_seed(tokenizer):
