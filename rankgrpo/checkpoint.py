@@ -53,7 +53,7 @@ def save_checkpoint(
     final = folder / f"step-{step:08d}"
     with atomic_folder(final) if parallel.is_main else nullcontext(temporary_name(final)) as temporary:
         wait_for_all(parallel)  # the folder is there
-        tensors = _tensors(split_parameters(model), optimizer)
+        tensors = _tensors(_trained(model), optimizer)
         try:
             writer = HuggingFaceStorageWriter(str(temporary), save_distributed=True)
             dcp.save(tensors, storage_writer=writer, **_alone())
@@ -88,7 +88,7 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
         saved = HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
     except (OSError, SafetensorError, json.JSONDecodeError) as error:
         raise CheckpointError(_damaged(path, error)) from error
-    parameters = split_parameters(model)
+    parameters = _trained(model)
     _check_same_model(path, saved, parameters)
     for name, parameter in parameters.items():
         slots = [key.split("/", 1)[0] for key in saved if key.endswith(f"/{name}") and not key.startswith("model/")]
@@ -118,6 +118,11 @@ def latest_checkpoint(folder: Path, parallel: Parallel) -> Path | None:
         found = list_checkpoints(folder)
     names = parallel.gather([path.name for path in found[-1:]])[0]
     return folder / names[0] if names else None
+
+
+def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Frozen parameters are those the run started from: with adapters a checkpoint holds the adapters alone."""
+    return {name: parameter for name, parameter in split_parameters(model).items() if parameter.requires_grad}
 
 
 def _tensors(parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

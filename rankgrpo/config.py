@@ -57,6 +57,24 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
+class AdapterConfig:
+    """Small matrices trained in place of the model's weights, in the warm start and in reinforcement learning, each of
+    which begins with new ones and ends with a whole model."""
+
+    kind: Literal["none", "lora", "dora"] = "none"
+    rank: int = 16
+    alpha: float = 16.0
+    """The adapter is scaled by alpha / rank, with rslora by alpha / sqrt(rank)."""
+    rslora: bool = False
+    targets: str = "linear"
+    """linear = every Linear layer of the attention and the MLP; or names with commas between, such as q_proj,v_proj."""
+
+    def __post_init__(self):
+        _require_positive(self, "adapter", "rank", "alpha")
+        _require(bool(self.targets.strip(" ,")), "adapter.targets", "must name at least one layer, or be linear")
+
+
+@dataclass(frozen=True)
 class DataConfig:
     path: str = "demo"
     """`demo`, or a folder with train.jsonl, validation.jsonl, test.jsonl and catalog.jsonl or catalog.csv."""
@@ -271,6 +289,7 @@ class ParallelConfig:
 class Config:
     seed: int = 3407
     model: ModelConfig = field(default_factory=ModelConfig)
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
     data: DataConfig = field(default_factory=DataConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     sft: SftConfig = field(default_factory=SftConfig)

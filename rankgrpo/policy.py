@@ -9,7 +9,8 @@ from __future__ import annotations
 import copy
 import importlib.util
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -17,9 +18,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rankgrpo.adapter import adapters_off, add_adapters, has_adapters, merged_parameters
 from rankgrpo.attention import use_shared_prefix
-from rankgrpo.config import ModelConfig
-from rankgrpo.distributed import Parallel, Sharding, full_parameters, shard_model
+from rankgrpo.config import AdapterConfig, ModelConfig
+from rankgrpo.distributed import Parallel, Sharding, shard_model
 from rankgrpo.files import atomic_folder
 from rankgrpo.logprob import Impl, pack_logprobs
 from rankgrpo.model import load_policy, save_policy, valid_token_mask
@@ -42,7 +44,9 @@ class Policy:
     sharding: Sharding | None = None
     """None: the model is whole on every process."""
     skeleton: PreTrainedModel | None = None
-    """Of a split model: the same model with empty parameters, which sampling fills."""
+    """Of a split model and of one with adapters: the plain model with empty parameters, which sampling fills."""
+    without_adapters: bool = False
+    """Log-probs are those of the model before it was given adapters."""
 
     @property
     def device(self) -> torch.device:
@@ -52,7 +56,8 @@ class Policy:
         """Pack whole groups and return the pack with the completions' token log-probabilities, (B, T) float32."""
         pack = build_pack(groups, self.device)
         autocast = self.bfloat16 and self.sharding is None
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=autocast):
+        switch = adapters_off(self.model) if self.without_adapters else nullcontext()
+        with switch, torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=autocast):
             logp_BT = pack_logprobs(self.model, pack, temperature=temperature, impl=self.impl, allowed_V=self.allowed_V)
         return pack, logp_BT
 
@@ -71,22 +76,21 @@ class Policy:
                 (0.0 * logp_BT.sum()).backward()
 
     def sampler(self, rows: int = 256) -> HFSampler:
-        """A sampler over these very weights. Of a split model all processes sample when one does."""
+        """A sampler over these very weights, adapters merged. Of a split model all processes sample when one does."""
+        options = {"allowed_V": self.allowed_V, "rows": rows}
+        if self.sharding is None:
+            options["autocast"] = "bfloat16" if self.bfloat16 else None
         if self.skeleton is None:
-            autocast = "bfloat16" if self.bfloat16 else None
-            return HFSampler(self.model, self.tokenizer, allowed_V=self.allowed_V, rows=rows, autocast=autocast)
-        dtype = torch.bfloat16 if self.bfloat16 else None
-        return HFSampler(
-            self.skeleton,
-            self.tokenizer,
-            allowed_V=self.allowed_V,
-            rows=rows,
-            weights=lambda: full_parameters(self.model, dtype),
-        )
+            return HFSampler(self.model, self.tokenizer, **options)
+        dtype = torch.bfloat16 if self.bfloat16 and self.sharding is not None else None
+        return HFSampler(self.skeleton, self.tokenizer, weights=lambda: merged_parameters(self.model, dtype), **options)
 
     def export(self, folder: Path, parallel: Parallel) -> None:
-        """Write the policy to `folder` in Hugging Face format, whole or not at all; every process takes part."""
-        parameters = full_parameters(self.model)
+        """Write the policy to `folder` in Hugging Face format, whole or not at all; every process takes part.
+
+        Adapters are merged: the folder holds a plain model.
+        """
+        parameters = merged_parameters(self.model)
         if parallel.is_main:
             with atomic_folder(folder) as temporary:
                 save_policy(self.skeleton or self.model, self.tokenizer, temporary, parameters)
@@ -101,8 +105,13 @@ def open_policy(
     *,
     trainable: bool = True,
     sharding: Sharding | None = None,
+    adapter: AdapterConfig | None = None,
+    seed: int = 0,
 ) -> Policy:
-    """Load a model folder or hub id with the shared-prefix attention; a reference is loaded frozen."""
+    """Load a model folder or hub id with the shared-prefix attention; a reference is loaded frozen.
+
+    With `adapter` only adapters are trained, which `seed` begins. It has no place in a frozen model.
+    """
     # A split model is read into host memory and reaches the device block by block: whole it may not fit there.
     model, tokenizer = load_policy(str(source), device=device if sharding is None else "cpu")
     use_shared_prefix(model)
@@ -112,11 +121,22 @@ def open_policy(
     model.train(trainable)
     allowed_V = valid_token_mask(model, tokenizer).to(device)
     bfloat16, impl = config.autocast == "bfloat16", choose_impl(config.kernels, device)
-    skeleton = None
+    adapted = trainable and adapter is not None and adapter.kind != "none"
+    skeleton = empty_copy(model, device) if sharding is not None or adapted else None
+    if adapted:
+        add_adapters(model, adapter, seed=seed)
     if sharding is not None:
-        skeleton = empty_copy(model, device)
         shard_model(model, sharding, bfloat16=bfloat16)
     return Policy(model, tokenizer, allowed_V, bfloat16, impl, sharding, skeleton)
+
+
+def open_reference(
+    policy: Policy, source: str | Path, config: ModelConfig, device: torch.device, sharding: Sharding | None
+) -> Policy:
+    """The frozen model `source` that `policy` was opened from: a second copy, or the policy without its adapters."""
+    if has_adapters(policy.model):
+        return replace(policy, without_adapters=True)
+    return open_policy(source, config, device, trainable=False, sharding=sharding)
 
 
 def empty_copy(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:

@@ -36,7 +36,10 @@ def train_sft(
     if final.is_dir():
         return final
     sft = config.sft
-    policy = open_policy(start, config.model, parallel.device, sharding=make_sharding(config.parallel, parallel))
+    sharding = make_sharding(config.parallel, parallel)
+    policy = open_policy(
+        start, config.model, parallel.device, sharding=sharding, adapter=config.adapter, seed=config.seed
+    )
     optimizer = make_optimizer(policy.model, lr=sft.lr, betas=sft.betas, weight_decay=sft.weight_decay)
     train_groups = demonstration_groups(policy.tokenizer, demonstrations["train"], config.data.max_prompt_tokens)
     val_groups = demonstration_groups(policy.tokenizer, demonstrations["validation"], config.data.max_prompt_tokens)

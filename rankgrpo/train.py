@@ -26,7 +26,7 @@ from rankgrpo.loss import rank_grpo_loss
 from rankgrpo.optim import TrainingError, check_finite, learning_rate, make_optimizer, optimizer_step
 from rankgrpo.packing import Group, Pack, plan_micro_batches
 from rankgrpo.parse import RankSegmenter
-from rankgrpo.policy import Policy, open_policy
+from rankgrpo.policy import Policy, open_policy, open_reference
 from rankgrpo.prompt import encode_prompts
 from rankgrpo.rollouts import score_groups
 from rankgrpo.sampler.base import Sampler, prompt_seed
@@ -169,8 +169,8 @@ def train(config: Config, dataset: Dataset, start: str | Path, out: Path, parall
         return out / "best"
     rl, num_ranks = config.rl, config.data.num_ranks
     device, sharding = parallel.device, make_sharding(config.parallel, parallel)
-    policy = open_policy(start, config.model, device, sharding=sharding)
-    ref = open_policy(start, config.model, device, trainable=False, sharding=sharding) if rl.kl_coef > 0 else None
+    policy = open_policy(start, config.model, device, sharding=sharding, adapter=config.adapter, seed=config.seed)
+    ref = open_reference(policy, start, config.model, device, sharding) if rl.kl_coef > 0 else None
     optimizer = make_optimizer(policy.model, lr=rl.lr, betas=rl.betas, weight_decay=rl.weight_decay, eps=rl.adam_eps)
     sampler = open_sampler(policy, config, parallel)
     updater = Updater(policy, ref, sampler, optimizer, config, parallel)

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor, nn
 
-from rankgrpo.distributed import full_parameters
+from rankgrpo.adapter import merged_parameters
 from rankgrpo.sampler.base import CopySampler, Sampler, SamplingError, fingerprint
 
 OTHERS = "tensors whose place in the sampler is not known"
@@ -26,7 +26,7 @@ def sync_weights(sampler: Sampler, model: nn.Module) -> None:
         return
     sampler.wake()
     sent: dict[str, Tensor] = {}
-    stream = _recorded(full_parameters(model, sampler.dtype), sampler, sent)
+    stream = _recorded(merged_parameters(model, sampler.dtype), sampler, sent)
     sampler.load_weights(stream)
     for _ in stream:  # a loader that stops early must not leave the other processes waiting, nor hide what it left out
         pass
@@ -43,7 +43,7 @@ def different_tensors(sampler: Sampler, model: nn.Module) -> list[str]:
         return []
     sampler.wake()
     sent: dict[str, Tensor] = {}
-    for _ in _recorded(full_parameters(model, sampler.dtype), sampler, sent):
+    for _ in _recorded(merged_parameters(model, sampler.dtype), sampler, sent):
         pass
     return _different(sampler, sent)
 

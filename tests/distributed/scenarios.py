@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 import rankgrpo.train as training
+from rankgrpo.adapter import merged_parameters
 from rankgrpo.checkpoint import load_checkpoint, save_checkpoint
 from rankgrpo.distributed import Means, Parallel, full_parameters, make_sharding, start_parallel
 from rankgrpo.optim import make_optimizer
 from rankgrpo.packing import Group, plan_micro_batches
-from rankgrpo.policy import Policy, open_policy
+from rankgrpo.policy import Policy, open_policy, open_reference
 
 
 def play(num_processes: int, scenario: str, folder: Path) -> None:
@@ -64,8 +65,8 @@ def play_job(job: dict, folder: Path, parallel: Parallel) -> None:
     if parallel.dp_world > 1:
         os.environ |= job.get("environment", {})
     sharding = make_sharding(config.parallel, parallel)
-    policy = open_policy(job["model"], config.model, parallel.device, sharding=sharding)
-    ref = open_policy(job["model"], config.model, parallel.device, trainable=False, sharding=sharding)
+    policy = open_policy(job["model"], config.model, parallel.device, sharding=sharding, adapter=config.adapter)
+    ref = open_reference(policy, job["model"], config.model, parallel.device, sharding)
     rl = config.rl
     optimizer = make_optimizer(policy.model, lr=rl.lr, betas=rl.betas, weight_decay=0.1, eps=rl.adam_eps)
     updater = training.Updater(policy, ref if rl.kl_coef else None, policy.sampler(), optimizer, config, parallel)
@@ -92,7 +93,7 @@ def play_job(job: dict, folder: Path, parallel: Parallel) -> None:
         lists = policy.sampler().sample(job["sample"], group_size=2, seeds=[1, 2, 3], max_new_tokens=12)
         results["sampled"] = [[rollout.token_ids for rollout in group] for group in lists]
         policy.export(folder / f"{job['name']}-export", parallel)
-    parameters = {f"parameter/{name}": tensor.clone() for name, tensor in full_parameters(policy.model)}
+    parameters = {f"parameter/{name}": tensor.clone() for name, tensor in merged_parameters(policy.model)}
     if parallel.is_main:
         save_file(
             parameters | {f"gradient/{k}": g for k, g in gradients.items()}, folder / f"{job['name']}.safetensors"
@@ -119,6 +120,8 @@ def recording(plain, policy: Policy, gradients: dict[str, Tensor]):
         if not gradients:
             for name, parameter in policy.model.named_parameters():
                 grad = parameter.grad
+                if not parameter.requires_grad:
+                    continue
                 gradients[name] = (grad.full_tensor() if policy.sharding is not None else grad).clone()
         return plain(optimizer, parameters, **options)
 

@@ -1,0 +1,126 @@
+"""Adapters through peft: LoRA, rsLoRA and DoRA beside the frozen weights of a transformer's Linear layers.
+
+    LoRA (arXiv 2106.09685)    W' = W + s B A,                      s = alpha / rank
+    rsLoRA (arXiv 2312.03732)  the same with                        s = alpha / sqrt(rank)
+    DoRA (arXiv 2402.09353)    W' = m * (W + s B A) / ||W + s B A||,  norms over the inputs of every output
+
+B starts at 0 and m at ||W||, so training starts from the model as it was; with the adapters off it is that model again,
+to which the KL term of reinforcement learning refers. What samples and what is exported has the merged W' under the
+names of the model without adapters. Head and embeddings have no adapter: the streamed head reads their weight itself.
+"""
+
+# Shape letters: O outputs, I inputs of a Linear layer; R rank of its adapter.
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from rankgrpo.config import AdapterConfig, ConfigError
+from rankgrpo.distributed import full_parameters
+
+NAME = "default"
+MATRICES = {
+    f".lora_A.{NAME}.weight": "A_RI",
+    f".lora_B.{NAME}.weight": "B_OR",
+    f".lora_magnitude_vector.{NAME}.weight": "magnitude_O",
+}
+"""How the names end that peft gives what it stores beside a layer, and which argument of `merged_weight` each is."""
+
+
+def add_adapters(model: PreTrainedModel, config: AdapterConfig, *, seed: int) -> None:
+    """Freeze `model` and put trained adapters into its layers, in place; with one seed every process makes the same.
+
+    Raises ConfigError when adapter.targets names no layer.
+    """
+    from peft import LoraConfig, inject_adapter_in_model  # takes seconds, which runs without adapters need not wait
+
+    settings = LoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,
+        use_rslora=config.rslora,
+        use_dora=config.kind == "dora",
+        target_modules=target_names(model, config.targets),
+        lora_dropout=0.0,  # old and new log-probs must differ by the update alone
+        bias="none",
+    )
+    model.requires_grad_(False)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        inject_adapter_in_model(settings, model, NAME)
+
+
+def target_names(model: PreTrainedModel, targets: str) -> list[str]:
+    """Full names of the Linear layers that adapter.targets means: all of them but the head, or those that end so."""
+    head = model.get_output_embeddings()
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head]
+    if targets == "linear":
+        return linear
+    wanted = [word.strip() for word in targets.split(",")]
+    kinds = sorted({name.rpartition(".")[2] for name in linear})
+    if unknown := [word for word in wanted if word not in kinds]:
+        raise ConfigError(
+            f"adapter.targets: {unknown[0]!r} is no Linear layer of {type(model).__name__}; it has {', '.join(kinds)}. "
+            "Name some of them with commas between, or `linear` for all"
+        )
+    return [name for name in linear if name.rpartition(".")[2] in wanted]
+
+
+@contextmanager
+def adapters_off(model: nn.Module) -> Iterator[None]:
+    """Compute as the model did before it had adapters. For forwards without a gradient."""
+    from peft.tuners.lora import LoraLayer
+
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
+
+
+@torch.no_grad()
+def merged_parameters(model: nn.Module, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
+    """`full_parameters` with every adapter merged into its layer's weight, which has its old name again.
+
+    Only the merged tensor that is yielded exists, no second model. It is merged in the type of the parameters and then
+    cast to `dtype`. A model without adapters has its parameters yielded as `full_parameters` does.
+    """
+    if not has_adapters(model):
+        yield from full_parameters(model, dtype)
+        return
+    held: dict[str, Tensor] = {}  # of one layer; its weight comes first, and the layer is complete before the next
+    for name, tensor in full_parameters(model):
+        layer_name, _, own = name.rpartition(".base_layer.")
+        matrix = next((argument for ending, argument in MATRICES.items() if name.endswith(ending)), None)
+        if own == "weight":
+            held["base_OI"] = tensor
+        elif matrix is None:
+            yield f"{layer_name}.{own}" if layer_name else name, tensor.to(dtype or tensor.dtype)
+        else:
+            held[matrix] = tensor
+            layer_name = name.partition(".lora_")[0]
+            layer = model.get_submodule(layer_name)
+            if len(held) == (4 if layer.lora_magnitude_vector else 3):
+                merged_OI = merged_weight(**held, scale=layer.scaling[NAME])
+                held = {}
+                yield f"{layer_name}.weight", merged_OI.to(dtype or merged_OI.dtype)
+
+
+def merged_weight(
+    base_OI: Tensor, A_RI: Tensor, B_OR: Tensor, scale: float, magnitude_O: Tensor | None = None
+) -> Tensor:
+    """W' of the module's head; with a magnitude DoRA's."""
+    weight_OI = base_OI + scale * (B_OR @ A_RI)
+    if magnitude_O is None:
+        return weight_OI
+    return (magnitude_O / weight_OI.norm(dim=1))[:, None] * weight_OI
+
+
+def has_adapters(model: nn.Module) -> bool:
+    return any(name.endswith(tuple(MATRICES)) for name, _ in model.named_parameters())
