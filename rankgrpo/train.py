@@ -31,7 +31,7 @@ from rankgrpo.prompt import encode_prompts
 from rankgrpo.rollouts import score_groups
 from rankgrpo.sampler.base import Sampler, prompt_seed
 from rankgrpo.sampler.choose import open_sampler
-from rankgrpo.sampler.sync import describe, different_tensors, sync_weights
+from rankgrpo.sampler.sync import explain_mismatch, sync_weights
 from rankgrpo.tracker import MetricsLog
 from rankgrpo.units import Units, make_units
 from rankgrpo.validate import validate
@@ -146,15 +146,10 @@ class Updater:
         alarm = self.rl.mismatch_alarm
         if total <= alarm * count:
             return
-        different = different_tensors(self.sampler, self.policy.model)
-        cause = (
-            f"The sampler's weights are not the trainer's: {describe(different)}"
-            if different
-            else "Their weights are equal bit for bit, so the two compute differently (number types, kernels, masks)"
-        )
         raise TrainingError(
             f"{where}: mean exp|trainer's - sampler's log-prob| is {total / count:.4f}, above rl.mismatch_alarm = "
-            f"{alarm:g}. {cause}. The weights were not changed and the last checkpoint is intact"
+            f"{alarm:g}. {explain_mismatch(self.sampler, self.policy.model)}. The weights were not changed and the "
+            f"last checkpoint is intact"
         )
 
 

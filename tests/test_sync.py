@@ -11,7 +11,7 @@ import rankgrpo.train as train_module
 from rankgrpo.model import make_init
 from rankgrpo.optim import TrainingError
 from rankgrpo.policy import open_policy
-from rankgrpo.sampler.base import SamplingError, fingerprint
+from rankgrpo.sampler.base import FINGERPRINT_FACTOR, SamplingError, fingerprint
 from rankgrpo.sampler.hf import HFSampler
 from rankgrpo.sampler.sync import OTHERS, different_tensors, sync_weights
 from rankgrpo.tiny import TinyConfig
@@ -24,6 +24,7 @@ class CopyingSampler(HFSampler):
 
     owns_weights = True
     dtype = torch.float32
+    holds_weights = True
 
     def __init__(self, policy):
         super().__init__(copy.deepcopy(policy.model), policy.tokenizer, allowed_V=policy.allowed_V)
@@ -124,6 +125,9 @@ def test_tensors_of_an_unknown_place_are_compared_as_a_whole(policy, monkeypatch
 def test_fingerprints_add_up_and_see_every_bit(dtype):
     tensor = torch.randn(3 * 2**18 + 7, generator=torch.Generator().manual_seed(0)).to(dtype)
     whole = int(fingerprint(tensor))
+    head = tensor[:5].view(torch.int32 if dtype == torch.float32 else torch.int16).tolist()
+    by_hand = sum((v + FINGERPRINT_FACTOR * v * v + 2**31) % 2**32 - 2**31 for v in head)
+    assert int(fingerprint(tensor[:5])) == by_hand
     assert whole == int(fingerprint(tensor[:1001])) + int(fingerprint(tensor[1001:]))
     assert whole == int(fingerprint(torch.cat([tensor.flip(0), torch.zeros(64, dtype=dtype)])))
     bits = tensor.clone().view(torch.int32 if dtype == torch.float32 else torch.int16)
@@ -195,4 +199,7 @@ def test_equal_weights_that_compute_differently_are_told_apart(start, tmp_path, 
 
     monkeypatch.setattr(train_module, "open_sampler", lambda policy, config, parallel: Skewed(policy))
     with pytest.raises(TrainingError, match="RL step 1, .*equal bit for bit"):
-        run(start, tmp_path, "rl.mismatch_alarm=1.01")
+        run(start, tmp_path / "a", "rl.mismatch_alarm=1.01")
+    monkeypatch.setattr(Skewed, "holds_weights", False)
+    with pytest.raises(TrainingError, match="RL step 1, .*dropped its weights .*rl.vllm_sleep=1 keeps them"):
+        run(start, tmp_path / "b", "rl.mismatch_alarm=1.01")

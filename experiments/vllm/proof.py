@@ -25,9 +25,9 @@ WORDS = {
         *("data.num_train=1000", "teacher.short_requests=0", "sft.num_steps=60", "sft.eval_samples=8"),
         *("rl.max_new_tokens=48", "rl.kl_coef=1e-2", "rl.token_budget=2048"),
     ],
-    # As it comes. It lists more than three items, which costs a penalty, so there is a gradient.
+    # As it comes. It lists more than two items, which costs a penalty, so there is a gradient.
     "smollm2-135m": [
-        *("data.num_train=200", "data.max_prompt_tokens=256", "data.num_ranks=3", "sft.enabled=false"),
+        *("data.num_train=200", "data.max_prompt_tokens=256", "data.num_ranks=2", "sft.enabled=false"),
         *("rl.max_new_tokens=32", "rl.kl_coef=0", "rl.lr=1e-5", "rl.token_budget=2048", "model.autocast=none"),
     ],
 }

@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-FINGERPRINT_SHIFT = 0x4C957F2E
+FINGERPRINT_FACTOR = 0x4C957F2E
 
 
 class SamplingError(RuntimeError):
@@ -72,6 +72,8 @@ class CopySampler(Sampler, Protocol):
     """A sampler with a copy of the weights, which `sync.sync_weights` keeps equal to the trainer's."""
 
     dtype: torch.dtype
+    holds_weights: bool
+    """False between a sleep that drops them and the next load_weights."""
 
     def load_weights(self, named: Iterable[tuple[str, Tensor]]) -> None:
         """Replace the weights by the whole tensors that the iterator yields, one at a time."""
@@ -99,13 +101,14 @@ def fingerprint(tensor: Tensor) -> Tensor:
     nothing. So tensors that a sampler stores as one can be compared without knowing how it arranges them.
     """
     bits = tensor.detach().contiguous().view(torch.int32 if tensor.dtype == torch.float32 else torch.int16).flatten()
-    total = torch.zeros((), dtype=torch.int64, device=tensor.device)
+    sums = []
     # On a CPU the chunks stay in its cache; on a GPU a kernel launch costs more than memory does.
     for chunk in bits.split(2**26 if tensor.is_cuda else 2**18):
         value = chunk.to(torch.int32)
-        # Not linear (and mod 2^32): changes of the last bit up and down would cancel in a plain sum.
-        total += ((value + FINGERPRINT_SHIFT) * value).sum(dtype=torch.int64)
-    return total
+        # v + c v^2 mod 2^32 with even c maps no two values to one, and changes of the last bit up and down do not
+        # cancel, as they would in a plain sum.
+        sums.append(torch.addcmul(value, value, value, value=FINGERPRINT_FACTOR).sum(dtype=torch.int64))
+    return torch.stack(sums).sum() if len(sums) > 1 else sums[0]
 
 
 def eos_token_ids(model, tokenizer) -> list[int]:

@@ -48,6 +48,15 @@ def different_tensors(sampler: Sampler, model: nn.Module) -> list[str]:
     return _different(sampler, sent)
 
 
+def explain_mismatch(sampler: Sampler, model: nn.Module) -> str:
+    """Why the sampler's log-probs are not the model's, as far as weights tell; every process must call it."""
+    if sampler.owns_weights and not sampler.holds_weights:
+        return "The sampler dropped its weights for the update, so they cannot be compared; rl.vllm_sleep=1 keeps them"
+    if different := different_tensors(sampler, model):
+        return f"The sampler's weights are not the trainer's: {describe(different)}"
+    return "Their weights are equal bit for bit, so the two compute differently (number types, kernels, masks)"
+
+
 def describe(names: list[str], shown: int = 4) -> str:
     """Example: "model.norm.weight, model.embed_tokens.weight and 12 more" """
     return ", ".join(names[:shown]) + (f" and {len(names) - shown} more" if len(names) > shown else "")

@@ -63,7 +63,7 @@ class VLLMSampler:
         self.eos_ids = eos_token_ids(model, tokenizer)
         self.dtype = config.dtype
         self.on_gpu = parallel.device.type == "cuda"
-        self.asleep = False
+        self.asleep = self.holds_weights = False
         self.vllm = import_vllm()
         self.llm = start_engine(self.vllm, model.config, config, parallel)
         (self.engine_model,) = self.llm.apply_model(lambda engine_model: engine_model)
@@ -117,6 +117,7 @@ class VLLMSampler:
             self.llm.apply_model(lambda engine_model: engine_model.load_weights(named))
         if not self.llm.reset_prefix_cache():
             raise SamplingError("vLLM did not drop its prefix cache, which still belongs to the weights before")
+        self.holds_weights = True
 
     @torch.no_grad()
     def fingerprints(self) -> dict[str, int | None]:
@@ -142,6 +143,7 @@ class VLLMSampler:
         if self.on_gpu and self.config.sleep_level and not self.asleep:
             self.llm.sleep(level=self.config.sleep_level)
             self.asleep = True
+            self.holds_weights &= self.config.sleep_level < 2
 
     def wake(self) -> None:
         """Take the memory back; after sleep level 2 the weights are garbage until load_weights."""
