@@ -12,7 +12,7 @@ import json
 import os
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -181,7 +181,7 @@ def read_catalog(path: str | os.PathLike[str]) -> tuple[Catalog, list[str]]:
     field, a title with a line break (a list holds one title a line), a year outside 1870..2100, an item named twice.
     """
     path = Path(path)
-    readers = {".jsonl": read_jsonl, ".csv": _read_csv}
+    readers = {".jsonl": read_jsonl, ".csv": read_csv}
     if path.suffix.lower() not in readers:
         raise DataError(f"{path}: a catalog is a .jsonl or a .csv file, got {path.suffix or 'no suffix'!r}")
     if not path.is_file():
@@ -198,7 +198,7 @@ def read_catalog(path: str | os.PathLike[str]) -> tuple[Catalog, list[str]]:
         for key in row.keys() - _CATALOG_KEYS:
             unknown.setdefault(key, f"{where}: unknown catalog field {key!r} is not used (reported once)")
         try:
-            item = _to_item(row)
+            item = parse_item(row)
         except DataError as error:
             errors.append(f"{where}: {error}")
             continue
@@ -225,23 +225,28 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
     Lines end at `\\n` only: what people write may hold U+2028, at which str.splitlines would split.
     """
     with path.open("rb") as file:
-        for line, raw in enumerate(file, start=1):
-            try:
-                text = raw.decode("utf-8-sig" if line == 1 else "utf-8").strip()
-                if not text:
-                    continue
-                row = json.loads(text)
-                json.dumps(row, ensure_ascii=False).encode("utf-8")
-            except UnicodeDecodeError as error:
-                yield line, f"not UTF-8 (byte {error.start} of the line)"
-            except UnicodeEncodeError:
-                yield line, "holds half a surrogate pair (\\ud800..\\udfff), which is no text"
-            except json.JSONDecodeError as error:
-                yield line, f"broken JSON: {error.msg} at column {error.colno}"
-            except (ValueError, RecursionError) as error:  # numbers of thousands of digits, thousands of brackets
-                yield line, f"unreadable JSON: {error}"
-            else:
-                yield line, row if isinstance(row, dict) else f"expected a JSON object, got {type_name(row)}"
+        yield from parse_jsonl(file)
+
+
+def parse_jsonl(lines: Iterable[bytes]) -> Iterator[tuple[int, dict[str, Any] | str]]:
+    """What `read_jsonl` yields, of lines from anywhere."""
+    for line, raw in enumerate(lines, start=1):
+        try:
+            text = raw.decode("utf-8-sig" if line == 1 else "utf-8").strip()
+            if not text:
+                continue
+            row = json.loads(text)
+            json.dumps(row, ensure_ascii=False).encode("utf-8")
+        except UnicodeDecodeError as error:
+            yield line, f"not UTF-8 (byte {error.start} of the line)"
+        except UnicodeEncodeError:
+            yield line, "holds half a surrogate pair (\\ud800..\\udfff), which is no text"
+        except json.JSONDecodeError as error:
+            yield line, f"broken JSON: {error.msg} at column {error.colno}"
+        except (ValueError, RecursionError) as error:  # numbers of thousands of digits, thousands of brackets
+            yield line, f"unreadable JSON: {error}"
+        else:
+            yield line, row if isinstance(row, dict) else f"expected a JSON object, got {type_name(row)}"
 
 
 def parse_title(value: object) -> str:
@@ -287,44 +292,55 @@ _TEXT_KEYS = ("plot", "keywords", "text")
 _CATALOG_KEYS = {"title", "year", "popularity", "genres", *_TEXT_KEYS}
 
 
-def _read_csv(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
-    """Yield (line where the record starts, non-empty cells by column name), or (line, what is wrong)."""
+def read_csv(path: Path, *, columns: Sequence[str] = ("title", "year")) -> Iterator[tuple[int, dict[str, Any] | str]]:
+    """Yield (line where the record starts, non-empty cells by lower-case column name), or (line, what is wrong).
+
+    `columns` are those that the first line must name.
+    """
     with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.reader(file, strict=True)
-        columns: list[str] | None = None
-        while True:
-            line = reader.line_num + 1
-            try:
-                cells = next(reader, None)
-            except (csv.Error, UnicodeDecodeError) as error:
-                # Past this point quotes and bytes have lost their place, so further rows would be noise.
-                yield line, f"unreadable CSV from here on: {error}"
-                return
-            if cells is None:
-                return
-            if not any(cell.strip() for cell in cells):
-                continue
-            if columns is None:
-                columns = [cell.strip().lower() for cell in cells]
-                if problem := _header_problem(columns):
-                    yield line, problem
-                    return
-            elif len(cells) > len(columns):
-                yield line, f"{len(cells)} cells for {len(columns)} columns; quote cells that hold a comma"
-            else:
-                yield line, {name: cell for name, cell in zip(columns, cells, strict=False) if cell.strip()}
+        yield from parse_csv(file, columns=columns)
 
 
-def _header_problem(columns: list[str]) -> str | None:
-    if missing := {"title", "year"} - set(columns):
-        names = " and ".join(sorted(missing))
-        return f"the first line must name comma-separated columns title and year; {names} missing in {columns}"
+def parse_csv(
+    file: Iterable[str], *, columns: Sequence[str] = ("title", "year")
+) -> Iterator[tuple[int, dict[str, Any] | str]]:
+    """What `read_csv` yields, of text from anywhere."""
+    reader = csv.reader(file, strict=True)
+    header: list[str] | None = None
+    while True:
+        line = reader.line_num + 1
+        try:
+            cells = next(reader, None)
+        except (csv.Error, UnicodeDecodeError) as error:
+            # Past this point quotes and bytes have lost their place, so further rows would be noise.
+            yield line, f"unreadable CSV from here on: {error}"
+            return
+        if cells is None:
+            return
+        if not any(cell.strip() for cell in cells):
+            continue
+        if header is None:
+            header = [cell.strip().lower() for cell in cells]
+            if problem := _header_problem(header, columns):
+                yield line, problem
+                return
+        elif len(cells) > len(header):
+            yield line, f"{len(cells)} cells for {len(header)} columns; quote cells that hold a comma"
+        else:
+            yield line, {name: cell for name, cell in zip(header, cells, strict=False) if cell.strip()}
+
+
+def _header_problem(columns: list[str], needed: Sequence[str]) -> str | None:
+    if missing := [name for name in needed if name not in columns]:
+        needed_names, names = " and ".join(needed), " and ".join(missing)
+        return f"the first line must name comma-separated columns {needed_names}; {names} missing in {columns}"
     if len(set(columns)) < len(columns):
         return f"the first line names a column twice: {columns}"
     return None
 
 
-def _to_item(row: Mapping[str, Any]) -> Item:
+def parse_item(row: Mapping[str, Any]) -> Item:
+    """An item from the fields of a catalog row; DataError says what is wrong with it."""
     row = {key: value for key, value in row.items() if value is not None}
     if missing := {"title", "year"} - row.keys():
         raise DataError(f"missing {' and '.join(sorted(missing))}")

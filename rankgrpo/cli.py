@@ -277,6 +277,52 @@ def check(
     print(check_dataset(load_dataset(path, num_train=num_train or None)))
 
 
+@data_app.command(name="import")
+def import_(
+    source: Positional[Annotated[str, arg(help="file or folder; or, with --sha256, a URL of a file")]],
+    out: Positional[Annotated[Path, arg(help="data set folder to write; must not exist")]],
+    *,
+    format: Annotated[
+        Literal["auto", "redial", "saved", "table"],
+        arg(help="redial: the official archive or its files; saved: save_to_disk folders; table: JSONL or CSV"),
+    ] = "auto",
+    catalog: Annotated[
+        Path | None, arg(help="catalog as .jsonl, .csv or .pkl (default: the source's, else its ground truth's films)")
+    ] = None,
+    columns: Annotated[
+        list[str], arg(metavar="FIELD=COLUMN", help="columns of a table, for example conversation=dialog id=key")
+    ] = [],  # noqa: B006
+    groundtruth: Annotated[
+        Literal["named", "accepted", "liked", "unseen"],
+        arg(help="ReDial: all films the recommender names, or by the forms: not rejected, liked, not seen"),
+    ] = "accepted",
+    validation_frac: Annotated[float, arg(help="share of the conversations for a missing validation split")] = 0.1,
+    test_frac: Annotated[float, arg(help="the same for a missing test split")] = 0.1,
+    seed: Annotated[int, arg(help="of the drawn splits")] = 0,
+    sha256: Annotated[str | None, arg(help="checksum of the file at a URL, which is kept beside the output")] = None,
+) -> None:
+    """Turn a published data set into a data set folder: ReDial, the released Reddit-v2 and ReDial, JSONL, CSV.
+
+    Try:
+      rankgrpo data import redial_dataset.zip data/redial
+      rankgrpo data import processed_datasets data/reddit --catalog gt_catalog.pkl
+      rankgrpo data import dialogs.csv data/mine --columns conversation=dialog groundtruth=liked --catalog films.csv
+    """
+    from rankgrpo.importers.convert import ImportOptions, import_dataset, parse_columns
+    from rankgrpo.importers.download import fetch_if_url
+
+    options = ImportOptions(
+        format=format,
+        catalog=catalog,
+        columns=parse_columns(columns),
+        groundtruth=groundtruth,
+        validation_frac=validation_frac,
+        test_frac=test_frac,
+        seed=seed,
+    )
+    print(import_dataset(fetch_if_url(source, sha256, out.absolute().parent), out, options))
+
+
 @data_app.command
 def demo(
     out: Positional[Annotated[Path, arg(help="folder to write")]],

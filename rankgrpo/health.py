@@ -96,14 +96,28 @@ class HealthReport:
         return render(self)
 
 
-def check_dataset(dataset: Dataset) -> HealthReport:
+def headline(dataset: Dataset) -> str:
+    """The report without what takes long (baselines) or is long (problems)."""
+    report = check_dataset(dataset, baselines=False)
+    return "\n\n".join(
+        [
+            f"Data set {report.name}",
+            _section("Catalog", _pairs(report.catalog)),
+            _section("Splits", _split_table(report.splits)),
+            _section("Warnings", "\n".join(report.warnings) or "none"),
+            f"{len(report.problems)} problems; `rankgrpo data check` shows them, and the baselines",
+        ]
+    )
+
+
+def check_dataset(dataset: Dataset, *, baselines: bool = True) -> HealthReport:
     """Examine a data set; seconds for thousands of conversations, most of them in EASE (fitted with its defaults)."""
     train_items = {item for sample in dataset.train for item in _keys(sample, dataset.catalog)}
     return HealthReport(
         name=dataset.name,
         catalog=_catalog_facts(dataset.catalog),
         splits={name: _split_health(dataset, name, train_items) for name in SPLITS},
-        baselines=_baselines(dataset),
+        baselines=_baselines(dataset) if baselines else {},
         warnings=[*_leaks(dataset), *_catalog_warnings(dataset.catalog)],
         problems=dataset.problems,
     )

@@ -15,7 +15,9 @@ def command(*words, **settings):
 
 
 @pytest.mark.parametrize(
-    "words", [[], ["run"], ["distill"], ["evaluate"], ["recommend"], ["data", "check"], ["data", "demo"]], ids=" ".join
+    "words",
+    [[], ["run"], ["distill"], ["evaluate"], ["recommend"], ["data", "check"], ["data", "import"], ["data", "demo"]],
+    ids=" ".join,
 )
 def test_help_has_examples(words):
     done = command(*words, "--help")

@@ -1,0 +1,1 @@
+"""`rankgrpo data import`: data sets as they are published -> the project's folder. One file a format."""

@@ -1,0 +1,113 @@
+"""Catalogs: JSONL, CSV, or the pickle that was released with Rank-GRPO.
+
+Unlike `read_catalog`, which refuses a file with a bad row, a row that is no item is left out and noted: published
+catalogs hold a few ("The Wall", 201), and they are not the user's to mend.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO, NoReturn
+
+from rankgrpo.catalog import DataError, Item, normalise_title, parse_item, read_csv, read_jsonl, type_name
+from rankgrpo.importers.common import Notes, parse_name
+
+
+def read_items(path: Path, notes: Notes, columns: Mapping[str, str] | None = None) -> list[Item]:
+    """Items of a .jsonl, .csv or .pkl catalog, in its order; what is no item, and what is there again, is noted.
+
+    `columns` maps our names (title, year, popularity, genres, plot) to the file's. Without a year column the title is
+    read as `Title (Year)`. Raises DataError for a file of another kind or one that holds no item.
+    """
+    readers = {".jsonl": read_jsonl, ".csv": _csv_rows, ".pkl": _pickle_rows, ".pickle": _pickle_rows}
+    if path.suffix.lower() not in readers:
+        raise DataError(f"{path}: a catalog is a .jsonl, .csv or .pkl file, got {path.suffix or 'no suffix'!r}")
+    if not path.is_file():
+        raise DataError(f"{path}: no such file; a catalog has one item a line with title and year")
+    theirs = {name: column.lower() for name, column in (columns or {}).items()}
+    items = keep_items(_named(readers[path.suffix.lower()](path), theirs), str(path), notes)
+    if not items:
+        raise DataError(f"{path}: no item in this catalog; it needs a title and a year each", [str(notes)])
+    return items
+
+
+def keep_items(rows: Iterable[tuple[int, dict[str, Any] | str]], where: str, notes: Notes) -> list[Item]:
+    """The items among (line, row or what is wrong with it), each title and year once."""
+    items: list[Item] = []
+    known: set[tuple[str, int]] = set()
+    for line, row in rows:
+        try:
+            if isinstance(row, str):
+                raise DataError(row)
+            item = parse_item(_with_year(row))
+        except DataError as error:
+            notes.add("catalog rows that are no item, left out", f"{where}:{line}: {error}")
+            continue
+        key = (normalise_title(item.title), item.year)
+        if key in known:
+            notes.add("catalog rows that name an item again, left out", f"{where}:{line}: {item.title} ({item.year})")
+            continue
+        known.add(key)
+        items.append(item)
+    return items
+
+
+def _with_year(row: dict[str, Any]) -> dict[str, Any]:
+    if "year" not in row and isinstance(row.get("title"), str):
+        title, year = parse_name(row["title"])
+        return {**row, "title": title, "year": year}
+    return row
+
+
+def _named(
+    rows: Iterable[tuple[int, dict[str, Any] | str]], theirs: Mapping[str, str]
+) -> Iterator[tuple[int, dict[str, Any] | str]]:
+    """Rows under our names of their columns."""
+    for line, row in rows:
+        if isinstance(row, str) or not theirs:
+            yield line, row
+        else:
+            lower = {name.lower(): value for name, value in row.items()}
+            yield line, row | {ours: lower[column] for ours, column in theirs.items() if column in lower}
+
+
+def _csv_rows(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
+    return read_csv(path, columns=())
+
+
+def _pickle_rows(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
+    """Rows of a pickled list, tuple or set of (title, year)."""
+    with path.open("rb") as file:
+        loaded = load_plain_pickle(file, str(path))
+    if not isinstance(loaded, list | tuple | set | frozenset):
+        raise DataError(f"{path}: expected a pickled list or set of (title, year), got {type_name(loaded)}")
+    # A set has no order of its own: sorted, two imports of one file are the same.
+    entries = sorted(loaded, key=repr) if isinstance(loaded, set | frozenset) else loaded
+    for place, entry in enumerate(entries, start=1):
+        if isinstance(entry, tuple | list) and len(entry) == 2:
+            yield place, {"title": entry[0], "year": entry[1]}
+        else:
+            yield place, f"expected (title, year), got {entry!r:.80}"
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Builds lists, tuples, sets, dicts, strings and numbers, and refuses everything that has to be imported."""
+
+    def find_class(self, module: str, name: str) -> NoReturn:
+        raise DataError(f"it wants to import {module}.{name}")
+
+    def persistent_load(self, pid: object) -> NoReturn:
+        raise DataError("it refers to objects outside itself")
+
+
+def load_plain_pickle(file: BinaryIO, name: str) -> Any:
+    """The plain data of a pickle, which can run no code here; DataError for any other pickle and for broken ones."""
+    try:
+        return _PlainUnpickler(file).load()
+    except DataError as error:
+        raise DataError(f"{name}: refused, {error}; a catalog pickle holds titles and years only") from None
+    except (pickle.UnpicklingError, EOFError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+        # What a broken pickle raises depends on the byte at which it breaks.
+        raise DataError(f"{name}: not a whole pickle ({error}); copy it again") from None

@@ -1,0 +1,110 @@
+"""What every reader hands over, what it reports, and the fields that all formats write in ways of their own."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from rankgrpo.catalog import Catalog, DataError, Item, parse_title, parse_year, type_name
+from rankgrpo.data import Sample
+
+SPLIT_NAMES = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
+    **dict.fromkeys(("test", "testing"), "test"),
+}
+_TITLE_YEAR = re.compile(r"(?P<title>.*\S)\s*[(\[](?P<year>\d+)[)\]]", re.DOTALL)
+
+
+class Notes:
+    """What was left out or changed while reading, by kind: how often, and the first place.
+
+    Example: notes.add("films without a year, left out", "movie 203371: 'Up'")
+    """
+
+    def __init__(self) -> None:
+        self._counts: dict[str, int] = {}
+        self._first: dict[str, str] = {}
+
+    def add(self, kind: str, where: str) -> None:
+        self._counts[kind] = self._counts.get(kind, 0) + 1
+        self._first.setdefault(kind, where)
+
+    def count(self, kind: str) -> int:
+        return self._counts.get(kind, 0)
+
+    def __str__(self) -> str:
+        return "\n".join(f"{count} {kind}; the first: {self._first[kind]}" for kind, count in self._counts.items())
+
+
+@dataclass(frozen=True)
+class Imported:
+    """What a reader found. Splits that the source does not have are missing, and made by the caller."""
+
+    what: str
+    """The format and its place, in words."""
+    splits: Mapping[str, list[Sample]]
+    items: Sequence[Item] = ()
+    """The source's own catalog; empty where it has none."""
+    notes: Notes = field(default_factory=Notes)
+
+
+def split_name(name: str) -> str | None:
+    """ "validation" for "valid", "val" or "dev"; None for what names no split."""
+    return SPLIT_NAMES.get(name.strip().lower())
+
+
+def parse_name(name: str) -> tuple[str, int | None]:
+    """(title, year) of "Heat (1995)"; the year is None where there is none. DataError for one that cannot be."""
+    name = " ".join(name.split())
+    match = _TITLE_YEAR.fullmatch(name)
+    # "Apollo (13)" is a title; digits that could be meant as a year are one, possible or not.
+    if match and len(match["year"]) >= 3:
+        return parse_title(match["title"]), parse_year(match["year"])
+    return parse_title(name), None
+
+
+def parse_groundtruth(value: object, catalog: Catalog | None, notes: Notes, where: str) -> tuple[tuple[str, int], ...]:
+    """Ground truth from [[title, year], ...], ["Title (Year)", ...] or one string with `|` or line breaks between.
+
+    A year may be a string. A title without a year takes that of the only item of its name in the catalog; what has no
+    possible year is left out and noted. DataError when the field is nothing of the kind.
+    """
+    found: dict[tuple[str, int], None] = {}
+    for entry in parse_names(value, "groundtruth"):
+        pair = isinstance(entry, list | tuple)
+        if pair and (len(entry) != 2 or not isinstance(entry[0], str)):
+            raise DataError(f'groundtruth holds {entry!r}, expected [title, year] or "Title (Year)"')
+        try:
+            title, year = parse_name(entry) if not pair else _title_and_year(*entry)
+        except DataError as error:
+            notes.add("ground-truth entries without a possible year, left out", f"{where}: {entry!r}: {error}")
+            continue
+        if year is None:
+            named = catalog.title_indices(title) if catalog is not None else ()
+            if len(named) != 1:
+                notes.add("ground-truth entries without a year, left out", f"{where}: {title!r}")
+                continue
+            year = catalog.items[named[0]].year
+            notes.add("ground-truth entries without a year, taken from the catalog", f"{where}: {title} ({year})")
+        found.setdefault((title, year))
+    return tuple(found)
+
+
+def _title_and_year(title: str, year: object) -> tuple[str, int | None]:
+    if year is None or (isinstance(year, str) and not year.strip()):
+        return parse_title(title), None
+    return parse_title(title), parse_year(year)
+
+
+def parse_names(value: object, field: str) -> list[Any]:
+    """The entries of a list, or of one string that separates them by `|` or line breaks."""
+    if isinstance(value, str):
+        return [name.strip() for name in re.split(r"[|\n]", value) if name.strip()]
+    if not isinstance(value, list):
+        raise DataError(f"{field} must be a list, or one string separated by |, got {type_name(value)}")
+    if wrong := [entry for entry in value if not isinstance(entry, str | list | tuple)]:
+        raise DataError(f"{field} holds {wrong[0]!r}, expected titles")
+    return value

@@ -1,0 +1,179 @@
+"""`rankgrpo data import`: recognise a format, read it, and write the project's folder, whole or not at all."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from rankgrpo.catalog import Catalog, DataError, Item, normalise_title
+from rankgrpo.data import SPLITS, Dataset, Sample, load_dataset, write_samples
+from rankgrpo.files import atomic_folder
+from rankgrpo.health import headline
+from rankgrpo.importers.catalogs import read_items
+from rankgrpo.importers.common import Imported, Notes
+from rankgrpo.importers.redial import Choice, is_redial, read_redial
+from rankgrpo.importers.saved import find_saved, read_saved
+from rankgrpo.importers.tables import find_tables, read_tables
+
+Format = Literal["auto", "redial", "saved", "table"]
+CATALOG_NAMES = ("catalog.jsonl", "catalog.csv", "gt_catalog.pkl", "catalog.pkl")
+FORMATS = """what can be imported:
+  redial  redial_dataset.zip or its folder: train_data.jsonl, test_data.jsonl, movies_with_mentions.csv
+  saved   a folder that Hugging Face's save_to_disk wrote, or a folder of such folders (the released Reddit-v2)
+  table   a .jsonl or .csv file with a sample a row, or a folder with train, validation and test as such files"""
+
+
+@dataclass(frozen=True)
+class ImportOptions:
+    """Choices that a format may need."""
+
+    format: Format = "auto"
+    catalog: Path | None = None
+    """Catalog file; else the source's own, else every film of the ground truth."""
+    columns: Mapping[str, str] = field(default_factory=dict)
+    """Of tables: our field -> their column."""
+    groundtruth: Choice = "accepted"
+    """Of ReDial: which of the recommender's films count."""
+    validation_frac: float = 0.1
+    """Share of the training conversations that become a missing validation split."""
+    test_frac: float = 0.1
+    seed: int = 0
+
+
+def import_dataset(source: Path, out: Path, options: ImportOptions) -> str:
+    """Write the folder `out` and return what was done, with the health report's headline.
+
+    Raises DataError when the source cannot be read or the result could not be trained on, and leaves nothing behind.
+    """
+    if out.exists():
+        raise DataError(f"{out} exists; remove it, or name another folder")
+    if not source.exists():
+        raise DataError(f"{source} does not exist; {FORMATS}")
+    for name, frac in (("validation_frac", options.validation_frac), ("test_frac", options.test_frac)):
+        if not 0 < frac < 1:
+            raise DataError(f"{name} must be between 0 and 1, got {frac}")
+    notes = Notes()
+    given = options.catalog or _own_catalog(source)
+    items = read_items(given, notes) if given is not None else []
+    imported = _read(source, options, Catalog(items) if items else None)
+    splits = _complete(_usable(imported, notes), options, notes)
+    items = _with_popularity(items or imported.items or _named_items(splits), splits["train"])
+    with atomic_folder(out) as folder:
+        for name in SPLITS:
+            write_samples(folder / f"{name}.jsonl", splits[name])
+        Catalog(items).to_jsonl(folder / "catalog.jsonl")
+        dataset = replace(_load(folder, out), name=out.name)
+    lines = [f"imported {imported.what} into {out}", str(imported.notes), str(notes), "", headline(dataset)]
+    return "\n".join(line for place, line in enumerate(lines) if line or place > 2)
+
+
+def parse_columns(words: Sequence[str]) -> dict[str, str]:
+    """{"conversation": "dialog"} from ["conversation=dialog"]."""
+    columns = {}
+    for word in words:
+        name, separator, column = word.partition("=")
+        if not (separator and name and column):
+            raise DataError(f"--columns {word!r}: expected FIELD=COLUMN, for example conversation=dialog")
+        columns[name.strip()] = column.strip()
+    return columns
+
+
+def detect_format(source: Path) -> Format:
+    """The one format that a source has; DataError when it has none or several."""
+    found: list[Format] = []
+    if is_redial(source):
+        found.append("redial")
+    if source.is_dir() and find_saved(source):
+        found.append("saved")
+    if find_tables(source):
+        found.append("table")
+    if len(found) > 1:
+        raise DataError(f"{source}: looks like {' and '.join(found)} at once; say which by --format")
+    if not found:
+        there = sorted(path.name for path in source.iterdir())[:10] if source.is_dir() else []
+        holds = f", which holds {', '.join(there) or 'nothing'}" if source.is_dir() else ""
+        raise DataError(f"{source}{holds}: not a known format; {FORMATS}")
+    return found[0]
+
+
+def _read(source: Path, options: ImportOptions, catalog: Catalog | None) -> Imported:
+    chosen = detect_format(source) if options.format == "auto" else options.format
+    if options.columns and chosen != "table":
+        raise DataError(f"--columns belongs to tables, and {source} is {chosen}")
+    if chosen == "redial":
+        return read_redial(source, choice=options.groundtruth, validation_frac=options.validation_frac)
+    if chosen == "saved":
+        return read_saved(source, catalog=catalog)
+    return read_tables(source, catalog=catalog, columns=options.columns)
+
+
+def _own_catalog(source: Path) -> Path | None:
+    """A catalog that lies in the source folder."""
+    found = [source / name for name in CATALOG_NAMES if (source / name).is_file()] if source.is_dir() else []
+    if len(found) > 1:
+        raise DataError(f"{source}: several catalogs: {', '.join(p.name for p in found)}; name one by --catalog")
+    return found[0] if found else None
+
+
+def _usable(imported: Imported, notes: Notes) -> dict[str, list[Sample]]:
+    """Splits without the samples that have no ground truth."""
+    usable = {}
+    for split, samples in imported.splits.items():
+        usable[split] = [sample for sample in samples if sample.groundtruth]
+        for sample in samples:
+            if not sample.groundtruth:
+                notes.add("samples without ground truth, left out", f"{split}: {sample.id}")
+    if not usable.get("train"):
+        raise DataError(f"{imported.what}: no training sample with ground truth", str(imported.notes).splitlines())
+    return usable
+
+
+def _complete(splits: Mapping[str, list[Sample]], options: ImportOptions, notes: Notes) -> dict[str, list[Sample]]:
+    """All three splits: what is missing is taken from the training split, whole conversations drawn by the seed.
+
+    Conversations that open alike stay together, for samples of one dialog are cuts of it.
+    """
+    splits = {name: list(samples) for name, samples in splits.items()}
+    for place, (name, frac) in enumerate((("validation", options.validation_frac), ("test", options.test_frac))):
+        if splits.get(name):
+            continue
+        openings = list(dict.fromkeys(sample.conversation[:1] for sample in splits["train"]))
+        if len(openings) < 2:
+            raise DataError(f"no {name} split, and all training conversations open alike: none can be taken from them")
+        order = np.random.default_rng([options.seed, place]).permutation(len(openings))
+        drawn = {openings[index] for index in order[: max(1, round(frac * len(openings)))]}
+        splits[name] = [sample for sample in splits["train"] if sample.conversation[:1] in drawn]
+        splits["train"] = [sample for sample in splits["train"] if sample.conversation[:1] not in drawn]
+        notes.add("splits missing in the source, drawn from train", f"{name}: {len(splits[name])} samples")
+    return splits
+
+
+def _named_items(splits: Mapping[str, Sequence[Sample]]) -> list[Item]:
+    """Every film of any ground truth, each once."""
+    items: dict[tuple[str, int], Item] = {}
+    for name in SPLITS:
+        for sample in splits[name]:
+            for title, year in sample.groundtruth:
+                items.setdefault((normalise_title(title), year), Item(title, year))
+    return list(items.values())
+
+
+def _load(folder: Path, out: Path) -> Dataset:
+    """What was written, read back; errors name the folder that it is to become."""
+    try:
+        return load_dataset(folder)
+    except DataError as error:
+        raise DataError(str(error).replace(str(folder), str(out))) from None
+
+
+def _with_popularity(items: Sequence[Item], train: Sequence[Sample]) -> list[Item]:
+    """Items with how often the training ground truth has them, unless the catalog says so itself."""
+    if any(item.popularity for item in items):
+        return list(items)
+    counts = Counter((normalise_title(title), year) for sample in train for title, year in sample.groundtruth)
+    return [replace(item, popularity=counts[normalise_title(item.title), item.year]) for item in items]
