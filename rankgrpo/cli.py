@@ -260,6 +260,37 @@ def methods() -> None:
         print(f"{name}\n{textwrap.indent(path.read_text(encoding='utf-8'), '    ')}")
 
 
+@app.command
+def plan(
+    model: Positional[Annotated[str, arg(help="preset (see `rankgrpo models`) or folder with a config.json")]],
+    *,
+    gpus: Annotated[int, arg(help="GPUs of one node, one process each")] = 1,
+    gpu_memory: Annotated[float, arg(help="GB of one GPU")] = 80.0,
+    num_train: Annotated[int, arg(help="training samples; with them the hours of the whole RL run are shown")] = 0,
+    config: Annotated[Path | None, arg(help="TOML file (default: the preset's)")] = None,
+    set: Set = [],  # noqa: B006
+    rates: Annotated[
+        list[str], arg(metavar="NAME=VALUE", help="assumptions behind the seconds, for example train_mfu=0.3")
+    ] = [],  # noqa: B006
+) -> None:
+    """Whether a Rank-GRPO run fits on these GPUs, and the seconds a step that given rates mean; nothing is loaded.
+
+    Try:
+      rankgrpo plan qwen2.5-0.5b --gpus 4 --gpu-memory 80
+      rankgrpo plan llama3.2-3b --gpus 4 --gpu-memory 141 --num-train 383013 --rates train_mfu=0.3 list_tokens=200
+      rankgrpo plan path/to/model --gpus 1 --gpu-memory 24 --set rl.token_budget=8192 rl.group_size=4
+    """
+    from rankgrpo.architecture import find_architecture
+    from rankgrpo.config import load_config, with_steps
+    from rankgrpo.plan import Machine, make_plan, parse_rates, render
+
+    settings = load_config(config or _preset_file(model), set, model__name=model)
+    arch = find_architecture(model, settings.model)
+    if num_train > 0:
+        settings = with_steps(settings, num_train)
+    print(render(make_plan(model, arch, settings, Machine(gpus, gpu_memory), parse_rates(rates))))
+
+
 @data_app.command
 def check(
     path: Positional[Data] = "demo",
@@ -352,6 +383,14 @@ def default_run_dir(model: str, data: str, method: str | None = None) -> Path:
     return Path("runs") / "-".join(parts)
 
 
+def _preset_file(model: str) -> Path | None:
+    """The TOML file of a preset; None for any other model."""
+    from rankgrpo.config import presets_dir
+
+    file = presets_dir() / f"{model}.toml"
+    return file if file.is_file() else None
+
+
 def _settings(
     model: str,
     data: str,
@@ -360,17 +399,14 @@ def _settings(
     method: str | None = None,
     demonstrations: str | None = None,
 ):
-    from rankgrpo.config import load_config, presets_dir
+    from rankgrpo.config import load_config
     from rankgrpo.model import resolve_model
 
     resolve_model(model)  # an unknown name fails before anything is read or written
-    if config is None:
-        preset = presets_dir() / f"{model}.toml"
-        config = preset if preset.is_file() else None
     direct = {"model__name": model, "data__path": data}
     if demonstrations is not None:
         direct["teacher__demonstrations"] = demonstrations
-    return load_config(config, overrides, method=method, **direct)
+    return load_config(config or _preset_file(model), overrides, method=method, **direct)
 
 
 def message_of(error: Exception) -> str | None:

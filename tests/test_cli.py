@@ -16,7 +16,10 @@ def command(*words, **settings):
 
 @pytest.mark.parametrize(
     "words",
-    [[], ["run"], ["distill"], ["evaluate"], ["recommend"], ["data", "check"], ["data", "import"], ["data", "demo"]],
+    [
+        *([], ["run"], ["distill"], ["evaluate"], ["recommend"], ["plan"]),
+        *(["data", "check"], ["data", "import"], ["data", "demo"]),
+    ],
     ids=" ".join,
 )
 def test_help_has_examples(words):
