@@ -448,6 +448,21 @@ def test_rows_that_ran_elsewhere_stay_until_their_recipe_changes(own, tmp_path, 
     assert "mine" not in names and "grpo" in names
 
 
+def test_without_the_runs_the_page_is_made_from_the_results(own, tmp_path, write):
+    results, text = read_results(own.results_path), (own.out / "README.md").read_text()
+    rebuild_page(open_suite(str(write()), runs_dir=tmp_path / "none", out=own.out))
+    assert read_results(own.results_path) == results
+    assert (own.out / "README.md").read_text() == text
+
+
+def test_a_record_of_more_seeds_stays(own, tmp_path, write):
+    elsewhere = open_suite(str(write()), runs_dir=tmp_path / "other", out=own.out)
+    (grpo,) = [run for run in elsewhere.runs if run.folder.name == "grpo-seed1"]
+    finish(grpo, lists=("D", "D"))
+    rebuild_page(elsewhere)
+    assert list(result(own, "grpo")["by_seed"]) == ["1", "2"]
+
+
 def test_results_are_whole_or_named(tmp_path):
     path = tmp_path / "results.json"
     results = {

@@ -65,7 +65,13 @@ def read_paper(path: Path) -> dict[str, dict[str, Any]]:
 
 def suite_section(results: dict[str, Any], results_dir: Path, folder: Path, paper: dict[str, Any]) -> list[str]:
     command = suite_command(results)
-    lines = [f"## {results['title']}", "", *([results["about"], ""] if results["about"] else []), f"`{command}`", ""]
+    lines = [
+        f"## {results['title']} ({results['data']})",
+        "",
+        *([results["about"], ""] if results["about"] else []),
+        f"`{command}`",
+        "",
+    ]
     notes = results_dir / "notes.md"
     if notes.is_file():
         lines += [notes.read_text(encoding="utf-8").strip(), ""]

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from rankgrpo.config import ConfigError
 from rankgrpo.diversity import Diversity, read_diversity, summarise_lists
@@ -40,16 +41,17 @@ TRAINING_CURVES = (
 def collect_results(
     suite: Suite, runs: Sequence[Run], data_name: str, earlier: dict[str, Any] | None
 ) -> dict[str, Any]:
-    """Results of the finished runs; rows that are in `earlier` alone are kept if the suite still has them unchanged.
+    """Results of the finished runs, and the rows of `earlier` that the suite still has unchanged.
 
-    Raises ValueError for runs that were evaluated on different conversations.
+    Of a row that is in both, the one with more seeds counts, and of equally many the finished runs. Raises ValueError
+    for runs that were evaluated on different conversations.
     """
-    finished = [run for run in runs if run.is_finished]
     boards = {}
     for model in suite.models:
-        board = _Board(suite, [run for run in finished if run.model == model])
-        rows = board.results()
-        boards[model] = {"rows": _with_earlier(rows, suite, earlier, model), **board.facts}
+        old = earlier["boards"].get(model) if earlier else None
+        old = old or {"rows": []}
+        board = _Board(suite, model, [run for run in runs if run.model == model and run.is_finished])
+        boards[model] = {**old, **board.facts, "rows": _with_earlier(board.results(), suite, old["rows"], model)}
     return {
         "format": FORMAT,
         "suite": suite.name,
@@ -64,16 +66,15 @@ def collect_results(
     }
 
 
-def _with_earlier(rows: list[dict], suite: Suite, earlier: dict[str, Any] | None, model: str) -> list[dict]:
-    known = {row["name"] for row in rows}
-    kept = []
-    for old in earlier["boards"].get(model, {"rows": []})["rows"] if earlier else []:
-        if old["name"] in known:
-            continue
-        if old["name"] in BASELINE_ROWS or any(old["recipe"] == recipe(row, model) for row in suite.rows):
-            kept.append(old)
-    order = {name: place for place, name in enumerate((*BASELINE_ROWS, *suite.row_names))}
-    return sorted([*rows, *kept], key=lambda row: order[row["name"]])
+def _with_earlier(rows: list[dict], suite: Suite, earlier: list[dict], model: str) -> list[dict]:
+    chosen = {row["name"]: row for row in rows}
+    recipes = [recipe(row, model) for row in suite.rows]
+    for old in earlier:
+        new = chosen.get(old["name"])
+        unchanged = old["name"] in BASELINE_ROWS or old["recipe"] in recipes
+        if unchanged and (new is None or len(old["by_seed"]) > len(new["by_seed"])):
+            chosen[old["name"]] = old
+    return [chosen[name] for name in (*BASELINE_ROWS, *suite.row_names) if name in chosen]
 
 
 def recipe(row: Row, model: str) -> dict[str, Any]:
@@ -90,8 +91,8 @@ def recipe(row: Row, model: str) -> dict[str, Any]:
 class _Board:
     """The finished runs of one model, with their scores by conversation."""
 
-    def __init__(self, suite: Suite, runs: Sequence[Run]):
-        self.suite = suite
+    def __init__(self, suite: Suite, model: str, runs: Sequence[Run]):
+        self.suite, self.model = suite, model
         self.runs = {row.name: [run for run in runs if run.row.name == row.name] for row in suite.rows}
         self.runs = {name: found for name, found in self.runs.items() if found}
         self.scores: dict[str, Evaluation] = {}
@@ -122,7 +123,7 @@ class _Board:
             return {}
         sizes = {len(evaluation.sample_ids) for evaluation in self.scores.values()}
         if len(sizes) > 1:
-            raise ConfigError(f"the rows of {runs[0].model} were evaluated on {sorted(sizes)} conversations, not alike")
+            raise ConfigError(f"the rows of {self.model} were evaluated on {sorted(sizes)} conversations, not alike")
         return {
             "split": runs[0].config.eval.split,
             "num_samples": sizes.pop(),
@@ -132,7 +133,10 @@ class _Board:
         }
 
     def results(self) -> list[dict[str, Any]]:
-        return [self._result(name) for name in self.scores]
+        bar = tqdm(
+            self.scores, desc=f"intervals of {self.model}", unit="row", disable=not self.scores, dynamic_ncols=True
+        )
+        return [self._result(name) for name in bar]
 
     def _result(self, name: str) -> dict[str, Any]:
         evaluation, split = self.scores[name], self.facts["split"]
@@ -155,7 +159,7 @@ class _Board:
         if name in self.runs:
             row, runs = self.suite.row(name), self.runs[name]
             result |= {
-                "label": row.label, "about": row.about, "group": row.group, "recipe": recipe(row, runs[0].model),
+                "label": row.label, "about": row.about, "group": row.group, "recipe": recipe(row, self.model),
                 "machine": {key: machine_of(runs[0]).get(key) for key in ("machine", "commit")},
                 **_cost(runs), "curves": _curves(runs),
             }  # fmt: skip
@@ -165,9 +169,10 @@ class _Board:
         return name != other and name in self.scores and other in self.scores
 
     def _gain(self, name: str, other: str) -> dict[str, Any]:
-        """Difference and relative gain of Recall and NDCG, paired by conversation."""
+        """Difference and relative gain of NDCG at the first and the last cut and of Recall, paired by conversation."""
         old, new = self.scores[other], self.scores[name]
-        keys = [key for key in new.metrics if key.startswith(("ndcg@", "recall@"))]
+        ndcg = [key for key in new.metrics if key.startswith("ndcg@")]
+        keys = dict.fromkeys((ndcg[0], ndcg[-1], ndcg[-1].replace("ndcg", "recall")))
         old, new = (replace(one, metrics={key: one.metrics[key] for key in keys}) for one in (old, new))
         gains = compare(old, new)
         return _rounded({key: {part: gain[part] for part in ("difference", "relative")} for key, gain in gains.items()})
