@@ -288,7 +288,7 @@ def test_a_killed_run_goes_on_from_its_checkpoint(monkeypatch, tmp_path):
 
     def kill_after_a_checkpoint():
         while not list_checkpoints(folder / "rl" / "checkpoints"):
-            time.sleep(0.005)
+            time.sleep(0.05)
         os.kill(started[0].pid, signal.SIGKILL)
 
     def run():
