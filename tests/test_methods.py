@@ -15,6 +15,7 @@ from rankgrpo.config import ConfigError, flatten, load_config, method_files, pre
 from rankgrpo.data import Sample, Turn
 from rankgrpo.distributed import Means
 from rankgrpo.packing import Group
+from rankgrpo.pipeline import run_pipeline
 from rankgrpo.rollouts import score_groups
 from rankgrpo.sampler.base import Rollout
 from rankgrpo.train import MicroBatch, Updater, step_denominator
@@ -226,9 +227,6 @@ class GivenLogprobs:
         self.old_logp_BT = old_BT
         self.logp_BT = (old_BT + pad([flat(answer.log_ratios) for answer in lists], 0.0)).requires_grad_()
 
-    def sampler(self):
-        return SimpleNamespace(eos_ids=[EOS])
-
     def logprobs(self, groups, temperature):
         pack = SimpleNamespace(token_ids_BT=self.ids_BT, mask_BT=self.mask_BT, tokens_dense=2, tokens_shared=1)
         return pack, self.logp_BT
@@ -251,7 +249,7 @@ def test_the_objective_is_the_papers(method, seed, monkeypatch):
 
     policy = GivenLogprobs(answers)
     monkeypatch.setattr(rankgrpo.train, "RankSegmenter", lambda tokenizer: Segmenter())
-    updater = Updater(policy, None, None, config, ALONE)
+    updater = Updater(policy, None, SimpleNamespace(eos_ids=[EOS]), None, config, ALONE)
     sampler_logp = [flat(answer.old_logps) for group in answers for answer in group]
     advantage_BU = scored.advantage_PGU.flatten(0, 1).double()
     batch = MicroBatch([Group([1], [[2]])], advantage_BU, sampler_logp, old_logp_BT=policy.old_logp_BT)
@@ -265,6 +263,21 @@ def test_the_methods_differ():
     """The oracle can tell them apart: no two methods have one objective, but for the one that only drops the start."""
     values = {name: round(oracle(random_answers(0)), 9) for name, oracle in ORACLES.items() if name != "r1-zero"}
     assert len(set(values.values())) == len(values), values
+
+
+def test_without_a_warm_start_the_untrained_model_is_where_rl_starts(tmp_path, capsys):
+    words = [*WORDS, "rl.num_steps=1", "rl.eval_samples=1", "eval.num_samples=2"]
+    config = load_config(None, words, method="r1-zero")
+    with pytest.raises(ConfigError, match="sft.enabled = false leaves nothing to do"):
+        run_pipeline(config, tmp_path / "run", until="sft")
+    run_pipeline(config, tmp_path / "run")
+    assert not (tmp_path / "run" / "sft").exists()
+    assert {path.stem for path in (tmp_path / "run" / "eval" / "test").glob("*.json")} == {
+        "before", "rank-grpo", "popularity", "ease"
+    }  # fmt: skip
+    assert "RL over the untrained model, NDCG@5: " in capsys.readouterr().out
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "SFT has logged nothing yet" not in page and "After SFT," not in page
 
 
 def test_methods_of_a_small_run_keep_its_size():
