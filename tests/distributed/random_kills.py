@@ -92,10 +92,20 @@ def assert_same(run: Path, whole: Path) -> None:
     assert not list(run.rglob(f"{TEMPORARY}*"))
 
 
-def kill_at_random(run: Path, duration: float, rng: random.Random) -> str:
-    """One start, killed within the time of half a run, or at its end before that; says which."""
-    agent = start(run, rng.choice((0.0, 0.0, 0.05)))
-    status = ended(agent, rng.uniform(0.0, duration / 2))
+def progress(run: Path) -> int:
+    """Rows of metrics and evaluated models: 18 when the run has come to its end."""
+    return num_rows(run, "sft") + num_rows(run, "rl") + len(list(run.glob("eval/*/*.json")))
+
+
+def kill_at_random(run: Path, rng: random.Random) -> str:
+    """One start, killed somewhere in its next five bits of progress unless it ends before; says which."""
+    goal, delay = progress(run) + rng.randint(0, 5), rng.choice((0.0, 0.0, 0.05))
+    agent = start(run, delay)
+    status = None
+    while status is None and progress(run) < goal:
+        status = ended(agent, 0.02)
+    if status is None:
+        status = ended(agent, rng.uniform(0.0, 3.0))
     if status is not None:
         assert status == 0, Path(f"{run}.log").read_text()
         return "finished"
@@ -109,13 +119,11 @@ def kill_at_random(run: Path, duration: float, rng: random.Random) -> str:
 
 def run_kills(num_kills: int, seed: int, folder: Path) -> None:
     rng, whole, run = random.Random(seed), folder / "whole", folder / "run"
-    began = time.monotonic()
     finish(whole)
-    duration = time.monotonic() - began
     kills = resumed = completed = 0
     while kills < num_kills:
         before = newest(run)
-        what = kill_at_random(run, duration, rng)
+        what = kill_at_random(run, rng)
         after = newest(run)
         assert all(old <= new for old, new in zip(before, after, strict=True)), (
             f"a checkpoint was lost: {before} {after}"
@@ -126,7 +134,8 @@ def run_kills(num_kills: int, seed: int, folder: Path) -> None:
             shutil.rmtree(run)
             continue
         kills, resumed = kills + 1, resumed + any(before)
-        print(f"{kills:3} {what}: {num_rows(run, 'sft')} + {num_rows(run, 'rl')} rows, checkpoints {after}", flush=True)
+        rows = f"{num_rows(run, 'sft')} + {num_rows(run, 'rl')} rows"
+        print(f"{kills:3} {what}: {rows}, newest checkpoints {before} -> {after}", flush=True)
     finish(run)
     assert_same(run, whole)
     print(

@@ -1,7 +1,8 @@
-"""What the tests of this folder run in one or several processes: `torchrun scenarios.py NAME FOLDER`."""
+"""What the tests of this folder run in one or several processes: `torchrun scenarios.py FOLDER NAME...`."""
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
@@ -18,14 +19,15 @@ import rankgrpo.train as training
 from rankgrpo.adapter import merged_parameters
 from rankgrpo.checkpoint import load_checkpoint, save_checkpoint
 from rankgrpo.distributed import Means, Parallel, full_parameters, make_sharding, start_parallel
+from rankgrpo.files import SaveError
 from rankgrpo.optim import make_optimizer
 from rankgrpo.packing import Group, plan_micro_batches
 from rankgrpo.policy import Policy, open_policy, open_reference
 
 
-def play(num_processes: int, scenario: str, folder: Path) -> None:
-    """Run a function of this file in `num_processes` processes; fails with their output."""
-    finish(launch(__file__, scenario, str(folder), num_processes=num_processes))
+def play(num_processes: int, folder: Path, *scenarios: str) -> None:
+    """Run functions of this file in `num_processes` processes, one after the other; fails with their output."""
+    finish(launch(__file__, str(folder), *scenarios, num_processes=num_processes))
 
 
 def whole_parameters(folder: Path) -> None:
@@ -46,6 +48,31 @@ def whole_parameters(folder: Path) -> None:
             model(torch.tensor([1, 2]))  # leaves the root whole, in bfloat16
     for name, tensor in full_parameters(model, torch.bfloat16):
         assert torch.equal(tensor, made[name].bfloat16())
+
+
+def full_disk(folder: Path) -> None:
+    """When one process cannot write, all hear of it in the same words, and the checkpoint before is untouched."""
+    parallel = start_parallel()
+    model = nn.Linear(5, 4)
+    fully_shard(model)
+    optimizer = make_optimizer(model, lr=1e-2, betas=(0.9, 0.99), weight_decay=0.0)
+    save_checkpoint(folder / "full", 1, model, optimizer, {}, 1, parallel)
+    fsync = os.fsync
+
+    def full(file):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    os.fsync = full if parallel.dp_rank == 1 else fsync
+    message = "saved"
+    try:
+        save_checkpoint(folder / "full", 2, model, optimizer, {}, 1, parallel)
+    except SaveError as error:
+        message = str(error)
+    os.fsync = fsync
+    messages = parallel.gather([message])
+    assert messages[0] == messages[1] and "the disk is full" in message, messages
+    assert [path.name for path in (folder / "full").iterdir()] == ["step-00000001"]
+    assert load_checkpoint(folder / "full" / "step-00000001", model, optimizer)["step"] == 1
 
 
 def jobs(folder: Path) -> None:
@@ -130,4 +157,5 @@ def recording(plain, policy: Policy, gradients: dict[str, Tensor]):
 
 
 if __name__ == "__main__":
-    globals()[sys.argv[1]](Path(sys.argv[2]))
+    for name in sys.argv[2:]:
+        globals()[name](Path(sys.argv[1]))

@@ -16,5 +16,5 @@ def test_of_a_whole_model_they_are_its_own():
 
 
 @pytest.mark.slow
-def test_of_a_sharded_model_they_are_what_it_was_made_of(tmp_path):
-    play(2, "whole_parameters", tmp_path)
+def test_of_a_split_model_they_are_what_it_was_made_of__and_a_full_disk_is_told_by_all(tmp_path):
+    play(2, tmp_path, "whole_parameters", "full_disk")

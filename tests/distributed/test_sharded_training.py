@@ -89,7 +89,7 @@ def two(world):
     checkpoint = str(world[0] / "checkpoints")
     jobs.append(make_job(world, "half", CASES["uneven"][0], UNEVEN, save=checkpoint))
     (world[0] / "jobs.json").write_text(json.dumps(jobs))
-    play(2, "jobs", world[0])
+    play(2, world[0], "jobs")
     return world
 
 
@@ -138,7 +138,7 @@ def test_saved_by_two_resumed_by_one_and_by_three(two):
     words = CASES["uneven"][0]
     whole, values = results(two, "uneven")
     (folder / "jobs.json").write_text(json.dumps([make_job(two, "three", words, [[0, 1], [2, 4], [3]], **resume)]))
-    play(3, "jobs", folder)
+    play(3, folder, "jobs")
     alone(two, "one", words, **resume)
     for name in ("three", "one-alone"):
         tensors, resumed = results(two, name)
