@@ -73,7 +73,7 @@ def make_job(world, name, words, shares, **more):
 
 def alone(world, name, words, **more):
     """The job in this process: everything, in one piece."""
-    words = [*words, "parallel.shard=none", "rl.token_budget=100000"]
+    words = [*words, "parallel.cpu_offload=false", "parallel.shard=none", "rl.token_budget=100000"]
     play_job(make_job(world, f"{name}-alone", words, [EVERYTHING], **more), world[0], ALONE)
     return results(world, f"{name}-alone")
 
