@@ -43,7 +43,7 @@ def add_adapters(model: PreTrainedModel, config: AdapterConfig, *, seed: int) ->
         lora_alpha=config.alpha,
         use_rslora=config.rslora,
         use_dora=config.kind == "dora",
-        target_modules=target_names(model, config.targets),
+        target_modules=target_names(model, config),
         lora_dropout=0.0,  # old and new log-probs must differ by the update alone
         bias="none",
     )
@@ -53,13 +53,13 @@ def add_adapters(model: PreTrainedModel, config: AdapterConfig, *, seed: int) ->
         inject_adapter_in_model(settings, model, NAME)
 
 
-def target_names(model: PreTrainedModel, targets: str) -> list[str]:
+def target_names(model: PreTrainedModel, config: AdapterConfig) -> list[str]:
     """Full names of the Linear layers that adapter.targets means: all of them but the head, or those that end so."""
     head = model.get_output_embeddings()
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head]
-    if targets == "linear":
+    if config.targets == "linear":
         return linear
-    wanted = [word.strip() for word in targets.split(",")]
+    wanted = config.target_list
     kinds = sorted({name.rpartition(".")[2] for name in linear})
     if unknown := [word for word in wanted if word not in kinds]:
         raise ConfigError(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rankgrpo.config import ConfigError, ModelConfig
+from rankgrpo.config import AdapterConfig, ConfigError, ModelConfig
 
 KNOWN_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 
@@ -53,6 +53,30 @@ class Architecture:
         """All weights; a tied head is counted once."""
         embeddings = self.vocab * self.hidden * (1 if self.tied else 2)
         return embeddings + self.layers * self.block_parameters + self.hidden
+
+    @property
+    def linear_sizes(self) -> dict[str, tuple[int, int]]:
+        """Inputs and outputs of a block's Linear layers, by the names that transformers gives them."""
+        return {
+            "q_proj": (self.hidden, self.query_size),
+            "k_proj": (self.hidden, self.key_size),
+            "v_proj": (self.hidden, self.key_size),
+            "o_proj": (self.query_size, self.hidden),
+            "gate_proj": (self.hidden, self.ffn),
+            "up_proj": (self.hidden, self.ffn),
+            "down_proj": (self.ffn, self.hidden),
+        }
+
+    def adapter_parameters(self, config: AdapterConfig) -> int:
+        """Weights that the adapters add; 0 for kind = none."""
+        if config.kind == "none":
+            return 0
+        names = self.linear_sizes if config.targets == "linear" else config.target_list
+        if unknown := [name for name in names if name not in self.linear_sizes]:
+            raise ConfigError(f"adapter.targets: {unknown[0]!r} is none of {', '.join(self.linear_sizes)}, or linear")
+        sizes = [self.linear_sizes[name] for name in names]
+        magnitudes = sum(outputs for _, outputs in sizes) if config.kind == "dora" else 0
+        return self.layers * (config.rank * sum(map(sum, sizes)) + magnitudes)
 
 
 PRESETS = {

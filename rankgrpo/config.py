@@ -71,7 +71,11 @@ class AdapterConfig:
 
     def __post_init__(self):
         _require_positive(self, "adapter", "rank", "alpha")
-        _require(bool(self.targets.strip(" ,")), "adapter.targets", "must name at least one layer, or be linear")
+        _require(all(self.target_list), "adapter.targets", "must be linear, or names with commas between")
+
+    @property
+    def target_list(self) -> list[str]:
+        return [name.strip() for name in self.targets.split(",")]
 
 
 @dataclass(frozen=True)

@@ -153,14 +153,19 @@ def is_split(config: Config, gpus: int) -> bool:
 
 
 def state_bytes(arch: Architecture, config: Config, gpus: int) -> dict[str, float]:
-    """float32 parameters, gradients, Adam's two moments, and a reference like the policy when kl_coef > 0."""
-    num = arch.num_parameters / (gpus if is_split(config, gpus) else 1)
-    on_gpu = 0 if config.parallel.cpu_offload else 1
+    """float32 parameters, gradients and Adam's two moments of those trained, and a reference when kl_coef > 0.
+
+    With adapters nothing else is trained, and the reference is the same model with its adapters off.
+    """
+    share = 1 / gpus if is_split(config, gpus) else 1
+    on_gpu = 0 if config.parallel.cpu_offload else share
+    adapters = arch.adapter_parameters(config.adapter)
+    trained = adapters or arch.num_parameters
     return {
-        "parameters": 4 * num * on_gpu,
-        "gradients": 4 * num * on_gpu,
-        "optimizer": 8 * num * on_gpu,
-        "reference": 4 * num * on_gpu * (config.rl.kl_coef > 0),
+        "parameters": 4 * (arch.num_parameters + adapters) * on_gpu,
+        "gradients": 4 * trained * on_gpu,
+        "optimizer": 8 * trained * on_gpu,
+        "reference": 4 * arch.num_parameters * on_gpu * (config.rl.kl_coef > 0 and not adapters),
     }
 
 

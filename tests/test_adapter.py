@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM
 
 import rankgrpo.policy
 from rankgrpo.adapter import adapters_off, has_adapters, merged_parameters, merged_weight, target_names
+from rankgrpo.architecture import find_architecture
 from rankgrpo.config import AdapterConfig, ConfigError, load_config
 from rankgrpo.model import load_policy, make_init
 from rankgrpo.packing import Group
@@ -174,13 +175,26 @@ def test_another_sampler_receives_the_merged_weights(start):
 def test_targets(start):
     model, _ = load_policy(start)
     kinds = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
-    assert {name.rpartition(".")[2] for name in target_names(model, "linear")} == kinds
-    assert target_names(model, "q_proj") == [f"model.layers.{n}.self_attn.q_proj" for n in range(2)]
+    assert {name.rpartition(".")[2] for name in target_names(model, AdapterConfig())} == kinds
+    assert target_names(model, AdapterConfig(targets="q_proj")) == [
+        f"model.layers.{n}.self_attn.q_proj" for n in range(2)
+    ]
     with pytest.raises(ConfigError, match="'query' is no Linear layer of Qwen2ForCausalLM; it has down_proj"):
-        target_names(model, "q_proj,query")
-    for word, message in (("adapter.rank=0", "adapter.rank"), ("adapter.kind=qlora", "'none', 'lora', 'dora'")):
+        target_names(model, AdapterConfig(targets="q_proj,query"))
+    for word, message in (
+        ("adapter.rank=0", "adapter.rank"),
+        ("adapter.kind=qlora", "'none', 'lora', 'dora'"),
+        ("adapter.targets=q_proj,", "adapter.targets"),
+    ):
         with pytest.raises(ConfigError, match=message):
             load_config(None, [word])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_plan_counts_what_is_trained(start, kind):
+    model = opened(start, kind).model
+    counted = find_architecture("tiny", tiny_config().model).adapter_parameters(KINDS[kind])
+    assert counted == sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

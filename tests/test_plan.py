@@ -7,7 +7,16 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rankgrpo.architecture import PRESETS, Architecture, find_architecture
 from rankgrpo.attention import use_shared_prefix
-from rankgrpo.config import Config, ConfigError, ModelConfig, ParallelConfig, RlConfig, load_config, presets_dir
+from rankgrpo.config import (
+    AdapterConfig,
+    Config,
+    ConfigError,
+    ModelConfig,
+    ParallelConfig,
+    RlConfig,
+    load_config,
+    presets_dir,
+)
 from rankgrpo.logprob import pack_logprobs
 from rankgrpo.packing import Group, build_pack
 from rankgrpo.plan import (
@@ -176,6 +185,10 @@ def test_state_by_hand():
     whole = replace(config, parallel=ParallelConfig(shard="none"))
     assert sum(state_bytes(arch, whole, 4).values()) == 20 * num
     assert sum(state_bytes(arch, replace(config, parallel=ParallelConfig("full", True)), 4).values()) == 0
+    adapted = replace(config, adapter=AdapterConfig("lora", rank=2, targets="q_proj"))
+    extra = 2 * (64 + 64)
+    expected = {"parameters": 4 * (num + extra), "gradients": 4 * extra, "optimizer": 8 * extra, "reference": 0}
+    assert state_bytes(arch, adapted, 1) == expected
 
 
 def test_keys_and_values_by_hand():
