@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from fake_openai import LIST, FakeServer
-from tiny_world import tiny_dataset
+from tiny_world import ALONE, tiny_dataset
 
 from rankgrpo.catalog import Catalog, Item
 from rankgrpo.config import ConfigError, load_config, with_steps
@@ -22,7 +22,7 @@ from rankgrpo.distill.metadata import catalog_text, metadata_prompt, read_metada
 from rankgrpo.distill.reflect import judge_prompt, read_ratings
 from rankgrpo.distill.settings import DistillConfig
 from rankgrpo.distill.stages import distill
-from rankgrpo.distill.teacher import EaseTeacher, make_demonstrations, named_items
+from rankgrpo.distill.teacher import named_items
 from rankgrpo.match import TitleMatcher
 from rankgrpo.parse import parse_list
 from rankgrpo.pipeline import count_demonstrations, teach
@@ -140,13 +140,12 @@ def test_metadata_is_read_or_refused():
 # ------------------------------------------------------------------------------------------------------------- offline
 
 
-def test_without_stages_the_demonstrations_are_the_teachers(world, tmp_path):
-    out = distill(settings(world, tmp_path, remap=False, reflect=False, adjust=False))
-    dataset = tiny_dataset()
-    teacher = EaseTeacher.fit(dataset.train, dataset.catalog, num_folds=2, seed=3407)
-    for split in ("train", "validation"):
-        expected = make_demonstrations(dataset.split(split), teacher, num_items=5)
-        assert completions(out, split) == {sample.id: sample.completion for sample in expected}
+def test_without_stages_the_demonstrations_are_those_of_a_run_without_distill(world, tmp_path):
+    out = distill(settings(world, tmp_path / "a", remap=False, reflect=False, adjust=False, short_requests=2))
+    words = ["data.num_ranks=5", "teacher.num_folds=2", "teacher.short_requests=2"]
+    expected = teach(load_config(None, words, data__path=str(world)), tiny_dataset(), tmp_path / "b", ALONE)
+    for split, samples in expected.items():
+        assert read_samples(out / f"demonstrations-{split}.jsonl")[0] == samples
     assert table(out) == {"validation": ["teacher"], "train": ["teacher"]}
 
 
@@ -175,7 +174,13 @@ def test_a_stage_is_made_again_only_when_what_it_is_made_from_changes(world, tmp
         before = times()
         distill(settings(world, tmp_path, **changes))
         made = {name for name, moment in times().items() if before.get(name) != moment}
-        return made - {"keys.json", "scores.json", "demonstrations-train.jsonl", "demonstrations-validation.jsonl"}
+        return made - {
+            ".lock",
+            "keys.json",
+            "scores.json",
+            "demonstrations-train.jsonl",
+            "demonstrations-validation.jsonl",
+        }
 
     first = changed()
     assert first == {
@@ -225,7 +230,7 @@ def test_all_stages_with_a_model(world, tmp_path, capsys):
         return troubles[len(prompt) % 4] if nth == 0 and len(prompt) % 5 == 0 else "good"
 
     with FakeServer(behave) as server:
-        config = with_server(world, tmp_path, server, num_train=16)
+        config = with_server(world, tmp_path / "out", server, num_train=16)
         distill(replace(config, estimate=True, price_in=1e6))
         assert not server.calls and "calls, about" in capsys.readouterr().out
         out = distill(config)
@@ -365,8 +370,6 @@ def test_the_papers_settings_are_the_defaults_of_a_model():
 
 
 def test_a_run_trains_on_given_demonstrations(world, tmp_path):
-    from tiny_world import ALONE
-
     out = distill(settings(world, tmp_path / "made", short_requests=1))
     words = ["sft.batch_size=8", "sft.num_epochs=1", f"teacher.demonstrations={out}"]
     config = load_config(None, words, data__path=str(world))

@@ -146,7 +146,7 @@ def fit_bias(
         max_iter=max_steps,
         history_size=HISTORY,
         tolerance_grad=1e-3,
-        tolerance_change=1e-7,
+        tolerance_change=1e-4,  # of a sum of log-probabilities over all hits
         line_search_fn="strong_wolfe",
     )
     with tqdm(desc=title, unit="pass", disable=title is None, leave=False, dynamic_ncols=True) as bar:

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from rankgrpo.catalog import read_jsonl
-from rankgrpo.files import sync, write_lines
+from rankgrpo.files import write_lines, write_tensors
 
 KEYS = "keys.json"
 
@@ -49,16 +49,9 @@ class StageFiles:
         path = self.folder / name
         if not self._is_current(path, key):
             self._forget(name)
-            temporary = path.with_name(f".incomplete-{name}")
-            save_file({key: tensor.contiguous() for key, tensor in make().items()}, temporary)
-            sync(temporary)
-            temporary.replace(path)
+            write_tensors(path, make())
             self._remember(name, key)
         return load_file(path)
-
-    def is_current(self, name: str, key: str) -> bool:
-        """Whether the file is there and was made from `key`."""
-        return self._is_current(self.folder / name, key)
 
     def _is_current(self, path: Path, key: str) -> bool:
         return path.exists() and self._keys.get(path.name) == key

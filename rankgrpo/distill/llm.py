@@ -156,6 +156,10 @@ class Estimate:
             self.reply_tokens + other.reply_tokens,
         )
 
+    def share(self, part: float) -> Estimate:
+        """The estimate for a part of the questions."""
+        return Estimate(*(round(part * number) for number in (self.num_calls, self.prompt_tokens, self.reply_tokens)))
+
     def describe(self, price_in: float, price_out: float) -> str:
         """For the screen; prices are for a million tokens, and 0 for both says nothing about money."""
         text = (

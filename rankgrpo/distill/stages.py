@@ -33,20 +33,20 @@ import torch
 from torch import Tensor
 
 from rankgrpo.catalog import Item
-from rankgrpo.data import Sample, load_dataset, write_samples
+from rankgrpo.data import Dataset, Sample, load_dataset, write_samples
 from rankgrpo.distill.adjust import Candidates, candidate_likelihood, catalog_likelihood, fit_bias
 from rankgrpo.distill.cache import StageFiles, pack_rows, unpack_rows
 from rankgrpo.distill.corpus import Corpus, make_corpus, rank_with_ease
 from rankgrpo.distill.embed import Tfidf, encode_at_endpoint, encode_with_transformer
 from rankgrpo.distill.lists import TeacherLists, ask_lists, estimate_lists, lists_of_rows
-from rankgrpo.distill.llm import CallReport, ReplyLog
+from rankgrpo.distill.llm import CallReport, Estimate, ReplyLog
 from rankgrpo.distill.metadata import ask_metadata, catalog_text, estimate_metadata, item_name
 from rankgrpo.distill.reflect import Judge, ReflectScores
 from rankgrpo.distill.remap import HeldScores, RemapScores, Scores, SelectedScores, rank_samples
 from rankgrpo.distill.settings import EASE, STELLA, DistillConfig, content_key, is_address
 from rankgrpo.distill.teacher import EaseTeacher
 from rankgrpo.evaluate import score_completions, summarise
-from rankgrpo.files import write_lines
+from rankgrpo.files import only_one, write_lines
 from rankgrpo.match import TitleMatcher
 from rankgrpo.tables import format_table
 
@@ -57,18 +57,19 @@ HELD_BYTES = 2 << 30
 def distill(config: DistillConfig) -> Path:
     """Make or continue the demonstrations of `config.out`; returns the folder."""
     dataset = load_dataset(config.data, num_train=config.num_train or None, seed=config.seed)
-    ease = fit_ease(config, dataset.train, dataset.catalog)
+    ease = fit_ease(config, dataset)
     corpus = make_corpus(config, dataset, ease)
     out = config.out or Path("runs") / f"distill-{Path(config.data).resolve().name}"
-    run = DistillRun(config, corpus, StageFiles(out))
-    if config.has_model or config.judge:
-        print(f"> {run.estimate()}")
-    if config.estimate:
-        return out
-    say(f"{corpus.num_train} training and {corpus.num_validation} validation conversations, output {out}")
-    run.teach(ease)
-    run.adjust(run.reflect(run.remap()))
-    print(run.write())
+    with only_one(out):
+        run = DistillRun(config, corpus, StageFiles(out))
+        if config.has_model or run.judge is not None or config.estimate:
+            say(run.estimate().describe(config.price_in, config.price_out))
+        if config.estimate:
+            return out
+        say(f"{corpus.num_train} training and {corpus.num_validation} validation conversations, output {out}")
+        run.teach(ease)
+        run.adjust(run.reflect(run.remap()))
+        print(run.write())
     return out
 
 
@@ -85,20 +86,20 @@ class DistillRun:
         self.judge = config.judge_endpoint() if config.reflect else None
         self.table: dict[str, list[dict[str, Any]]] = {"validation": [], "train": []}
 
-    def estimate(self) -> str:
+    def estimate(self) -> Estimate:
         """What all calls would cost; titles that the catalog lacks are not known yet, nor the candidates."""
         config, corpus = self.config, self.corpus
-        parts = []
+        total = Estimate(0, 0, 0)
         if config.has_model:
-            endpoint = config.teacher_endpoint()
-            parts.append(estimate_lists(corpus.samples, config.listed, endpoint, self.teacher_log))
-        if config.has_model and config.asks_metadata and config.remap:
-            parts.append(estimate_metadata(corpus.catalog.items, config.teacher_endpoint(), self.metadata_log))
+            total += estimate_lists(corpus.samples, config.listed, config.teacher_endpoint(), self.teacher_log)
+        if config.asks_metadata and config.remap:
+            total += estimate_metadata(corpus.catalog.items, config.teacher_endpoint(), self.metadata_log)
         if self.judge is not None:
             some = range(min(config.num_judged, len(corpus.catalog)))
             judge = Judge(corpus.samples, [some] * len(corpus.samples), corpus.catalog, self.judge)
-            parts.append(judge.estimate(ReplyLog(self.files.folder / "no-calls-yet")))
-        return sum(parts[1:], parts[0]).describe(config.price_in, config.price_out)
+            ratings = judge.estimate(self.judge_log)
+            total += ratings.share(1 - min(len(self.judge_log.replies) / max(ratings.num_calls, 1), 1))
+        return total
 
     # ------------------------------------------------------------------------------------------------------- teacher
 
@@ -361,11 +362,11 @@ def say(text: str) -> None:
     print(f"> {text}", flush=True)
 
 
-def fit_ease(config: DistillConfig, train: Sequence[Sample], catalog) -> EaseTeacher | None:
+def fit_ease(config: DistillConfig, dataset: Dataset) -> EaseTeacher | None:
     """EASE where it is the teacher or makes short requests."""
     if config.has_model and not config.short_requests:
         return None
-    return EaseTeacher.fit(train, catalog, num_folds=config.num_folds, seed=config.seed)
+    return EaseTeacher.fit(dataset.train, dataset.catalog, num_folds=config.num_folds, seed=config.seed)
 
 
 # ------------------------------------------------------------------------------------------------------- rows of files
