@@ -17,7 +17,7 @@ def command(*words, **settings):
 @pytest.mark.parametrize(
     "words",
     [
-        *([], ["run"], ["distill"], ["evaluate"], ["recommend"], ["plan"]),
+        *([], ["run"], ["distill"], ["evaluate"], ["recommend"], ["experiments"], ["plan"]),
         *(["data", "check"], ["data", "import"], ["data", "demo"]),
     ],
     ids=" ".join,
@@ -39,6 +39,7 @@ def test_help_has_examples(words):
         (["recommend", "hello"], "no such run; `make train`"),
         (["report", "runs/none"], "no such run folder"),
         (["evaluate", "nothing"], "unknown model"),
+        (["experiments", "cpuu"], "no suite 'cpuu'"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

@@ -19,6 +19,7 @@ from rankgrpo.config import ConfigError, presets_dir, to_toml, with_steps
 from rankgrpo.diversity import describe_lists, write_diversity
 from rankgrpo.evaluate import score_completions, write_evaluation
 from rankgrpo.files import write_lines
+from rankgrpo.model import ModelError
 from rankgrpo.suite import page, runner
 from rankgrpo.suite.command import list_suite, open_suite, rebuild_page, run_suite
 from rankgrpo.suite.figures import FIGURES, draw_figures
@@ -161,6 +162,14 @@ def test_rows_can_be_chosen_with_the_warm_start_they_need(write):
     assert [run.folder.name for run in choose_runs(suite, runs, ["zero"], None)] == ["zero-seed7"]
     with pytest.raises(ConfigError, match="suite toy has no row 'gspo'; its rows are mine, sft, grpo, zero"):
         choose_runs(suite, runs, ["gspo"], None)
+    with pytest.raises(ConfigError, match="--seeds must be at least 1, got 0"):
+        choose_runs(suite, runs, [], 0)
+
+
+def test_an_unknown_model_is_refused(write):
+    suite = read_suite(write(SUITE.replace('"tiny"', '"tinny"').replace("{ tiny", "{ tinny")))
+    with pytest.raises(ModelError, match="unknown model 'tinny'. Presets: tiny"):
+        plan_runs(suite, "demo", Path("runs"))
 
 
 def test_a_given_model_stands_for_the_warm_start(write, tmp_path):

@@ -80,7 +80,7 @@ def suite_section(results: dict[str, Any], results_dir: Path, folder: Path, pape
     for model, board in boards.items():
         tables = [paper[name] for name in results["paper"].get(model, []) if name in paper]
         tables.sort(key=lambda table: table["data"] != results["data"])  # the same conversations first
-        prefix = f"{model}-" if len(results["boards"]) > 1 else ""
+        prefix = f"{Path(model).name}-" if len(results["boards"]) > 1 else ""
         lines += [f"### {model}", "", *measured_section(board, results, tables)]
         for figure, file in draw_figures(board, results["against"], results_dir, prefix):
             link = f"![{figure.title}]({file.relative_to(folder).as_posix()})"

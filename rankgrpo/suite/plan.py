@@ -37,7 +37,7 @@ class Run:
 
     @property
     def title(self) -> str:
-        return f"{self.model}/{self.folder.name}"
+        return f"{self.folder.parent.name}/{self.folder.name}"
 
     @property
     def stage(self) -> str:
@@ -81,9 +81,11 @@ class Run:
 def plan_runs(suite: Suite, data: str, runs_dir: Path, *, sft: str | None = None) -> list[Run]:
     """All runs of the suite in the order they are run: seed by seed, each seed in the order of the rows.
 
-    sft: model that stands in for the first warm start. Raises ConfigError for a folder of `runs_dir` that holds a run
-    of another configuration.
+    sft: model that stands in for the first warm start. Raises ModelError for an unknown model, and ConfigError for a
+    folder of `runs_dir` that holds a run of another configuration.
     """
+    for model in suite.models:
+        resolve_model(model)
     first_sft = next((row.name for row in suite.rows if row.stage == "sft"), None)
     if sft is not None:
         resolve_model(sft)
@@ -96,7 +98,7 @@ def plan_runs(suite: Suite, data: str, runs_dir: Path, *, sft: str | None = None
                 start = None if row.start == NO_START else suite.row(row.start)
                 runs[model, row.name, seed] = Run(
                     row, model, seed, data,
-                    folder=runs_dir / model / f"{row.name}-seed{seed}",
+                    folder=runs_dir / Path(model).name / f"{row.name}-seed{seed}",
                     config=row_config(row, model, data, seed),
                     start=start and runs[model, start.name, start.seeds[0]],
                     from_model=sft if row.name == first_sft else None,
@@ -113,8 +115,10 @@ def plan_runs(suite: Suite, data: str, runs_dir: Path, *, sft: str | None = None
 def choose_runs(suite: Suite, runs: list[Run], only: list[str], num_seeds: int | None) -> list[Run]:
     """The runs of the rows `only` (default: all) with so many of their seeds, and the warm starts they need.
 
-    Raises ConfigError for an unknown row.
+    Raises ConfigError for an unknown row, and for less than one seed.
     """
+    if num_seeds is not None and num_seeds < 1:
+        raise ConfigError(f"--seeds must be at least 1, got {num_seeds}")
     names = [suite.row(name).name for name in only] or suite.row_names
     chosen = [run for run in runs if run.row.name in names and run.seed in run.row.seeds[:num_seeds]]
     needed = [run.start for run in chosen if run.start is not None]
