@@ -72,11 +72,14 @@ report: $(READY)
 	$(ENV) $(PYTHON) -m rankgrpo report $(RUN)
 
 # What is missing of a suite is run, then experiments/README.md is made. MAX_MINUTES=30 stops in time, ONLY=row runs one.
-given = $(if $(filter command environment,$(firstword $(origin $(1)))),$(2) $($(1)))
+# The first for the variables set above, the second for names as common as OUT, which an environment may hold by chance.
+set_by_user = $(if $(filter file,$(origin $(1))),,$(2) $($(1)))
+on_command_line = $(if $(filter command,$(firstword $(origin $(1)))),$(2) $($(1)))
 experiments: $(READY) $(EXTRAS)
-	$(ENV) $(MALLOC) $(PYTHON) -m rankgrpo experiments $(SUITE) $(call given,DATA,--data) $(call given,ONLY,--only) \
-	  $(call given,SFT,--sft) $(call given,SEEDS,--seeds) $(call given,JOBS,--jobs) $(call given,NPROC,--nproc) \
-	  $(call given,MAX_MINUTES,--max-minutes) $(call given,OUT,--out) $(call given,RUNS,--runs-dir) \
+	$(ENV) $(MALLOC) $(PYTHON) -m rankgrpo experiments $(SUITE) $(call set_by_user,DATA,--data) \
+	  $(call set_by_user,NPROC,--nproc) $(call on_command_line,JOBS,--jobs) $(call on_command_line,MAX_MINUTES,--max-minutes) \
+	  $(call on_command_line,ONLY,--only) $(call on_command_line,SEEDS,--seeds) $(call on_command_line,SFT,--sft) \
+	  $(call on_command_line,OUT,--out) $(call on_command_line,RUNS,--runs-dir) \
 	  $(if $(PAGE),--page) $(if $(PLAN),--plan) $(if $(strip $(SETTINGS)),--set $(SETTINGS))
 
 test: $(TESTS_READY)
