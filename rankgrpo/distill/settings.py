@@ -68,11 +68,11 @@ class DistillConfig:
     """w and b are fitted, and lists chosen, among so many best items; 0 is the whole catalog (default: as in the paper,
     the whole; 100 for EASE)."""
     lambda_w: float | None = None
-    """Penalty on (w - 1)^2 (default: the paper's 0.01; 1000 for EASE, whose lists know the training data already)."""
+    """Penalty on (w - 1)^2 (default: the paper's 0.01; 10000 for EASE, whose lists know the training data already)."""
     lambda_b: float | None = None
-    """Penalty on b^2 (default: the paper's 0.01; 10 for EASE)."""
+    """Penalty on b^2 (default: the paper's 0.01; 30 for EASE)."""
     scale: float | None = None
-    """Factor on the scores before they are adjusted (default: 1; 4 for EASE)."""
+    """Factor on the scores before they are adjusted (default: 1; 6 for EASE)."""
     num_folds: int = 5
     """A training conversation is listed, and adjusted, by models fitted without its dialog; 0 fits one on all."""
 
@@ -147,13 +147,13 @@ class DistillConfig:
     @property
     def logit_scale(self) -> float:
         """Factor on the scores before they are adjusted."""
-        default = 1.0 if self.has_model else 4.0
+        default = 1.0 if self.has_model else 6.0
         return default if self.scale is None else self.scale
 
     @property
     def penalties(self) -> tuple[float, float]:
         """(lambda_w, lambda_b)"""
-        defaults = (0.01, 0.01) if self.has_model else (1000.0, 10.0)
+        defaults = (0.01, 0.01) if self.has_model else (10_000.0, 30.0)
         weight, bias = (
             default if value is None else value
             for value, default in zip((self.lambda_w, self.lambda_b), defaults, strict=True)

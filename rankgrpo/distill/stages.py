@@ -48,7 +48,7 @@ from rankgrpo.distill.teacher import EaseTeacher
 from rankgrpo.evaluate import score_completions, summarise
 from rankgrpo.files import only_one, write_lines
 from rankgrpo.match import TitleMatcher
-from rankgrpo.tables import format_table
+from rankgrpo.tables import format_table, format_value, metric_label
 
 HELD_BYTES = 2 << 30
 """Scores of the training conversations up to this size are kept in memory while w and b are fitted."""
@@ -322,13 +322,11 @@ class DistillRun:
             samples = [corpus.samples[place] for place in places]
             texts = [self.texts[place] for place in places]
             evaluation = score_completions(samples, texts, corpus.catalog, num_ranks=self.config.num_items)
-            metrics = {key: values for key, values in evaluation.metrics.items() if key in self._metrics}
+            names = (f"recall@{self.config.num_items}", f"ndcg@{self.config.num_items}", "in_catalog_frac")
+            metrics = {name: evaluation.metrics[name] for name in names}
             summaries.append(summarise(replace(evaluation, metrics=metrics), name=stage, split=split))
-
-    @property
-    def _metrics(self) -> tuple[str, ...]:
-        k = self.config.num_items
-        return (f"recall@{k}", f"ndcg@{k}", "in_catalog_frac")
+            means = (f"{metric_label(name)} {format_value(name, float(metrics[name].mean()))}" for name in names[:2])
+            say(f"{stage}: {', '.join(means)} on {split}")
 
     def write(self) -> str:
         """The demonstrations and the table by stage."""
