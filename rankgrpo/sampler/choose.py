@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from rankgrpo.config import Config
@@ -16,9 +18,10 @@ def open_sampler(policy: Policy, config: Config, parallel: Parallel) -> Sampler:
     rl = config.rl
     if choose_sampler(rl.sampler, parallel.device) == "hf":
         return policy.sampler(rows=rl.sampler_rows)
+    lists = rl.vllm_tp * math.ceil(rl.prompts_per_step / parallel.dp_world) * rl.group_size
     engine = EngineConfig(
         max_tokens=config.data.max_prompt_tokens + rl.max_new_tokens,
-        rows=rl.sampler_rows,
+        rows=min(rl.sampler_rows, max(lists, rl.eval_samples)),
         dtype=torch.bfloat16 if config.model.autocast == "bfloat16" else torch.float32,
         memory=rl.vllm_memory,
         tensor_parallel=rl.vllm_tp,

@@ -273,7 +273,9 @@ def explain_start(text: str, version: str, model_config: PreTrainedConfig, confi
             f"rl.vllm_memory = {config.memory} leaves vLLM no room for the keys and values of one list "
             f"({a_list / GIB:.2f} GiB): set rl.vllm_memory={raised}, or {shorter}"
         )
-    return f"vLLM {version} did not start: {text.strip().splitlines()[0] if text.strip() else 'no reason given'}"
+    checked = re.search(r"Value error, (.+)", text)  # of its settings; the message begins with a list of fields
+    reason = checked[1] if checked else next(iter(text.strip().splitlines()), "no reason given")
+    return f"vLLM {version} did not start: {reason}"
 
 
 def cache_bytes_a_list(model_config: PreTrainedConfig, config: EngineConfig) -> int:
