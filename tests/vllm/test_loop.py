@@ -107,8 +107,9 @@ def test_a_sync_left_out_stops_the_run_at_the_next_step(start, tmp_path, monkeyp
 
 @pytest.mark.parametrize("shared", [False, True], ids=["an engine each", "one engine"])
 def test_two_processes(tmp_path, shared):
+    """The model is split over both, and each has an engine of its own, or both share one."""
     size = TinyConfig(64, 2, 64, 2, 2, 1024) if shared else TinyConfig(32, 2, 64, 1, 1, 1024)
-    words = ["rl.num_steps=2", f"rl.vllm_tp={1 + shared}"]
+    words = ["rl.num_steps=2", f"rl.vllm_tp={1 + shared}", "parallel.shard=full"]
     start = make_init("tiny", taught_dataset(), tmp_path / "init", seed=0, tiny=size)
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
@@ -135,4 +136,4 @@ def test_real_conversations(model, steps, tmp_path):
         pytest.skip("no real conversations: ../shared/data/redial is missing")
     result = prove(model, str(data), steps, tmp_path / "run", ["model.autocast=none"])
     assert result["steps"] == steps and result["steps_that_changed_the_weights"] >= steps - 1
-    assert result["mean_exp_abs_logp"]["worst_step"] <= 1.001
+    assert result["worst_step"] <= 1.001
