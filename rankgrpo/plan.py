@@ -178,29 +178,30 @@ def update_bytes(arch: Architecture, config: Config, gpus: int) -> dict[str, flo
     """Working weights, activations of one micro-batch, and the head, at the peak of a backward pass."""
     bfloat16, split = config.model.autocast == "bfloat16", is_split(config, gpus)
     tokens, compute = micro_batch_tokens(config), 2 if bfloat16 else 4
+    trained = config.adapter.kind == "none"
     # FSDP computes wholly in bfloat16; autocast leaves the residual stream float32.
     stream = 2 if bfloat16 and split else 4
     return {
-        "working weights": working_weight_bytes(arch, compute, split=split, bfloat16=bfloat16),
+        "working weights": working_weight_bytes(arch, compute, split=split, bfloat16=bfloat16, trained=trained),
         "activations": activation_bytes(
             arch, tokens, stream=stream, compute=compute, checkpointing=config.model.gradient_checkpointing
         ),
         "backward": tokens * (2 * arch.ffn * compute + 2 * arch.hidden * stream),
-        "head": head_bytes(arch, compute),
+        "head": head_bytes(arch, compute, trained=trained),
     }
 
 
-def working_weight_bytes(arch: Architecture, compute: int, *, split: bool, bfloat16: bool) -> float:
+def working_weight_bytes(arch: Architecture, compute: int, *, split: bool, bfloat16: bool, trained: bool) -> float:
     """Weights in the type of the matrix products.
 
     Split: two blocks and the rest are gathered at once, with the gradients of one block and of the rest, and what is
-    summed of them in float32. Whole: autocast keeps a bfloat16 copy of every matrix.
+    summed of them in float32, unless only adapters are trained. Whole: autocast keeps a bfloat16 copy of every matrix.
     """
+    if not split:
+        return 2 * arch.num_parameters if bfloat16 else 0
     rest = arch.num_parameters - arch.layers * arch.block_parameters
-    if split:
-        gathered = compute * (2 * arch.block_parameters + rest)
-        return gathered + compute * (arch.block_parameters + rest) + 4 * max(arch.block_parameters, rest)
-    return 2 * arch.num_parameters if bfloat16 else 0
+    gradients = compute * (arch.block_parameters + rest) + 4 * max(arch.block_parameters, rest)
+    return compute * (2 * arch.block_parameters + rest) + gradients * trained
 
 
 def activation_bytes(arch: Architecture, tokens: int, *, stream: int, compute: int, checkpointing: bool) -> float:
@@ -225,10 +226,10 @@ def block_activation_bytes(arch: Architecture, stream: int, compute: int) -> flo
     return norms + attention + 4 * arch.ffn * compute
 
 
-def head_bytes(arch: Architecture, compute: int) -> float:
+def head_bytes(arch: Architecture, compute: int, *, trained: bool) -> float:
     """The head's float32 weight gradient, its weights in the compute type, and the logits of one chunk, thrice."""
     head = arch.vocab * arch.hidden
-    return 4 * head + compute * head + 3 * 4 * TORCH_CHUNK_ELEMENTS
+    return 4 * head * trained + compute * head + 3 * 4 * TORCH_CHUNK_ELEMENTS
 
 
 def lists_at_once(config: Config, gpus: int) -> int:
@@ -268,7 +269,8 @@ def step_seconds(arch: Architecture, config: Config, gpus: int, rates: Rates) ->
     rl, peak = config.rl, rates.peak_tflops * 1e12
     prompts = rl.prompts_per_step / gpus
     forward = prompts * group_forward_flops(arch, rates.prompt_tokens, rates.list_tokens, rl.group_size)
-    passes = 4 if config.model.gradient_checkpointing else 3  # checkpointing computes the forward again
+    # A backward is two forwards, one for the inputs and one for the weights; checkpointing computes the forward again.
+    passes = 2 + (config.adapter.kind == "none") + config.model.gradient_checkpointing
     compute = 2 if config.model.autocast == "bfloat16" else 4
     lists = prompts * rl.group_size
     cached = lists * (rates.prompt_tokens + rates.list_tokens / 2) * 2 * arch.layers * arch.key_size * compute
@@ -332,6 +334,7 @@ def _remedies(config: Config) -> list[tuple[str, Config]]:
             replace(config, model=replace(config.model, gradient_checkpointing=True)),
         ),
         (f"rl.token_budget={group}", replace(config, rl=replace(rl, token_budget=group))),
+        ("adapter.kind=lora", replace(config, adapter=replace(config.adapter, kind="lora"))),
         ("rl.vllm_sleep=1", replace(config, rl=replace(rl, vllm_sleep=1))),
         ("rl.kl_coef=0 (no reference model)", replace(config, rl=replace(rl, kl_coef=0.0))),
         ("parallel.shard=full", replace(config, parallel=replace(config.parallel, shard="full"))),

@@ -99,6 +99,11 @@ def test_tiny_takes_its_sizes_from_the_settings():
     assert find_architecture("tiny", sizes) == replace(SMALL, vocab=2048)
 
 
+def test_adapters_of_layers_that_there_are_not():
+    with pytest.raises(ConfigError, match="'c_attn' is none of q_proj, k_proj"):
+        SMALL.adapter_parameters(AdapterConfig("lora", targets="q_proj,c_attn"))
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -191,6 +196,19 @@ def test_state_by_hand():
     assert state_bytes(arch, adapted, 1) == expected
 
 
+def test_adapters_leave_no_gradient_of_the_weights():
+    """LoRA of 16 on every layer of the 3B model: one GPU of 80 GB, where training all of it takes four."""
+    arch, machine = PRESETS["llama3.2-3b"], Machine(1, 80)
+    overrides = ("rl.sampler_rows=96", "rl.vllm_memory=0.35")
+    whole = make_plan("x", arch, preset("llama3.2-3b", *overrides), machine)
+    lora = make_plan("x", arch, preset("llama3.2-3b", *overrides, "adapter.kind=lora"), machine)
+    assert lora.fits and not whole.fits
+    assert whole.update["head"] - lora.update["head"] == 4 * arch.vocab * arch.hidden
+    split = [make_plan("x", arch, plan.config, Machine(4, 80)).update["working weights"] for plan in (whole, lora)]
+    rest = arch.num_parameters - arch.layers * arch.block_parameters
+    assert split[0] - split[1] == 2 * (arch.block_parameters + rest) + 4 * rest
+
+
 def test_keys_and_values_by_hand():
     config = preset("qwen2.5-0.5b")
     # 4 GPUs: 12 prompts of 2048 and 96 lists of 1024 tokens; 24 layers, keys and values of 2 heads of 64, two bytes.
@@ -228,6 +246,8 @@ def test_seconds_scale_with_what_causes_them():
     assert base["update"] == pytest.approx(4 * forward)  # with checkpointing the forward is computed twice
     assert step_seconds(arch, config, 2, rates)["update"] == pytest.approx(2 * base["update"])
     twice = preset("qwen2.5-0.5b", "rl.updates_per_batch=2", "rl.kl_coef=0", "model.gradient_checkpointing=false")
+    lora = step_seconds(arch, preset("qwen2.5-0.5b", "adapter.kind=lora"), 4, rates)
+    assert lora["update"] == pytest.approx(3 * forward)
     changed = step_seconds(arch, twice, 4, rates)
     assert changed["update"] == pytest.approx(6 * forward) and changed["reference"] == 0
     assert changed["sample"] == pytest.approx(base["sample"])
