@@ -111,14 +111,15 @@ def encode_with_transformer(model: str, texts: Sequence[str], device: torch.devi
     from transformers import AutoModel, AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model)
-        encoder = AutoModel.from_pretrained(model, dtype=torch.float32).to(device).eval()
+        # False, because transformers asks at the terminal where nothing is said.
+        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+        encoder = AutoModel.from_pretrained(model, dtype=torch.float32, trust_remote_code=False).to(device).eval()
     except (OSError, ValueError) as error:
         raise EncoderError(
             f"encoder {model!r} cannot be loaded: {str(error).splitlines()[0]}. Give a local folder or a hub id of an "
-            "architecture that transformers has. Any other model (stella brings code of its own) can be served, for "
-            f"example by `vllm serve {STELLA} --trust-remote-code --port 8001`, and named with "
-            "--encoder http://localhost:8001/v1"
+            "architecture that transformers has. A model that brings code of its own, as stella does, can be served: "
+            f'`vllm serve {STELLA} --trust-remote-code --hf-overrides \'{{"architectures": ["GteNewModel"]}}\' --port '
+            "8001`, then --encoder http://localhost:8001/v1"
         ) from None
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token

@@ -38,7 +38,7 @@ class DistillConfig:
     metadata: Literal["auto", "teacher", "catalog"] = "auto"
     """Text about each item: asked of the teacher, or the catalog's genres and plot; auto asks unless that is EASE."""
     encoder: str = "tfidf"
-    """`tfidf`, a transformers encoder (folder or hub id), or the address of an embeddings server."""
+    """`tfidf`, a transformers encoder (folder, hub id or `stella`), or the address of an embeddings server."""
     encoder_model: str = STELLA
     """Model of an embeddings server."""
     mentions: bool = True
