@@ -167,14 +167,17 @@ def test_a_finished_run_is_not_repeated(warm, tmp_path):
     assert (tmp_path / "rl" / "metrics.jsonl").stat().st_mtime_ns == before
 
 
-def test_rewards_rise_when_the_right_answer_is_one_film(warm, tmp_path):
+@pytest.mark.parametrize("words", [(), ("adapter.kind=dora", "adapter.rslora=true")], ids=["whole", "adapters"])
+def test_rewards_rise_when_the_right_answer_is_one_film(warm, tmp_path, words):
     """The signal reaches the right tokens: with the same single film wanted by everybody, its rank-0 rate must rise."""
     from dataclasses import replace
 
     dataset = tiny_dataset()
     item = dataset.catalog.items[max(range(len(dataset.catalog)), key=lambda i: dataset.catalog.items[i].popularity)]
     easy = [replace(s, groundtruth=((item.title, item.year),), seen_titles=()) for s in dataset.train]
-    config = tiny_config("rl.num_steps=25", "rl.lr=3e-3", "rl.prompts_per_step=8", "rl.group_size=8", "rl.kl_coef=0")
+    config = tiny_config(
+        "rl.num_steps=25", "rl.lr=3e-3", "rl.prompts_per_step=8", "rl.group_size=8", "rl.kl_coef=0", *words
+    )
     train(config, replace(dataset, train=easy), warm[0], tmp_path / "rl", ALONE)
     rewards = [row["reward/mean"] for row in read_metrics(tmp_path / "rl" / "metrics.jsonl")[0][1:]]
     assert sum(rewards[-5:]) > 2 * sum(rewards[:5])
