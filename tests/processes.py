@@ -16,16 +16,12 @@ from tiny_world import WORDS
 from rankgrpo.files import TEMPORARY
 
 TESTS = Path(__file__).parent
-TORCHRUN = ("-m", "torch.distributed.run", "--standalone")
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
 
 
-def launch(
-    *words: str, num_processes: int = 1, torchrun: tuple[str, ...] = (), cwd: Path | None = None
-) -> subprocess.Popen:
-    """Start a Python file with its words; with `num_processes` above 1, or options for it, under torchrun."""
-    launcher = []
-    if num_processes > 1 or torchrun:
-        launcher = [*TORCHRUN, "--nproc-per-node", str(num_processes), *torchrun]
+def launch(*words: str, num_processes: int = 1, cwd: Path | None = None) -> subprocess.Popen:
+    """Start a Python file with its words, several processes under torchrun."""
+    launcher = [*TORCHRUN, str(num_processes)] if num_processes > 1 else []
     path = os.pathsep.join([str(TESTS.parent), str(TESTS), os.environ.get("PYTHONPATH", "")])
     return subprocess.Popen(
         [sys.executable, *launcher, *words],
@@ -37,13 +33,11 @@ def launch(
     )
 
 
-def start(
-    run: Path, *words: str, delay: float = 0.0, num_processes: int = 1, torchrun: tuple[str, ...] = ()
-) -> subprocess.Popen:
+def start(run: Path, *words: str, delay: float = 0.0, num_processes: int = 1) -> subprocess.Popen:
     """Start or continue the tiny run in `run`; every sync to disk takes `delay` seconds more."""
     program = str(TESTS / "slow_saves.py")
     command = [program, str(delay), "run", "--run-dir", str(run), "--set", *WORDS, *words]
-    return launch(*command, num_processes=num_processes, torchrun=torchrun, cwd=run.parent)
+    return launch(*command, num_processes=num_processes, cwd=run.parent)
 
 
 def finish(process: subprocess.Popen) -> str:
@@ -56,17 +50,16 @@ def finish(process: subprocess.Popen) -> str:
     return output
 
 
-def kill_when(process: subprocess.Popen, reached: Callable[[], bool], victim: Callable[[], int] | None = None) -> None:
-    """SIGKILL the process, or the one whose id `victim` gives, once the moment is reached."""
+def kill_when(process: subprocess.Popen, reached: Callable[[], bool]) -> None:
+    """SIGKILL once the moment is reached."""
     deadline = time.monotonic() + 900
     while not reached():
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < deadline, "the moment to kill never came"
         time.sleep(0.002)
-    os.kill(process.pid if victim is None else victim(), signal.SIGKILL)
-    if victim is None:
-        process.wait()
-        process.stdout.close()
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
 
 
 def children(process_id: int) -> list[int]:

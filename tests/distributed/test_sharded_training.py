@@ -84,12 +84,12 @@ def results(world, name):
 
 @pytest.fixture(scope="module")
 def two(world):
-    """What two processes make of every case, in one start of them."""
+    """What two processes make of every case, in one start of them that also plays the scenarios on their own."""
     jobs = [make_job(world, name, *case, **MORE.get(name, {})) for name, case in CASES.items()]
     checkpoint = str(world[0] / "checkpoints")
     jobs.append(make_job(world, "half", CASES["uneven"][0], UNEVEN, save=checkpoint))
     (world[0] / "jobs.json").write_text(json.dumps(jobs))
-    play(2, world[0], "jobs")
+    play(2, world[0], "whole_parameters", "full_disk", "jobs")
     return world
 
 

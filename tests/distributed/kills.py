@@ -1,9 +1,9 @@
-"""SIGKILL at random moments: `python tests/distributed/random_kills.py --kills 20`, from the repository's environment.
+"""SIGKILL at chosen or at random moments: `python tests/distributed/kills.py --random 20`.
 
-Two workers train the tiny run with a split model under torchrun's agent; one worker or the agent is killed at a random
-moment, the same command goes on, and so forth. Whenever the run gets to its end, its metrics and scores must be those
-of the run that was never killed, bit for bit. This process has imported everything and forks the agents and workers,
-which would otherwise spend most of their time importing.
+Two workers train the tiny run with a split model under torchrun's agent; a worker or the agent is killed, the same
+command goes on, and so forth. Whenever the run gets to its end, its metrics and scores must be those of the run that
+was never killed, bit for bit. This process has imported everything and forks the agents and workers, which would
+otherwise spend most of their time importing.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ import sys
 import tempfile
 import time
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from processes import children, gone, num_rows, rows  # noqa: E402
+from processes import being_saved, children, gone, num_rows, rows  # noqa: E402
 from tiny_world import WORDS  # noqa: E402
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch  # noqa: E402
 
@@ -43,8 +44,11 @@ def worker(words: list[str], delay: float) -> None:
     main()
 
 
-def start(run: Path, delay: float) -> int:
-    """Fork torchrun's agent, which forks two workers; returns its process id. Output is added to run.log."""
+def start(run: Path, delay: float = 0.0, max_restarts: int = 0) -> int:
+    """Fork torchrun's agent, which forks two workers; returns its process id. Output is added to run.log.
+
+    Every sync to disk takes `delay` seconds more.
+    """
     if agent := os.fork():
         return agent
     status = 1
@@ -54,7 +58,7 @@ def start(run: Path, delay: float) -> int:
         os.dup2(log, 2)
         config = LaunchConfig(
             1, 1, 2, run_id=uuid.uuid4().hex, rdzv_endpoint="localhost:0", rdzv_backend="c10d", start_method="fork",
-            max_restarts=0, monitor_interval=0.1,
+            max_restarts=max_restarts, monitor_interval=0.1,
         )  # fmt: skip
         words = ["run", "--run-dir", str(run), "--set", *WORDS, "parallel.shard=full"]
         elastic_launch(config, worker)(words, delay)
@@ -73,9 +77,14 @@ def ended(agent: int, patience_s: float) -> int | None:
     return os.waitstatus_to_exitcode(found[1])
 
 
-def finish(run: Path) -> None:
-    status = ended(start(run, 0.0), 1200)
+def assert_finishes(agent: int, run: Path) -> None:
+    status = ended(agent, 1200)
     assert status == 0, f"status {status}:\n" + Path(f"{run}.log").read_text()
+
+
+def wait_until(reached: Callable[[], bool], agent: int) -> None:
+    while not reached():
+        assert ended(agent, 0.01) is None, "the run ended before the moment to kill came"
 
 
 def newest(run: Path) -> list[str]:
@@ -97,10 +106,40 @@ def progress(run: Path) -> int:
     return num_rows(run, "sft") + num_rows(run, "rl") + len(list(run.glob("eval/*/*.json")))
 
 
+def kill_at_chosen_moments(run: Path, whole: Path) -> None:
+    """A worker between two checkpoints; torchrun itself in the middle of a save; a worker that torchrun restarts."""
+    agent = start(run)
+    wait_until(lambda: num_rows(run, "sft") >= 3, agent)
+    assert kill(children(agent)[1], agent) != 0
+
+    checkpoints = run / "rl" / "checkpoints"
+    agent = start(run, delay=0.1)
+    wait_until(lambda: bool(list_checkpoints(checkpoints)) and being_saved(checkpoints), agent)
+    saved = newest(run)
+    kill(agent, agent)
+    assert newest(run) >= saved
+
+    agent = start(run, max_restarts=1)
+    wait_until(lambda: num_rows(run, "rl") >= 6, agent)
+    os.kill(children(agent)[0], signal.SIGKILL)
+    assert_finishes(agent, run)
+    assert_same(run, whole)
+
+
+def kill(victim: int, agent: int) -> int:
+    """The agent's exit status after the kill; all that it started must end with it."""
+    workers = children(agent)
+    os.kill(victim, signal.SIGKILL)
+    status = ended(agent, 300)
+    assert status is not None, "torchrun outlived its worker"
+    assert gone(workers), "workers outlived torchrun"
+    return status
+
+
 def kill_at_random(run: Path, rng: random.Random) -> str:
     """One start, killed somewhere in its next five bits of progress unless it ends before; says which."""
-    goal, delay = progress(run) + rng.randint(0, 5), rng.choice((0.0, 0.0, 0.05))
-    agent = start(run, delay)
+    goal = progress(run) + rng.randint(0, 5)
+    agent = start(run, rng.choice((0.0, 0.0, 0.05)))
     status = None
     while status is None and progress(run) < goal:
         status = ended(agent, 0.02)
@@ -109,44 +148,41 @@ def kill_at_random(run: Path, rng: random.Random) -> str:
     if status is not None:
         assert status == 0, Path(f"{run}.log").read_text()
         return "finished"
-    workers = children(agent)
-    victim = rng.choice([agent, *workers])
-    os.kill(victim, signal.SIGKILL)
-    assert ended(agent, 300) is not None, "torchrun outlived its worker"
-    assert gone(workers), "workers outlived torchrun"
+    victim = rng.choice([agent, *children(agent)])
+    kill(victim, agent)
     return "torchrun killed" if victim == agent else "worker killed"
 
 
-def run_kills(num_kills: int, seed: int, folder: Path) -> None:
-    rng, whole, run = random.Random(seed), folder / "whole", folder / "run"
-    finish(whole)
+def kill_at_random_moments(num_kills: int, seed: int, run: Path, whole: Path) -> None:
+    rng = random.Random(seed)
     kills = resumed = completed = 0
     while kills < num_kills:
         before = newest(run)
         what = kill_at_random(run, rng)
         after = newest(run)
-        assert all(old <= new for old, new in zip(before, after, strict=True)), (
-            f"a checkpoint was lost: {before} {after}"
-        )
+        assert all(old <= new for old, new in zip(before, after, strict=True)), f"lost one: {before} -> {after}"
         if what == "finished":
             completed += 1
             assert_same(run, whole)
             shutil.rmtree(run)
             continue
         kills, resumed = kills + 1, resumed + any(before)
-        rows = f"{num_rows(run, 'sft')} + {num_rows(run, 'rl')} rows"
-        print(f"{kills:3} {what}: {rows}, newest checkpoints {before} -> {after}", flush=True)
-    finish(run)
+        so_far = f"{num_rows(run, 'sft')} + {num_rows(run, 'rl')} rows"
+        print(f"{kills:3} {what}: {so_far}, newest checkpoints {before} -> {after}", flush=True)
+    assert_finishes(start(run), run)
     assert_same(run, whole)
-    print(
-        f"{kills} kills, {resumed} of them in resumed runs, {completed + 1} runs came to their end, all of them equal"
-    )
+    print(f"{kills} kills, {resumed} of them after a resume; {completed + 1} runs came to their end, all equal")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--random", type=int, default=0, metavar="KILLS", help="0: at the chosen moments")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
-        run_kills(arguments.kills, arguments.seed, Path(temporary))
+        run, whole = Path(temporary) / "run", Path(temporary) / "whole"
+        assert_finishes(start(whole), whole)
+        if arguments.random:
+            kill_at_random_moments(arguments.random, arguments.seed, run, whole)
+        else:
+            kill_at_chosen_moments(run, whole)
