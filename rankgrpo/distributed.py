@@ -19,6 +19,7 @@ import torch.distributed as td
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
 from torch.multiprocessing import _prctl_pr_set_pdeathsig
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -95,8 +96,10 @@ def start_parallel() -> Parallel:
         return Parallel(0, 1, device)
     if not td.is_initialized():
         try:
+            store, dp_rank, dp_world = meeting_place()
             # gloo beside NCCL: what is offloaded to host memory is reduced there.
-            td.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
+            backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
+            td.init_process_group(backend, store=store, rank=dp_rank, world_size=dp_world)
         except (td.DistNetworkError, td.DistStoreError) as error:
             raise ParallelError(
                 f"the processes cannot meet at {os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')} "
@@ -106,6 +109,19 @@ def start_parallel() -> Parallel:
         # torchrun's children outlive it when it is killed, and would go on writing beside those of the next start.
         _prctl_pr_set_pdeathsig(signal.SIGKILL)
     return Parallel(td.get_rank(), td.get_world_size(), device)
+
+
+def meeting_place() -> tuple[td.Store, int, int]:
+    """The store that torchrun's processes meet in, this process's rank and the number of processes.
+
+    torchrun 2.13 keeps one store over its restarts, in which processes that start again would find the addresses of
+    the dead and wait for them. Nodes count their restarts apart, so several of them need its own remedy
+    (TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in torchrun's environment).
+    """
+    store, dp_rank, dp_world = next(rendezvous("env://"))
+    if os.environ.get("LOCAL_WORLD_SIZE") == str(dp_world):
+        store = td.PrefixStore(f"restart-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    return store, dp_rank, dp_world
 
 
 def lost_contact(error: RuntimeError) -> bool:
