@@ -292,7 +292,10 @@ def test_what_datasets_itself_writes(tmp_path):
 
 def test_years_of_the_release(tmp_path):
     groundtruth = [("Ronin", "1998"), ("Thief", ""), ("Heat", "95"), ("Up", "n/a"), ("Ronin", "1998")]
-    imported = read_saved(write_saved(tmp_path / "train", [saved_row(groundtruth=groundtruth)], num_files=1))
+    row = saved_row(groundtruth=groundtruth, seen=("Heat", "", "Heat"))
+    imported = read_saved(write_saved(tmp_path / "train", [row], num_files=1))
+    assert imported.splits["train"][0].seen_titles == ("Heat",)
+    assert imported.notes.count("seen titles that are none, left out") == 1
     assert imported.splits["train"][0].groundtruth == (("Ronin", 1998),)
     assert imported.notes.count("ground-truth entries without a possible year, left out") == 2
     assert imported.notes.count("ground-truth entries without a year, left out") == 1
@@ -402,6 +405,7 @@ def test_jsonl_in_chat_form_and_missing_splits(tmp_path):
         ({"conversation": "hi", "groundtruth": [["Heat", 1995, 2]]}, "expected .title, year. or"),
         ({"conversation": "hi", "groundtruth": [], "split": "holdout"}, "split must be one of train"),
         ({"conversation": "hi", "groundtruth": [], "completion": 1}, "completion must be a string"),
+        ({"conversation": "hi", "groundtruth": [], "seen_titles": [[]]}, r"seen_titles holds \[\], expected titles"),
     ],
 )
 def test_wrong_rows_are_named(tmp_path, row, message):

@@ -74,7 +74,7 @@ def parse_groundtruth(value: object, catalog: Catalog | None, notes: Notes, wher
     """
     found: dict[tuple[str, int], None] = {}
     for entry in parse_names(value, "groundtruth"):
-        pair = isinstance(entry, list | tuple)
+        pair = isinstance(entry, list)
         if pair and (len(entry) != 2 or not isinstance(entry[0], str)):
             raise DataError(f'groundtruth holds {entry!r}, expected [title, year] or "Title (Year)"')
         try:
@@ -99,12 +99,26 @@ def _title_and_year(title: str, year: object) -> tuple[str, int | None]:
     return parse_title(title), parse_year(year)
 
 
+def parse_seen(value: object, notes: Notes, where: str) -> tuple[str, ...]:
+    """Seen titles from a list of titles or [title, year], or one string; each once, what is no title noted.
+
+    A year is dropped: a seen film is never a hit, whatever its year.
+    """
+    titles: dict[str, None] = {}
+    for entry in parse_names(value, "seen_titles"):
+        try:
+            titles.setdefault(parse_title(entry if isinstance(entry, str) else entry[0]))
+        except DataError as error:
+            notes.add("seen titles that are none, left out", f"{where}: {entry!r}: {error}")
+    return tuple(titles)
+
+
 def parse_names(value: object, field: str) -> list[Any]:
     """The entries of a list, or of one string that separates them by `|` or line breaks."""
     if isinstance(value, str):
         return [name.strip() for name in re.split(r"[|\n]", value) if name.strip()]
     if not isinstance(value, list):
         raise DataError(f"{field} must be a list, or one string separated by |, got {type_name(value)}")
-    if wrong := [entry for entry in value if not isinstance(entry, str | list | tuple)]:
+    if wrong := [entry for entry in value if not isinstance(entry, str) and not (isinstance(entry, list) and entry)]:
         raise DataError(f"{field} holds {wrong[0]!r}, expected titles")
     return value

@@ -19,9 +19,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from rankgrpo.catalog import Catalog, DataError, parse_title, type_name
+from rankgrpo.catalog import Catalog, DataError
 from rankgrpo.data import Sample, Turn
-from rankgrpo.importers.common import Imported, Notes, parse_groundtruth, split_name
+from rankgrpo.importers.common import Imported, Notes, parse_groundtruth, parse_seen, split_name
 
 STATE = "state.json"
 MARK = "Here is the conversation:"
@@ -127,13 +127,10 @@ def _arrow_files(folder: Path) -> list[Path]:
 
 
 def _to_sample(row: Mapping[str, Any], sample_id: str, catalog: Catalog | None, notes: Notes, where: str) -> Sample:
-    seen_titles = row["seen_titles"] or []
-    if not isinstance(seen_titles, list) or not all(isinstance(title, str) for title in seen_titles):
-        raise DataError(f"seen_titles must be a list of titles, got {type_name(seen_titles)}")
     return Sample(
         id=sample_id,
         conversation=parse_prompt(_content(row["prompt"], "prompt", "user")),
-        seen_titles=tuple(dict.fromkeys(parse_title(title) for title in seen_titles)),
+        seen_titles=parse_seen(row["seen_titles"] or [], notes, where),
         groundtruth=parse_groundtruth(row[GROUNDTRUTH] or [], catalog, notes, where),
         completion=_content(row["completion"], "completion", "assistant") if row.get("completion") else None,
     )

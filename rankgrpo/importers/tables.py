@@ -13,9 +13,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from rankgrpo.catalog import Catalog, DataError, parse_title, read_csv, read_jsonl, type_name
+from rankgrpo.catalog import Catalog, DataError, read_csv, read_jsonl, type_name
 from rankgrpo.data import Sample, Turn
-from rankgrpo.importers.common import SPLIT_NAMES, Imported, Notes, parse_groundtruth, parse_names, split_name
+from rankgrpo.importers.common import SPLIT_NAMES, Imported, Notes, parse_groundtruth, parse_seen, split_name
 from rankgrpo.recommend import read_conversation
 
 FIELDS = ("id", "conversation", "seen_titles", "groundtruth", "completion", "split")
@@ -99,12 +99,10 @@ def _to_sample(row: Mapping[str, Any], sample_id: str, catalog: Catalog | None, 
     completion = row.get("completion")
     if completion is not None and not isinstance(completion, str):
         raise DataError(f"completion must be a string, got {type_name(completion)}")
-    seen = parse_names(row.get("seen_titles", []), "seen_titles")
     return Sample(
         id=str(row.get("id", sample_id)),
         conversation=_conversation(row["conversation"]),
-        # The year is dropped: a seen film is never a hit, whatever its year.
-        seen_titles=tuple(dict.fromkeys(parse_title(entry if isinstance(entry, str) else entry[0]) for entry in seen)),
+        seen_titles=parse_seen(row.get("seen_titles", []), notes, where),
         groundtruth=parse_groundtruth(row["groundtruth"], catalog, notes, where),
         completion=completion,
     )
