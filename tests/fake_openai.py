@@ -16,8 +16,8 @@ LIST = "Heat (1995)\n2. The Matrix, (1999)\nA Film Nobody Made (2031)\nRonin (19
 class FakeServer:
     """`with FakeServer(behave) as server: ...`
 
-    behave(prompt, nth) says what the nth call (from 0) with this prompt gets: "good", "empty", "nonsense", "garbage"
-    (no JSON), "other" (JSON of another kind), "slow" (later than a second), a status such as 429, or a text to answer.
+    behave(prompt, nth) says what the nth call (from 0) with this prompt gets: "good", "empty", "nonsense", "slow" (more
+    than a second late), a status such as 429, a text to answer, or JSON or HTML as the whole body of the response.
     """
 
     def __init__(self, behave: Callable[[str, int], str | int] = lambda prompt, nth: "good") -> None:
@@ -52,7 +52,7 @@ class FakeServer:
                 if kind == "slow":
                     time.sleep(1.5)
                 texts = {"good": good_answer(prompt), "slow": good_answer(prompt), "empty": "", "nonsense": "As an AI"}
-                raw = {"garbage": "<html>", "other": '"hello"'}.get(kind)
+                raw = str(kind) if str(kind).startswith(("{", "[", '"', "<html")) else None
                 self.answer(200, completion(texts.get(str(kind), str(kind))) if raw is None else raw)
 
             def answer(self, status: int, text: str, headers: dict[str, str] | None = None) -> None:

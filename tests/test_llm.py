@@ -24,8 +24,14 @@ def ask(server, tmp_path, prompts, *, is_readable=lambda prompt, reply: reply !=
         ("empty", "empty"),
         ("nonsense", "unreadable"),
         ("slow", "time-out"),
-        ("garbage", "broken response"),
-        ("other", "empty"),
+        ("<html>", "broken response"),
+        ('"hello"', "empty"),
+        ("[]", "empty"),
+        ("{}", "empty"),
+        ('{"choices": []}', "empty"),
+        ('{"choices": [{}]}', "empty"),
+        ('{"choices": [{"message": null}], "usage": null}', "empty"),
+        ('{"choices": {"message": {"content": "x"}}}', "empty"),
     ],
 )
 def test_what_passes_is_asked_again(tmp_path, trouble, cause):

@@ -291,17 +291,16 @@ class _Round:
         except (openai.APIResponseValidationError, json.JSONDecodeError, TypeError) as error:
             raise _AttemptError("broken response", detail=str(error)) from None
         # A server that is not quite compatible may answer 200 with any JSON; the client does not look inside.
-        choices = response.choices if isinstance(response, openai.BaseModel) else None
-        reply = _without_thoughts(choices[0].message.content or "") if choices else ""
+        body = response.model_dump(warnings=False) if isinstance(response, openai.BaseModel) else None
+        content = _at(body, "choices", 0, "message", "content")
+        reply = _without_thoughts(content) if isinstance(content, str) else ""
         if not reply:
             raise _AttemptError("empty", detail="an answer without text")
         if not self.is_readable(prompt, reply):
             raise _AttemptError("unreadable", detail=f"an answer that cannot be read: {reply[:80]!r}")
-        usage = response.usage
-        return reply, {
-            "prompt_tokens": usage.prompt_tokens if usage else 0,
-            "reply_tokens": usage.completion_tokens if usage else 0,
-        }
+        names = {"prompt_tokens": "prompt_tokens", "reply_tokens": "completion_tokens"}
+        counts = {ours: _at(body, "usage", theirs) for ours, theirs in names.items()}
+        return reply, {name: count if isinstance(count, int) else 0 for name, count in counts.items()}
 
     async def _wait_for_slot(self) -> None:
         """Space the attempts evenly over a minute."""
@@ -341,6 +340,14 @@ def _status_error(endpoint: Endpoint, error: Any) -> Exception:
         wait_s = 0.0
     retry = status in (408, 409, 429) or status >= 500
     return _AttemptError(str(status), detail=detail, retry=retry, wait_s=wait_s)
+
+
+def _at(body: Any, *path: str | int) -> Any:
+    """What a JSON body holds at a path; None where it holds nothing there."""
+    for step in path:
+        fits = isinstance(body, list) and step in range(len(body)) or isinstance(body, dict) and step in body
+        body = body[step] if fits else None
+    return body
 
 
 def _without_thoughts(reply: str) -> str:
