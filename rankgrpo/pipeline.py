@@ -61,6 +61,8 @@ def run_stages(
     config = with_steps(config, len(dataset.train), count_demonstrations(config, run_dir))
     if parallel.is_main:
         open_run(config, run_dir)
+        if until == "rl":
+            keep_start(run_dir / "rl", rl_start)
     wait_for_all(parallel)
     say(parallel, f"run folder {run_dir}")
     if dataset.problems:
@@ -121,6 +123,24 @@ def open_run(config: Config, run_dir: Path) -> None:
     write_lines(run_dir / "config.toml", to_toml(config).splitlines())
     if not (run_dir / "meta.json").exists():
         write_lines(run_dir / "meta.json", [json.dumps(describe_machine(), indent=2)])
+
+
+def keep_start(rl_dir: Path, from_model: str | None) -> None:
+    """Note what reinforcement learning starts from; raise ConfigError when it has started from another model.
+
+    A checkpoint of adapters does not hold the model below them, so continuing on another one would go unnoticed.
+    """
+    path = rl_dir / "start.json"
+    if not path.exists():
+        write_lines(path, [json.dumps({"from_model": from_model})])
+        return
+    kept = json.loads(path.read_text(encoding="utf-8"))["from_model"]
+    if kept != from_model:
+        named = {None: "the run's own warm start"}
+        raise ConfigError(
+            f"{path}: this run has started from {named.get(kept, kept)}, not from {named.get(from_model, from_model)}. "
+            f"Repeat the command with the same --from-model to continue it, or name a new run folder"
+        )
 
 
 def describe_machine() -> dict:
