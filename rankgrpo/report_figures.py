@@ -320,7 +320,7 @@ def sft_loss(run: RunCurves) -> Figure | None:
 def phase_seconds(curves: Curves) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Seconds by step of every `time/<phase>_s` but the total, known phases first."""
     names = [match[1] for key in curves if (match := re.fullmatch(r"time/(.+)_s", key)) and match[1] != "total"]
-    known = ["sample", "score", "update"]
+    known = ["sample", "score", "update", "sync"]
     names.sort(key=lambda name: (known.index(name) if name in known else len(known), name))
     return {name: curves[f"time/{name}_s"] for name in names}
 
