@@ -48,16 +48,23 @@ def run_pipeline(
     if until == "sft" and not config.sft.enabled:
         raise ConfigError("sft.enabled = false leaves nothing to do before reinforcement learning; set it to true")
     parallel = start_parallel()
+    dataset = load_config_dataset(config)
+    load_parts(config.rl.reward, dataset.catalog)  # what cannot be computed fails before anything is written
     with only_one(run_dir) if parallel.is_main else nullcontext():
-        run_stages(config, run_dir, parallel, until=until, rl_start=rl_start, evaluate=evaluate)
+        run_stages(config, dataset, run_dir, parallel, until=until, rl_start=rl_start, evaluate=evaluate)
 
 
 def run_stages(
-    config: Config, run_dir: Path, parallel: Parallel, *, until: Until, rl_start: str | None, evaluate: bool
+    config: Config,
+    dataset: Dataset,
+    run_dir: Path,
+    parallel: Parallel,
+    *,
+    until: Until,
+    rl_start: str | None,
+    evaluate: bool,
 ) -> None:
     """`run_pipeline` on processes that have met, in a run folder that is theirs."""
-    dataset = load_config_dataset(config)
-    load_parts(config.rl.reward, dataset.catalog)  # what cannot be computed fails before anything is written
     config = with_steps(config, len(dataset.train), count_demonstrations(config, run_dir))
     if parallel.is_main:
         open_run(config, run_dir)
