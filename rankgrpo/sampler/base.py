@@ -94,6 +94,14 @@ def prompt_seed(seed: int, step: int, prompt_id: str) -> int:
     return int.from_bytes(digest, "big") >> 1
 
 
+def check_prompts(prompts: list[list[int]], seeds: list[int]) -> None:
+    """Raise ValueError unless every prompt has tokens and a seed."""
+    if len(seeds) != len(prompts):
+        raise ValueError(f"one seed a prompt: got {len(seeds)} seeds for {len(prompts)} prompts")
+    if any(not prompt for prompt in prompts):
+        raise ValueError("a prompt has no tokens")
+
+
 def fingerprint(tensor: Tensor) -> Tensor:
     """A 0-dim int64 on the tensor's device that depends on every bit of it.
 

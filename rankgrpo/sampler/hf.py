@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 
-from rankgrpo.sampler.base import Rollout, SamplingError, eos_token_ids
+from rankgrpo.sampler.base import Rollout, SamplingError, check_prompts, eos_token_ids
 
 ATTENTION_NAME = "rankgrpo_decode"
 
@@ -130,10 +130,7 @@ class HFSampler:
         on_progress: Callable[[int], object] | None = None,
     ) -> list[list[Rollout]]:
         """Sample `group_size` completions a prompt; `on_progress(n)` hears of every n prompts that are done."""
-        if len(seeds) != len(prompts):
-            raise ValueError(f"one seed a prompt: got {len(seeds)} seeds for {len(prompts)} prompts")
-        if any(not prompt for prompt in prompts):
-            raise ValueError("a prompt has no tokens")
+        check_prompts(prompts, seeds)
         # Prompts of like length share a batch; the result is put back into the order asked for.
         order = sorted(range(len(prompts)), key=lambda p: len(prompts[p]), reverse=True)
         per_batch = max(1, self.rows // group_size)

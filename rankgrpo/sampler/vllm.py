@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from rankgrpo.distributed import Parallel
-from rankgrpo.sampler.base import Rollout, SamplingError, eos_token_ids, fingerprint
+from rankgrpo.sampler.base import Rollout, SamplingError, check_prompts, eos_token_ids, fingerprint
 
 OLDEST, NEWEST = (0, 25), (0, 33)
 PINNED = "0.32.0"
@@ -83,10 +83,7 @@ class VLLMSampler:
         on_progress: Callable[[int], object] | None = None,
     ) -> list[list[Rollout]]:
         """Sample `group_size` completions a prompt; with tensor parallelism every process must call it."""
-        if len(seeds) != len(prompts):
-            raise ValueError(f"one seed a prompt: got {len(seeds)} seeds for {len(prompts)} prompts")
-        if any(not prompt for prompt in prompts):
-            raise ValueError("a prompt has no tokens")
+        check_prompts(prompts, seeds)
         longest = max((len(prompt) for prompt in prompts), default=0) + max_new_tokens
         if longest > self.config.max_tokens:
             raise ValueError(f"the engine holds {self.config.max_tokens} tokens a list, prompt included, not {longest}")
