@@ -33,9 +33,9 @@ def start(tmp_path_factory):
 @pytest.fixture(scope="module")
 def whole(start, tmp_path_factory):
     """Rows of an uninterrupted run."""
-    out = tmp_path_factory.mktemp("whole") / "rl"
-    train(tiny_config(*ENGINE), tiny_dataset(), start, out, ALONE)
-    return read_metrics(out / "metrics.jsonl")[0]
+    folder = tmp_path_factory.mktemp("whole")
+    run_to_its_end(command(start, folder))
+    return read_metrics(folder / "run" / "rl" / "metrics.jsonl")[0]
 
 
 def numbers(rows):
@@ -51,8 +51,17 @@ def command(start: str, folder: Path, *words: str) -> list[str]:
 
 
 def environment() -> dict[str, str]:
+    """One for all: sums differ in their last bits with the number of threads."""
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+
+
+def run_to_its_end(words: list[str]) -> None:
+    done = subprocess.run(
+        [sys.executable, *words],
+        env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=400, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
 
 
 def test_trainer_and_sampler_are_one_policy_at_every_step(whole):
@@ -66,8 +75,9 @@ def test_trainer_and_sampler_are_one_policy_at_every_step(whole):
 
 
 def test_killed_and_continued_it_is_the_run_it_would_have_been(start, whole, tmp_path):
+    words = command(start, tmp_path)
     process = subprocess.Popen(
-        [sys.executable, *command(start, tmp_path)],
+        [sys.executable, *words],
         env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     out, deadline = tmp_path / "run" / "rl", time.monotonic() + 300
@@ -78,7 +88,7 @@ def test_killed_and_continued_it_is_the_run_it_would_have_been(start, whole, tmp
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert not (out / "final").exists()
-    train(tiny_config(*ENGINE), tiny_dataset(), start, out, ALONE)
+    run_to_its_end(words)
     assert numbers(read_metrics(metrics)[0]) == numbers(whole)
 
 
@@ -112,11 +122,7 @@ def test_two_processes(tmp_path, shared):
     words = ["rl.num_steps=2", f"rl.vllm_tp={1 + shared}", "parallel.shard=full"]
     start = make_init("tiny", taught_dataset(), tmp_path / "init", seed=0, tiny=size)
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [sys.executable, *torchrun, *command(start, tmp_path, *words)],
-        env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=400, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout
+    run_to_its_end([*torchrun, *command(start, tmp_path, *words)])
     steps = read_metrics(tmp_path / "run" / "rl" / "metrics.jsonl")[0][1:]
     assert len(steps) == 2
     for row in steps:
