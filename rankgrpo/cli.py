@@ -254,7 +254,7 @@ def models() -> None:
 @app.command
 def methods() -> None:
     """List the methods of --method: Rank-GRPO, its variants and what it is compared with, with the keys each sets."""
-    from rankgrpo.config import method_files
+    from rankgrpo.config_file import method_files
 
     for name, path in method_files().items():
         print(f"{name}\n{textwrap.indent(path.read_text(encoding='utf-8'), '    ')}")
@@ -281,7 +281,8 @@ def plan(
       rankgrpo plan path/to/model --gpus 1 --gpu-memory 24 --set rl.token_budget=8192 rl.group_size=4
     """
     from rankgrpo.architecture import find_architecture
-    from rankgrpo.config import load_config, with_steps
+    from rankgrpo.config import with_steps
+    from rankgrpo.config_file import load_config
     from rankgrpo.plan import Machine, make_plan, parse_rates, render
 
     settings = load_config(config or _preset_file(model), set, model__name=model)
@@ -385,7 +386,7 @@ def default_run_dir(model: str, data: str, method: str | None = None) -> Path:
 
 def _preset_file(model: str) -> Path | None:
     """The TOML file of a preset; None for any other model."""
-    from rankgrpo.config import presets_dir
+    from rankgrpo.config_file import presets_dir
 
     file = presets_dir() / f"{model}.toml"
     return file if file.is_file() else None
@@ -399,7 +400,7 @@ def _settings(
     method: str | None = None,
     demonstrations: str | None = None,
 ):
-    from rankgrpo.config import load_config
+    from rankgrpo.config_file import load_config
     from rankgrpo.model import resolve_model
 
     resolve_model(model)  # an unknown name fails before anything is read or written

@@ -12,7 +12,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from rankgrpo.config import Config, ConfigError, load_config
+from rankgrpo.config import Config, ConfigError
+from rankgrpo.config_file import load_config
 from rankgrpo.data import Dataset, Sample, load_dataset
 from rankgrpo.distill.teacher import EaseTeacher, popularity_counts, popularity_lists
 from rankgrpo.distributed import Parallel, start_parallel, wait_for_all

@@ -9,7 +9,8 @@ from transformers import AutoModelForCausalLM
 import rankgrpo.policy
 from rankgrpo.adapter import adapters_off, has_adapters, merged_parameters, merged_weight, target_names
 from rankgrpo.architecture import find_architecture
-from rankgrpo.config import AdapterConfig, ConfigError, load_config
+from rankgrpo.config import AdapterConfig, ConfigError
+from rankgrpo.config_file import load_config
 from rankgrpo.model import load_policy, make_init
 from rankgrpo.packing import Group
 from rankgrpo.policy import open_policy, open_reference

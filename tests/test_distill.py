@@ -13,7 +13,8 @@ from fake_openai import LIST, FakeServer
 from tiny_world import ALONE, tiny_dataset
 
 from rankgrpo.catalog import Catalog, Item
-from rankgrpo.config import ConfigError, load_config, with_steps
+from rankgrpo.config import ConfigError, with_steps
+from rankgrpo.config_file import load_config
 from rankgrpo.data import Sample, Turn, read_samples, write_samples
 from rankgrpo.distill import llm, stages
 from rankgrpo.distill.corpus import make_corpus

@@ -7,7 +7,7 @@ from test_evaluate import CATALOG, letters, sample
 from tiny_world import ALONE, taught_dataset, tiny_config, tiny_dataset
 
 from rankgrpo.compare import Source, describe_source
-from rankgrpo.config import load_config
+from rankgrpo.config_file import load_config
 from rankgrpo.diversity import describe_lists, read_diversity, summarise_lists, union_sizes, write_diversity
 from rankgrpo.tables import format_table
 

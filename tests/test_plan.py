@@ -7,16 +7,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rankgrpo.architecture import PRESETS, Architecture, find_architecture
 from rankgrpo.attention import use_shared_prefix
-from rankgrpo.config import (
-    AdapterConfig,
-    Config,
-    ConfigError,
-    ModelConfig,
-    ParallelConfig,
-    RlConfig,
-    load_config,
-    presets_dir,
-)
+from rankgrpo.config import AdapterConfig, Config, ConfigError, ModelConfig, ParallelConfig, RlConfig
+from rankgrpo.config_file import load_config, presets_dir
 from rankgrpo.logprob import pack_logprobs
 from rankgrpo.packing import Group, build_pack
 from rankgrpo.plan import (

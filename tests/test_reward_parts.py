@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from rankgrpo.catalog import Catalog, Item
-from rankgrpo.config import ConfigError, RlConfig, load_config
+from rankgrpo.config import ConfigError, RlConfig
+from rankgrpo.config_file import load_config
 from rankgrpo.data import Sample, Turn
 from rankgrpo.distributed import Means, Parallel
 from rankgrpo.optim import TrainingError

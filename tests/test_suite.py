@@ -15,7 +15,8 @@ from test_evaluate import CATALOG, letters, sample
 from tiny_world import WORDS
 
 from rankgrpo.checkpoint import list_checkpoints
-from rankgrpo.config import ConfigError, presets_dir, to_toml, with_steps
+from rankgrpo.config import ConfigError, with_steps
+from rankgrpo.config_file import presets_dir, to_toml
 from rankgrpo.diversity import describe_lists, write_diversity
 from rankgrpo.evaluate import score_completions, write_evaluation
 from rankgrpo.files import write_lines

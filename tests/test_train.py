@@ -9,7 +9,7 @@ import torch
 from tiny_world import ALONE, WORDS, taught_dataset, tiny_config, tiny_dataset, tiny_demonstrations
 from transformers import AutoModelForCausalLM
 
-from rankgrpo.config import load_config
+from rankgrpo.config_file import load_config
 from rankgrpo.distributed import Parallel
 from rankgrpo.model import make_init
 from rankgrpo.optim import TrainingError

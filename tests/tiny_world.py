@@ -7,7 +7,8 @@ from functools import cache
 
 import torch
 
-from rankgrpo.config import Config, load_config
+from rankgrpo.config import Config
+from rankgrpo.config_file import load_config
 from rankgrpo.data import Dataset, Sample
 from rankgrpo.demo import make_demo
 from rankgrpo.distill.teacher import EaseTeacher, make_demonstrations

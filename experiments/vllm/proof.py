@@ -16,7 +16,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from rankgrpo.config import load_config, presets_dir
+from rankgrpo.config_file import load_config, presets_dir
 from rankgrpo.pipeline import describe_machine, run_pipeline
 from rankgrpo.tracker import read_metrics
 

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rankgrpo.config import ConfigError, presets_dir
+from rankgrpo.config import ConfigError
+from rankgrpo.config_file import presets_dir
 from rankgrpo.files import write_lines
 from rankgrpo.suite.figures import Board, Result, draw_figures, find_row
 from rankgrpo.suite.results import read_results

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rankgrpo.compare import BASELINES, evaluation_path
-from rankgrpo.config import Config, ConfigError, changed_keys, load_config
+from rankgrpo.config import Config, ConfigError
+from rankgrpo.config_file import changed_keys, load_config
 from rankgrpo.diversity import diversity_path
 from rankgrpo.model import resolve_model
 from rankgrpo.suite.spec import NO_START, Row, Suite, row_config

@@ -34,7 +34,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from rankgrpo.config import Config, ConfigError, load_config, presets_dir
+from rankgrpo.config import Config, ConfigError
+from rankgrpo.config_file import load_config, presets_dir
 
 BASELINE_ROWS = ("before", "popularity", "ease")
 NO_START = "none"

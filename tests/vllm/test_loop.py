@@ -11,7 +11,7 @@ import pytest
 from tiny_world import ALONE, taught_dataset, tiny_config, tiny_dataset
 
 import rankgrpo.train as train_module
-from rankgrpo.config import to_toml
+from rankgrpo.config_file import to_toml
 from rankgrpo.demo import write_demo
 from rankgrpo.model import make_init
 from rankgrpo.optim import TrainingError
