@@ -97,6 +97,9 @@ class TeacherConfig:
     popularity_weight: float = 2e-4
     num_folds: int = 5
     """A training conversation's list comes from a model fitted without that dialog; 0 fits one model on all."""
+    data_frac: float = 1.0
+    """Share of the training dialogs that the teacher is fitted on and the warm start learns from, 0.25 in the paper;
+    reinforcement learning sees all."""
     short_requests: int = 0
     """Extra demonstrations a training sample: one-line requests that name a few items of its dialog."""
 
@@ -104,6 +107,7 @@ class TeacherConfig:
         _require(self.l2 > 0, "teacher.l2", "must be positive")
         _require(self.num_folds != 1 and self.num_folds >= 0, "teacher.num_folds", "must be 0, or 2 and more")
         _require(self.short_requests >= 0, "teacher.short_requests", "must not be negative")
+        _require(0 < self.data_frac <= 1, "teacher.data_frac", "must be in (0, 1]")
 
 
 @dataclass(frozen=True)
@@ -297,11 +301,11 @@ class Config:
 def with_steps(config: Config, num_train: int, num_demonstrations: int | None = None) -> Config:
     """`config` with the steps that its epochs mean for `num_train` training samples and their demonstrations.
 
-    num_demonstrations: by default those that EASE makes.
+    num_demonstrations: by default about those that EASE makes.
     """
     sft, rl = config.sft, config.rl
     if num_demonstrations is None:
-        num_demonstrations = num_train * (1 + config.teacher.short_requests)
+        num_demonstrations = round(config.teacher.data_frac * num_train) * (1 + config.teacher.short_requests)
     sft_steps = sft.num_steps or math.ceil(sft.num_epochs * num_demonstrations / sft.batch_size)
     rl_steps = rl.num_steps or math.ceil(rl.num_epochs * num_train / rl.prompts_per_step)
     return replace(config, sft=replace(sft, num_steps=sft_steps), rl=replace(rl, num_steps=rl_steps))

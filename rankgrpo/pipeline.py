@@ -25,7 +25,7 @@ from rankgrpo.config import Config, ConfigError, with_steps
 from rankgrpo.config_file import changed_keys, load_config, to_toml
 from rankgrpo.data import Dataset, Sample, read_samples, write_samples
 from rankgrpo.distill.augment import short_demonstrations
-from rankgrpo.distill.teacher import make_demonstrations
+from rankgrpo.distill.teacher import make_demonstrations, share_of_dialogs
 from rankgrpo.distributed import Parallel, start_parallel, wait_for_all
 from rankgrpo.files import only_one, write_lines
 from rankgrpo.model import make_init
@@ -66,7 +66,8 @@ def run_stages(
     evaluate: bool,
 ) -> None:
     """`run_pipeline` on processes that have met, in a run folder that is theirs."""
-    config = with_steps(config, len(dataset.train), count_demonstrations(config, run_dir))
+    taught = warm_start_dataset(config, dataset)
+    config = with_steps(config, len(dataset.train), count_demonstrations(config, taught, run_dir))
     if parallel.is_main:
         open_run(config, run_dir)
         if until == "rl":
@@ -81,11 +82,11 @@ def run_stages(
 
     stages = {}
     if rl_start is None:
-        demonstrations = teach(config, dataset, run_dir, parallel)
+        demonstrations = teach(config, taught, run_dir, parallel)
         say(parallel, f"model {config.model.name}")
-        rl_start = stages["before"] = make_start(config, dataset, demonstrations, run_dir, parallel)
+        rl_start = stages["before"] = make_start(config, taught, demonstrations, run_dir, parallel)
         if config.sft.enabled:
-            rl_start = str(train_sft(config, dataset, demonstrations, rl_start, run_dir / "sft", parallel))
+            rl_start = str(train_sft(config, taught, demonstrations, rl_start, run_dir / "sft", parallel))
     if rl_start != stages.get("before"):
         stages["sft"] = rl_start
     if until == "rl":
@@ -111,7 +112,8 @@ def check_run(config: Config, run_dir: Path) -> None:
         require_vllm()
     dataset = load_config_dataset(config)
     load_parts(config.rl.reward, dataset.catalog)
-    check_resumable(with_steps(config, len(dataset.train), count_demonstrations(config, run_dir)), run_dir)
+    num_demonstrations = count_demonstrations(config, warm_start_dataset(config, dataset), run_dir)
+    check_resumable(with_steps(config, len(dataset.train), num_demonstrations), run_dir)
 
 
 def check_resumable(config: Config, run_dir: Path) -> None:
@@ -192,10 +194,15 @@ def given_demonstrations(config: Config) -> dict[str, Path]:
     return paths
 
 
-def count_demonstrations(config: Config, run_dir: Path) -> int | None:
-    """How many training demonstrations were given; None where EASE makes them. The run's own copy counts first."""
+def warm_start_dataset(config: Config, dataset: Dataset) -> Dataset:
+    """The data set as the teacher and the warm start see it: teacher.data_frac of its dialogs."""
+    return replace(dataset, train=share_of_dialogs(dataset.train, config.teacher.data_frac, seed=config.seed))
+
+
+def count_demonstrations(config: Config, taught: Dataset, run_dir: Path) -> int:
+    """How many training demonstrations were given, the run's own copy first, or about how many EASE will make."""
     if not config.teacher.demonstrations:
-        return None
+        return len(taught.train) * (1 + config.teacher.short_requests)
     copied = run_dir / "demonstrations-train.jsonl"
     path = copied if copied.exists() else given_demonstrations(config)["train"]
     with path.open("rb") as file:

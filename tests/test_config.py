@@ -95,6 +95,8 @@ def test_epochs_become_steps():
     )
     steps = with_steps(config, 1000)
     assert (steps.sft.num_steps, steps.rl.num_steps) == (375, 47)  # ceil(2*3000/16), ceil(1.5*1000/32)
+    shared = with_steps(load_config(None, ["teacher.data_frac=0.25", "sft.num_epochs=2", "sft.batch_size=16"]), 1000)
+    assert shared.sft.num_steps == 32  # ceil(2*250/16)
     given = with_steps(load_config(None, ["sft.num_steps=7", "rl.num_steps=9"]), 1000)
     assert (given.sft.num_steps, given.rl.num_steps) == (7, 9)
     assert with_steps(steps, 50) == steps

@@ -26,7 +26,7 @@ from rankgrpo.distill.stages import distill
 from rankgrpo.distill.teacher import named_items
 from rankgrpo.match import TitleMatcher
 from rankgrpo.parse import parse_list
-from rankgrpo.pipeline import count_demonstrations, teach
+from rankgrpo.pipeline import count_demonstrations, teach, warm_start_dataset
 
 ROOT = Path(__file__).parents[1]
 CATALOG = Catalog([Item("Heat", 1995, genres=("Crime",), text="Thieves."), Item("Ronin", 1998), Item("Up", 2009)])
@@ -375,12 +375,23 @@ def test_a_run_trains_on_given_demonstrations(world, tmp_path):
     words = ["sft.batch_size=8", "sft.num_epochs=1", f"teacher.demonstrations={out}"]
     config = load_config(None, words, data__path=str(world))
     run = tmp_path / "run"
-    assert count_demonstrations(config, run) == 96
+    assert count_demonstrations(config, tiny_dataset(), run) == 96
     assert with_steps(config, 48, 96).sft.num_steps == 12
     taught = teach(config, tiny_dataset(), run, ALONE)
     assert {sample.id: sample.completion for sample in taught["train"]} == completions(out)
     (out / "demonstrations-train.jsonl").unlink()
-    assert count_demonstrations(config, run) == 96  # the run has its own copy
+    assert count_demonstrations(config, tiny_dataset(), run) == 96  # the run has its own copy
     with pytest.raises(ConfigError, match="no .*demonstrations-train.jsonl; `rankgrpo distill"):
-        count_demonstrations(config, tmp_path / "other")
-    assert count_demonstrations(load_config(None, []), run) is None
+        count_demonstrations(config, tiny_dataset(), tmp_path / "other")
+
+
+def test_ease_teaches_a_share_of_the_dialogs(tmp_path):
+    dataset = tiny_dataset()
+    config = load_config(None, ["teacher.data_frac=0.5", "teacher.short_requests=1", "sft.batch_size=8"])
+    taught = warm_start_dataset(config, dataset)
+    ids = [sample.id for sample in taught.train]
+    assert len(dataset.train) == 48 and len(ids) == 24 and taught.validation == dataset.validation
+    assert count_demonstrations(config, taught, tmp_path) == 48
+    assert with_steps(config, 48, 48) == with_steps(config, 48)
+    demonstrations = teach(config, taught, tmp_path, ALONE)["train"]
+    assert [sample.id for sample in demonstrations] == [*ids, *(f"{name}+0" for name in ids)]

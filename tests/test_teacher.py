@@ -14,6 +14,7 @@ from rankgrpo.distill.teacher import (
     named_items,
     popularity_counts,
     popularity_lists,
+    share_of_dialogs,
 )
 
 # Item n is "<letter> (2000)"; "A" also exists as a remake of 2020, which is item 12.
@@ -106,6 +107,22 @@ def test_the_cuts_of_one_dialog_are_one_row():
     teacher = EaseTeacher.fit([*cuts, sample("e-1", "E", "F")], CATALOG)
     assert [row for part in teacher._folds for row in part.rows] == [[0, 1, 2, 3], [4, 5]]
     assert popularity_counts(cuts, CATALOG).tolist() == [0, 1, 0, 2] + [0] * 9
+
+
+def test_a_share_of_dialogs_keeps_their_cuts_together():
+    turns = tuple(Turn("user", f"turn {n}") for n in range(3))
+    samples = [
+        Sample(f"d{dialog}-{cut}", (Turn("user", f"dialog {dialog}"), *turns[:cut]), (), ())
+        for cut in range(3)
+        for dialog in range(20)
+    ]
+    shares = [share_of_dialogs(samples, 0.25, seed=seed) for seed in (0, 0, 1)]
+    assert shares[0] == shares[1] != shares[2]
+    for share in shares:
+        assert len(share) == 15 and len({sample.id.split("-")[0] for sample in share}) == 5
+        assert share == [sample for sample in samples if sample in share]
+    assert share_of_dialogs(samples, 1.0) == samples
+    assert len(share_of_dialogs(samples, 0.001)) == 3 and share_of_dialogs([], 0.5) == []
 
 
 # ------------------------------------------------------------------------------------------------- what was named

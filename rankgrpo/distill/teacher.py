@@ -120,6 +120,16 @@ def dialog_ids(samples: Sequence[Sample]) -> list[int]:
     return [order[dialog] for dialog in ids]
 
 
+def share_of_dialogs(samples: Sequence[Sample], frac: float, *, seed: int = 0) -> list[Sample]:
+    """The samples of a share of the dialogs (`dialog_ids`), at least one, which `seed` draws, in the order given."""
+    if frac == 1:
+        return list(samples)
+    dialogs = np.array(dialog_ids(samples))
+    num_dialogs = int(dialogs.max(initial=-1)) + 1
+    drawn = np.random.default_rng(seed).permutation(num_dialogs)[: max(round(frac * num_dialogs), 1)]
+    return [samples[place] for place in np.isin(dialogs, drawn).nonzero()[0]]
+
+
 class EaseTeacher:
     """EASE fitted on dialogs; made by `EaseTeacher.fit`.
 
