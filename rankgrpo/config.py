@@ -176,7 +176,7 @@ class RlConfig:
     full_list_bonus: float = 0.0
     """The released code adds 0.1 here; the paper has none."""
     repeat_penalty: float = 0.0
-    """Advantage added to a rank that repeats an earlier item, like the two penalties above; the paper has none."""
+    """Advantage of a rank that repeats an earlier item, less the group's mean at that rank; the paper has none."""
     year_tolerance: int = 0
     lr: float = 1e-6
     schedule: Literal["constant", "cosine", "two-phase"] = "constant"

@@ -70,10 +70,10 @@ def score_groups(
     reward_PGK, scored_PGU = reward_BK.view(P, G, K), scored_BU.view(P, G, -1)
     advantage_PGU = group_advantage(scored_PGU, scale_by_std=rl.scale_by_std)
     if rl.repeat_penalty:
-        # After normalisation, like the other penalties: before it, a repeat would weigh as much as a hit wherever no
-        # list of the group has one, which is almost everywhere.
-        repeat_BK = torch.stack([repetition(answer) for answer in answers])
-        advantage_PGU = advantage_PGU + rl.repeat_penalty * repeat_BK.view(P, G, K)
+        # After normalisation: before it, a repeat would weigh as much as a hit wherever no list of the group has one,
+        # which is almost everywhere. Less the group's mean: only pushed down, a model learns to say anything else.
+        repeat_PGK = torch.stack([repetition(answer) for answer in answers]).view(P, G, K)
+        advantage_PGU = advantage_PGU + rl.repeat_penalty * (repeat_PGK - repeat_PGK.mean(1, keepdim=True))
     _describe_rewards(values["relevance"].view(P, G, K), reward_PGK, scored_PGU, means)
     has_advantage = (advantage_PGU != 0).flatten(1).any(1).tolist()
     # Penalties belong to ranks: with another unit they do not apply.

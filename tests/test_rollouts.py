@@ -52,11 +52,11 @@ def test_returns_and_units():
 def test_a_repeat_costs_the_advantage_of_its_own_rank():
     plain, _ = score(FULL, MISS)
     punished, _ = score(FULL, MISS, repeat_penalty=-0.25)
-    assert (punished.advantage_PGU - plain.advantage_PGU).tolist() == [[[0, 0, 0], [0, 0, -0.25]]]
+    assert (punished.advantage_PGU - plain.advantage_PGU).tolist() == [[[0, 0, 0.125], [0, 0, -0.125]]]
     assert punished.reward_PGK.tolist() == plain.reward_PGK.tolist()
     outside, _ = score("Nowhere (2050)\nNOWHERE (2050)\nwhat", FULL.replace("Heat", "Hot"), repeat_penalty=-0.5)
-    assert outside.advantage_PGU[0, 0, :2].tolist() == [0, -0.5]
-    assert score(MISS, MISS, repeat_penalty=-0.5)[0].carries_gradient == [True]
+    assert outside.advantage_PGU[0, :, :2].tolist() == [[0, -0.25], [0, 0.25]]
+    assert score(MISS, MISS, repeat_penalty=-0.5)[0].carries_gradient == [False]
 
 
 def test_what_a_list_is_made_of():
