@@ -154,7 +154,8 @@ class Updater:
 
 
 def train(config: Config, dataset: Dataset, start: str | Path, out: Path, parallel: Parallel) -> Path:
-    """Run Rank-GRPO from the model `start`; returns `out/best`, the best model by validation NDCG@K.
+    """Run Rank-GRPO from the model `start`; returns `out/best`, the best model by validation NDCG@K up to its noise:
+    the last that comes within one standard error of the highest score before it.
 
     Writes out/metrics.jsonl, out/checkpoints, out/best and out/final (Hugging Face folders). Resumes from the newest
     checkpoint; returns at once when `out/final` exists.
@@ -173,7 +174,7 @@ def train(config: Config, dataset: Dataset, start: str | Path, out: Path, parall
     prompts = encode_prompts(policy.tokenizer, dataset.train, config.data.max_prompt_tokens)
     val_samples = dataset.validation[: rl.eval_samples]
 
-    done, best = 0, {"ndcg": -1.0, "step": 0}
+    done, best = 0, {"ndcg": -1.0, "se": 0.0}
     if (checkpoint := latest_checkpoint(out / "checkpoints", parallel)) is not None:
         state = load_checkpoint(checkpoint, policy.model, optimizer)
         done, best = state["step"], state["best"]
@@ -187,9 +188,11 @@ def train(config: Config, dataset: Dataset, start: str | Path, out: Path, parall
         nonlocal best
         metrics = validate(policy, val_samples, dataset.catalog, config, parallel, sampler)
         ndcg = metrics[f"eval/ndcg@{num_ranks}"]
-        if ndcg > best["ndcg"]:
-            best = {"ndcg": ndcg, "step": finished}
+        # The highest of many noisy scores is mostly luck, and the last steps have the lowest learning rate.
+        if ndcg >= best["ndcg"] - best["se"]:
             keep_best(policy, out, finished, parallel)
+        if ndcg > best["ndcg"]:
+            best = {"ndcg": ndcg, "se": metrics[f"eval/se_ndcg@{num_ranks}"]}
         return metrics
 
     sync_weights(sampler, policy.model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 
 from tqdm import tqdm
@@ -62,7 +63,10 @@ def validate(
     parallel: Parallel,
     sampler: Sampler | None = None,
 ) -> dict[str, float]:
-    """Means of the recommender metrics over `samples`, shared among the processes, as eval/* keys."""
+    """Means of the recommender metrics over `samples`, shared among the processes, as eval/* keys.
+
+    eval/se_ndcg@K is the standard error of eval/ndcg@K over samples, sqrt(variance / number of samples).
+    """
     began = time.perf_counter()
     mine = samples[parallel.dp_rank :: parallel.dp_world]
     means = Means()
@@ -77,4 +81,9 @@ def validate(
         means.add(f"eval/{name}", float(values.sum()), len(values))
     for rank, hits in enumerate(evaluation.hits.sum(0).tolist()):
         means.add(f"eval/hit_rank_{rank:02d}", hits, len(mine))
-    return means.reduce(parallel) | {"time/eval_s": time.perf_counter() - began}
+    ndcg = f"ndcg@{config.data.num_ranks}"
+    means.add("square", float((evaluation.metrics[ndcg] ** 2).sum()), len(mine))
+    metrics = means.reduce(parallel)
+    variance = metrics.pop("square") - metrics[f"eval/{ndcg}"] ** 2
+    metrics[f"eval/se_{ndcg}"] = math.sqrt(max(variance, 0.0) / len(samples))
+    return metrics | {"time/eval_s": time.perf_counter() - began}

@@ -104,6 +104,28 @@ def test_exports_load_in_transformers(warm, tmp_path):
         assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
 
 
+def test_the_last_model_within_the_noise_of_the_best_is_kept(warm, tmp_path, monkeypatch):
+    scores = iter([(0.10, 0.01), (0.12, 0.02), (0.08, 0.01), (0.101, 0.01), (0.09, 0.05)])
+    names = ("eval/ndcg@5", "eval/se_ndcg@5")
+    monkeypatch.setattr("rankgrpo.train.validate", lambda *_: dict(zip(names, next(scores), strict=True)))
+    run(warm, tmp_path, "rl.eval_every=1", "rl.num_steps=4")
+    assert (tmp_path / "rl" / "best").resolve().name == "best-00000003"  # .101 >= .12 - .02 > .09
+
+
+def test_the_standard_error_of_validation(monkeypatch):
+    from rankgrpo.validate import validate
+
+    dataset = tiny_dataset()
+    samples = dataset.validation[:4]  # one of four is answered with its first ground truth alone
+    (title, year), *others = samples[1].groundtruth
+    ideal = sum(1 / math.log2(rank + 2) for rank in range(min(1 + len(others), 5)))
+    texts = ["nothing", f"{title} ({year})", "nothing", "nothing"]
+    monkeypatch.setattr("rankgrpo.validate.recommend_lists", lambda *_, **__: texts)
+    metrics = validate(None, samples, dataset.catalog, tiny_config(), ALONE)
+    assert metrics["eval/ndcg@5"] == pytest.approx(0.25 / ideal)
+    assert metrics["eval/se_ndcg@5"] == pytest.approx((0.25 * 0.75) ** 0.5 / ideal / 2)
+
+
 def test_micro_batches_change_nothing(warm, tmp_path):
     whole = run(warm, tmp_path / "a", "rl.token_budget=100000")
     split = run(warm, tmp_path / "b", "rl.token_budget=1")
@@ -220,7 +242,7 @@ def test_nan_in_the_loss_stops_and_keeps_the_last_checkpoint(warm, tmp_path, mon
 
 def test_resume_cuts_the_metrics_back_to_the_checkpoint(warm, tmp_path):
     whole = run(warm, tmp_path / "a")
-    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    shutil.copytree(tmp_path / "a", tmp_path / "b", symlinks=True)
     out = tmp_path / "b" / "rl"
     shutil.rmtree(out / "final")
     shutil.rmtree(out / "checkpoints" / "step-00000004")

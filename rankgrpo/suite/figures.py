@@ -321,7 +321,7 @@ FIGURES = (
     SuiteFigure(
         "learning_curves",
         "Learning curves",
-        "NDCG on the validation split, mean over seeds. The step with the best value is the one that is tested.",
+        "NDCG on the validation split, mean over seeds. The table names the step that was kept and tested.",
         learning_curves,
     ),
     SuiteFigure("hit_rate_by_rank", "Hits by rank", "How often each rank of a test list is a hit.", hit_rate_by_rank),
