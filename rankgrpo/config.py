@@ -109,6 +109,10 @@ class TeacherConfig:
         _require(self.short_requests >= 0, "teacher.short_requests", "must not be negative")
         _require(0 < self.data_frac <= 1, "teacher.data_frac", "must be in (0, 1]")
 
+    def num_demonstrations(self, num_samples: int) -> int:
+        """How many EASE makes for so many samples: one of each, and its short requests."""
+        return num_samples * (1 + self.short_requests)
+
 
 @dataclass(frozen=True)
 class SftConfig:
@@ -305,7 +309,7 @@ def with_steps(config: Config, num_train: int, num_demonstrations: int | None = 
     """
     sft, rl = config.sft, config.rl
     if num_demonstrations is None:
-        num_demonstrations = round(config.teacher.data_frac * num_train) * (1 + config.teacher.short_requests)
+        num_demonstrations = config.teacher.num_demonstrations(round(config.teacher.data_frac * num_train))
     sft_steps = sft.num_steps or math.ceil(sft.num_epochs * num_demonstrations / sft.batch_size)
     rl_steps = rl.num_steps or math.ceil(rl.num_epochs * num_train / rl.prompts_per_step)
     return replace(config, sft=replace(sft, num_steps=sft_steps), rl=replace(rl, num_steps=rl_steps))

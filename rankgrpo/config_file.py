@@ -50,12 +50,12 @@ def load_config(
     """
     flat: dict[str, Any] = {}
     if source is not None:
-        flat |= _read_toml(source)
+        flat |= _read_settings(source)
     if method is not None:
         files = method_files()
         if method not in files:
             raise ConfigError(f"unknown method {method!r}; methods are {', '.join(files)}")
-        flat |= _read_toml(files[method])
+        flat |= _read_settings(files[method])
     for word in overrides or []:
         key, separator, text = word.partition("=")
         if not separator:
@@ -119,15 +119,19 @@ def _known_types() -> dict[str, Any]:
     return known
 
 
-def _read_toml(path: Path) -> dict[str, Any]:
+def read_toml(path: Path, *, what: str = "configuration file") -> dict[str, Any]:
+    """The tables of a TOML file. Raises ConfigError naming the file when it is missing ("no such `what`") or broken."""
     try:
-        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ConfigError(f"{path}: no such configuration file") from None
+        raise ConfigError(f"{path}: no such {what}") from None
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path}: not valid TOML: {error}") from None
+
+
+def _read_settings(path: Path) -> dict[str, Any]:
     flat = {}
-    for key, value in raw.items():
+    for key, value in read_toml(path).items():
         for dotted, leaf in (
             {f"{key}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {key: value}
         ).items():

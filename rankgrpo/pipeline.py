@@ -202,7 +202,7 @@ def warm_start_dataset(config: Config, dataset: Dataset) -> Dataset:
 def count_demonstrations(config: Config, taught: Dataset, run_dir: Path) -> int:
     """How many training demonstrations were given, the run's own copy first, or about how many EASE will make."""
     if not config.teacher.demonstrations:
-        return len(taught.train) * (1 + config.teacher.short_requests)
+        return config.teacher.num_demonstrations(len(taught.train))
     copied = run_dir / "demonstrations-train.jsonl"
     path = copied if copied.exists() else given_demonstrations(config)["train"]
     with path.open("rb") as file:

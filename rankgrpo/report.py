@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import json
 import math
-import tomllib
 from pathlib import Path
 from typing import Any
 
 import jinja2
 import numpy as np
 
+from rankgrpo.config_file import read_toml
 from rankgrpo.evaluate import read_evaluation, read_lists
 from rankgrpo.files import write_lines
 from rankgrpo.report_figures import Curves, RunCurves
@@ -115,10 +115,7 @@ def _read_config(path: Path, notes: list[str]) -> dict[str, Any]:
     if not path.is_file():
         notes.append("config.toml is missing, so the settings are not shown.")
         return {}
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"{path}: not valid TOML: {error}") from None
+    return read_toml(path)
 
 
 def _read_meta(path: Path, notes: list[str]) -> dict[str, Any]:

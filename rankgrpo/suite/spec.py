@@ -28,14 +28,13 @@ with `start = "none"`, from the untrained model.
 from __future__ import annotations
 
 import json
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from rankgrpo.config import Config, ConfigError
-from rankgrpo.config_file import load_config, presets_dir
+from rankgrpo.config_file import load_config, presets_dir, read_toml
 
 BASELINE_ROWS = ("before", "popularity", "ease")
 NO_START = "none"
@@ -130,12 +129,7 @@ def read_suite(path: Path, *, words: list[str] | None = None) -> Suite:
 
     Raises ConfigError naming file, row and key for whatever no run could be made of.
     """
-    try:
-        raw = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such suite") from None
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{path}: not valid TOML: {error}") from None
+    raw = read_toml(path, what="suite")
     _check_keys(raw, _SUITE_KEYS, str(path), required=("title", "models", "seeds", "rows"))
     shared = _words(raw.get("set", {}))
     rows = tuple(
