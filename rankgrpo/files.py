@@ -93,8 +93,14 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def point_link(link: Path, target: Path) -> None:
-    """Make `link` a symbolic link to its sibling `target`, in one atomic step."""
+    """Make `link` a symbolic link to its sibling `target`, in one atomic step.
+
+    A folder in its place, as a copy that follows links leaves one, is removed; that takes more than one step.
+    """
     temporary = temporary_name(link)
+    for old in (temporary, link):
+        if old.is_dir() and not old.is_symlink():
+            shutil.rmtree(old)
     temporary.unlink(missing_ok=True)
     temporary.symlink_to(target.name)
     os.replace(temporary, link)

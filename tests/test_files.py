@@ -1,5 +1,6 @@
 import errno
 import os
+import shutil
 
 import pytest
 
@@ -63,3 +64,16 @@ def test_link_moves_in_one_step(tmp_path):
         (tmp_path / name).mkdir()
         point_link(tmp_path / "best", tmp_path / name)
         assert (tmp_path / "best").resolve().name == name
+
+
+def test_a_link_replaces_the_folder_that_a_copy_made_of_it(tmp_path):
+    run, copy = tmp_path / "run", tmp_path / "copy"
+    for name in ("best-1", "best-2"):
+        (run / name).mkdir(parents=True)
+        (run / name / "config.json").write_text(name)
+    point_link(run / "best", run / "best-1")
+    shutil.copytree(run, copy)  # follows links
+    assert (copy / "best").is_dir() and not (copy / "best").is_symlink()
+    point_link(copy / "best", copy / "best-2")
+    assert (copy / "best" / "config.json").read_text() == "best-2"
+    assert sorted(p.name for p in copy.iterdir()) == ["best", "best-1", "best-2"]

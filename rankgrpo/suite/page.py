@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rankgrpo.config import ConfigError
-from rankgrpo.config_file import presets_dir
+from rankgrpo.config_file import presets_dir, read_toml
 from rankgrpo.files import write_lines
 from rankgrpo.suite.figures import Board, Result, draw_figures, find_row
 from rankgrpo.suite.results import read_results
@@ -57,7 +56,7 @@ def build_page(folder: Path) -> Path:
 
 def read_paper(path: Path) -> dict[str, dict[str, Any]]:
     """Tables of published figures by name. Raises ConfigError for a row without 8 scores."""
-    tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    tables = read_toml(path, what="file of published figures")
     for name, table in tables.items():
         for row in table["rows"]:
             if len(row["scores"]) != 2 * len(CUTOFFS):

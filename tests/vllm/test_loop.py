@@ -1,13 +1,10 @@
 """Whole runs with the real engine: mismatch, resume after SIGKILL, syncs left out, several processes."""
 
-import os
-import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
+from processes import finish, kill_when, launch
 from tiny_world import ALONE, taught_dataset, tiny_config, tiny_dataset
 
 import rankgrpo.train as train_module
@@ -34,7 +31,7 @@ def start(tmp_path_factory):
 def whole(start, tmp_path_factory):
     """Rows of an uninterrupted run."""
     folder = tmp_path_factory.mktemp("whole")
-    run_to_its_end(command(start, folder))
+    finish(launch(*command(start, folder)))
     return read_metrics(folder / "run" / "rl" / "metrics.jsonl")[0]
 
 
@@ -43,25 +40,14 @@ def numbers(rows):
 
 
 def command(start: str, folder: Path, *words: str) -> list[str]:
-    """Words of `python` that train in folder/run, with the configuration and data of the runs in this process."""
+    """Words of `launch` that train in folder/run, with the configuration and data of the runs in this process.
+
+    Runs that must be equal are all processes of their own: sums differ in their last bits with the number of threads.
+    """
     write_demo(folder / "data", num_train=48, num_validation=8, num_test=8, seed=0)
     (folder / "config.toml").write_text(to_toml(tiny_config(*ENGINE, "data.num_train=0", *words)))
     program = ["-m", "rankgrpo", "train", "--from-model", start, "--run-dir", str(folder / "run")]
     return [*program, "--data", str(folder / "data"), "--config", str(folder / "config.toml")]
-
-
-def environment() -> dict[str, str]:
-    """One for all: sums differ in their last bits with the number of threads."""
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-
-
-def run_to_its_end(words: list[str]) -> None:
-    done = subprocess.run(
-        [sys.executable, *words],
-        env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=400, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout
 
 
 def test_trainer_and_sampler_are_one_policy_at_every_step(whole):
@@ -76,19 +62,11 @@ def test_trainer_and_sampler_are_one_policy_at_every_step(whole):
 
 def test_killed_and_continued_it_is_the_run_it_would_have_been(start, whole, tmp_path):
     words = command(start, tmp_path)
-    process = subprocess.Popen(
-        [sys.executable, *words],
-        env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
-    out, deadline = tmp_path / "run" / "rl", time.monotonic() + 300
+    out = tmp_path / "run" / "rl"
     metrics = out / "metrics.jsonl"
-    while not metrics.exists() or metrics.read_text().count("\n") < 4:
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    kill_when(launch(*words), lambda: metrics.exists() and metrics.read_text().count("\n") >= 4)
     assert not (out / "final").exists()
-    run_to_its_end(words)
+    finish(launch(*words))
     assert numbers(read_metrics(metrics)[0]) == numbers(whole)
 
 
@@ -121,8 +99,7 @@ def test_two_processes(tmp_path, shared):
     size = TinyConfig(64, 2, 64, 2, 2, 1024) if shared else TinyConfig(32, 2, 64, 1, 1, 1024)
     words = ["rl.num_steps=2", f"rl.vllm_tp={1 + shared}", "parallel.shard=full"]
     start = make_init("tiny", taught_dataset(), tmp_path / "init", seed=0, tiny=size)
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    run_to_its_end([*torchrun, *command(start, tmp_path, *words)])
+    finish(launch(*command(start, tmp_path, *words), num_processes=2))
     steps = read_metrics(tmp_path / "run" / "rl" / "metrics.jsonl")[0][1:]
     assert len(steps) == 2
     for row in steps:
