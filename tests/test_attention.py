@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from rankgrpo import attention
 from rankgrpo.attention import (
     ORDINARY,
     SHARED_PREFIX,
@@ -94,7 +95,9 @@ def test_peaked_scores_stay_finite():
     assert all(grad.isfinite().all() for grad in torch.autograd.grad(out.sum(), qkv))
 
 
-def test_bfloat16_error_is_that_of_plain_sdpa():
+@pytest.mark.parametrize("short_spans", [0, attention.SHORT_SPANS], ids=["bfloat16 backward", "float32 backward"])
+def test_bfloat16_error_is_that_of_plain_sdpa(short_spans, monkeypatch):
+    monkeypatch.setattr(attention, "SHORT_SPANS", short_spans)
     groups = [Group([1] * 40, [[2] * n for n in (30, 11, 50)])]
     layout = build_pack(groups).layout
     qkv = random_qkv(layout.num_tokens, 4, 2, 32, torch.bfloat16)
@@ -105,6 +108,7 @@ def test_bfloat16_error_is_that_of_plain_sdpa():
         out = shared_prefix_attention(*tensors, layout, scale=32**-0.5, backend=backend)
         return [out, *torch.autograd.grad(out, tensors, grad.to(out.dtype))]
 
+    assert 0 < attention.mean_pairs(layout.own) < 2500 and attention.mean_pairs(layout.cross) == 40 * 91
     for want, ours, plain in zip(run(exact, "concat"), run(qkv, "cpu"), run(qkv, "concat"), strict=True):
         assert ours.dtype == torch.bfloat16
         assert (ours - want).norm() <= 1.5 * (plain - want).norm() + 1e-6

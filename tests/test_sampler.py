@@ -3,6 +3,7 @@ import torch
 from tokenizers import Tokenizer, models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
+from rankgrpo.sampler import hf
 from rankgrpo.sampler.base import prompt_seed
 from rankgrpo.sampler.hf import HFSampler, draw_uniforms
 
@@ -61,6 +62,25 @@ def test_batches_and_order_change_nothing(model):
     assert sample(model, rows=3) == pytest_approx_groups(whole)
     turned = sample(model, prompts=PROMPTS[::-1], seeds=[14, 13, 12, 11])
     assert turned[::-1] == pytest_approx_groups(whole)
+
+
+@pytest.mark.parametrize("at_a_time", [1, 3])
+def test_how_many_prompts_are_read_at_a_time_changes_nothing(model, at_a_time, monkeypatch):
+    whole = sample(model)
+    monkeypatch.setattr(hf, "PROMPTS_READ", at_a_time)
+    assert sample(model) == pytest_approx_groups(whole)
+
+
+def test_bfloat16_logp_is_that_of_a_plain_bfloat16_forward_pass(model):
+    sampler, errors = HFSampler(model, word_tokenizer(), autocast="bfloat16"), []
+    groups = sampler.sample(PROMPTS, group_size=3, seeds=[11, 12, 13, 14], max_new_tokens=12)
+    for prompt, group in zip(PROMPTS, groups, strict=True):
+        for rollout in group:
+            with torch.autocast("cpu", torch.bfloat16):
+                logits = full_logits(model, prompt + rollout.token_ids)[len(prompt) - 1 : -1]
+            expected = logits.log_softmax(-1).gather(1, torch.tensor(rollout.token_ids)[:, None])[:, 0]
+            errors.append((torch.tensor(rollout.logp) - expected).abs())
+    assert 0 < torch.cat(errors).mean() < 0.03  # weights this large make logits of some 10 nats
 
 
 class pytest_approx_groups:

@@ -8,7 +8,7 @@ It has no paged cache, no continuous batching and no tensor parallelism; that is
 """
 
 # Shape letters: P prompts, G lists a prompt, B = P*G, L prompt tokens (padded), T sampled tokens, V vocabulary,
-# N key-value heads, R query heads a key-value head, H head size.
+# N key-value heads, R query heads a key-value head, H head size; p and l are P and L of the prompts read at once.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
@@ -16,11 +16,13 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 
 from rankgrpo.sampler.base import Rollout, SamplingError, check_prompts, eos_token_ids
 
 ATTENTION_NAME = "rankgrpo_decode"
+PROMPTS_READ = 8  # at a time
 
 
 class GroupedCache:
@@ -30,13 +32,25 @@ class GroupedCache:
         self.group_size = group_size
         self.capacity = max_new_tokens
         self.num_sampled = 0
-        self.prefill = True
+        self.reading: slice | None = None
+        """The prompts that are being read; None while tokens are sampled."""
         longest = int(prompt_len_P.max())
         padding_PL = torch.arange(longest, device=prompt_len_P.device)[None] >= prompt_len_P[:, None]
         # None when all prompts have one length: the usual case of a single long group, and the fast one.
         self.padding_PL = padding_PL if bool(padding_PL.any()) else None
+        self.prompt_shape = (len(prompt_len_P), longest)
         self.prompt: dict[int, tuple[Tensor, Tensor]] = {}
         self.sampled: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def store_prompts(self, layer: int, key_pNlH: Tensor, value_pNlH: Tensor) -> None:
+        """Store keys and values of the prompts that are being read, which may be padded to less than the longest."""
+        if layer not in self.prompt:
+            (P, L), (_, N, _, H) = self.prompt_shape, key_pNlH.shape
+            # Zeros, for what padding holds is multiplied by a weight of 0. Contiguous, for else every decoding step
+            # would copy them before its product.
+            self.prompt[layer] = (key_pNlH.new_zeros(P, N, L, H), value_pNlH.new_zeros(P, N, L, H))
+        for stored_PNLH, new_pNlH in zip(self.prompt[layer], (key_pNlH, value_pNlH), strict=True):
+            stored_PNLH[self.reading, :, : new_pNlH.shape[2]] = new_pNlH
 
     def append(self, layer: int, key_BN1H: Tensor, value_BN1H: Tensor) -> tuple[Tensor, Tensor]:
         """Store one token's keys and values; returns those of all sampled tokens, this one included."""
@@ -63,9 +77,13 @@ class GroupedCache:
 def grouped_attention(module, query, key, value, attention_mask, *, scaling, grouped_cache: GroupedCache, **_):
     """Attention of a prefill (prompts, causal) or of one decoded token over [prompt keys ; own keys]."""
     layer = module.layer_idx
-    if grouped_cache.prefill:
+    if torch.is_autocast_enabled(query.device.type):
+        # Rotary embeddings return float32. Left so, the cache would be rounded again at every step.
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    if grouped_cache.reading is not None:
         # Prompts are padded on the right, so causality alone keeps real tokens from seeing padding.
-        grouped_cache.prompt[layer] = (key, value)
+        grouped_cache.store_prompts(layer, key, value)
         out = torch.nn.functional.scaled_dot_product_attention(
             query, key, value, is_causal=True, scale=scaling, enable_gqa=True
         )
@@ -176,17 +194,11 @@ class HFSampler:
         self, prompts: list[list[int]], group_size: int, uniform_BT: Tensor, temperature: float
     ) -> tuple[list[list[int]], list[list[float]]]:
         device = self.model.device
-        P, (B, max_new_tokens) = len(prompts), uniform_BT.shape
+        B, max_new_tokens = uniform_BT.shape
         uniform_BT = uniform_BT.to(device)
         prompt_len_P = torch.tensor([len(prompt) for prompt in prompts], device=device)
-        prompt_PL = torch.full((P, int(prompt_len_P.max())), self.tokenizer.pad_token_id, device=device)
-        for p, prompt in enumerate(prompts):
-            prompt_PL[p, : len(prompt)] = torch.tensor(prompt, device=device)
         cache = GroupedCache(prompt_len_P, group_size, max_new_tokens)
-        hidden_PLD = self._hidden(prompt_PL, torch.arange(prompt_PL.shape[1], device=device)[None], cache)
-        last_PD = hidden_PLD[torch.arange(P, device=device), prompt_len_P - 1]
-        hidden_BD = last_PD.repeat_interleave(group_size, dim=0)
-        cache.prefill = False
+        hidden_BD = self._read(prompts, cache).repeat_interleave(group_size, dim=0)
 
         eos = torch.tensor(self.eos_ids, device=device)
         ids_BT = torch.full((B, max_new_tokens), -1, device=device)
@@ -218,6 +230,22 @@ class HFSampler:
             row[:n] for row, n in zip(logps, lengths, strict=True)
         ]
 
+    def _read(self, prompts: list[list[int]], cache: GroupedCache) -> Tensor:
+        """Hidden state of every prompt's last token, (P, D). A few prompts at a time: the batch is sorted by length, so
+        little of what is read is padding."""
+        device, last_pD = self.model.device, []
+        for start in range(0, len(prompts), PROMPTS_READ):
+            part = prompts[start : start + PROMPTS_READ]
+            cache.reading = slice(start, start + len(part))
+            length_p = torch.tensor([len(prompt) for prompt in part], device=device)
+            ids_pl = pad_sequence(
+                [torch.tensor(prompt) for prompt in part], batch_first=True, padding_value=self.tokenizer.pad_token_id
+            ).to(device)
+            hidden_plD = self._hidden(ids_pl, torch.arange(ids_pl.shape[1], device=device)[None], cache)
+            last_pD.append(hidden_plD[torch.arange(len(part), device=device), length_p - 1])
+        cache.reading = None
+        return torch.cat(last_pD)
+
     def _hidden(self, ids: Tensor, position_ids: Tensor, cache: GroupedCache) -> Tensor:
         body = self.model.base_model
         return body(ids, position_ids=position_ids, use_cache=False, grouped_cache=cache).last_hidden_state
@@ -227,15 +255,17 @@ class HFSampler:
         logits_BV = self.model.get_output_embeddings()(hidden_BD).float()
         if self.banned_V is not None:
             logits_BV = logits_BV.masked_fill(self.banned_V, float("-inf"))
-        if temperature > 0:
+        if temperature not in (0, 1):
             logits_BV = logits_BV / temperature
-        lse_B = logits_BV.logsumexp(1)
+        peak_B1 = logits_BV.amax(1, keepdim=True)
+        weight_BV = (logits_BV - peak_B1).exp_()  # exp(0) at the peak: the sum is neither 0 nor infinite
+        lse_B = peak_B1[:, 0] + weight_BV.sum(1).log()
         if not bool(lse_B.isfinite().all()):
             raise SamplingError("the model's logits are not finite: its weights are broken or training has diverged")
         if temperature == 0:
             token_B = logits_BV.argmax(1)
         else:
-            cumulative_BV = (logits_BV - lse_B[:, None]).exp().cumsum(1)
+            cumulative_BV = weight_BV.cumsum_(1)
             total_B1 = cumulative_BV[:, -1:]
             # right=True never picks an id of probability 0 (its cumulative value equals the one before it), and the
             # threshold stays below the total, which the product may round up to.
