@@ -101,6 +101,7 @@ bench: $(BENCH_READY) bench-sync
 	$(ENV) $(MALLOC) $(PYTHON) kernels/bench/rank_ratio.py --out $(BENCH)/rank_ratio.json
 	$(ENV) $(MALLOC) $(PYTHON) kernels/bench/linear_logprob.py --out $(BENCH)/linear_logprob.json
 	$(ENV) $(MALLOC) $(PYTHON) experiments/bench/update.py --shape $(SHAPE) --case p300 p700 p2048 mix --out $(BENCH)/update-$(SHAPE).json
+	$(ENV) $(MALLOC) $(PYTHON) experiments/bench/short_spans.py --device cpu --out $(BENCH)/short_spans.json
 	$(ENV) $(MALLOC) $(PYTHON) experiments/bench/step.py --out $(BENCH)/step.json --plot $(BENCH)/step.png
 
 # Weight sync, sleep and wake of vLLM: on a GPU a model of 0.5B, without one a tiny model and vLLM's CPU build.

@@ -37,7 +37,7 @@ SHARED_PREFIX = "shared_prefix"
 ORDINARY = "shared_prefix_off"
 # Pairs of a span below which the CPU's backward kernel runs in float32: in half precision each call costs over a
 # millisecond whatever its size, which a list of 40 tokens feels 14-fold. From here on its products win.
-SHORT_SPANS = 2**15
+SHORT_SPANS = 2**18
 
 Backend = Literal["cpu", "cuda", "concat"]
 
