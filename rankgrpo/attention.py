@@ -316,13 +316,19 @@ def _packed_forward(
             "and decoding or dense forwards inside rankgrpo.attention.ordinary_attention(model)"
         )
     _refuse_unsupported(query, attention_mask, dropout, sliding_window, shared_prefix, kwargs)
-    if torch.is_autocast_enabled(query.device.type):
-        dtype = torch.get_autocast_dtype(query.device.type)
-        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    query, key, value = in_autocast_type(query, key, value)
     rows_first = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
     out_NHE = shared_prefix_attention(*rows_first, shared_prefix, scale=scaling)
     shared_prefix.num_calls += 1
     return out_NHE[None], None
+
+
+def in_autocast_type(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors in autocast's type where it is on, else as they are. Rotary embeddings return float32 under it."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    return tuple(tensor.to(torch.get_autocast_dtype(device)) for tensor in tensors)
 
 
 def _refuse_unsupported(query, attention_mask, dropout, sliding_window, layout, kwargs) -> None:

@@ -40,9 +40,9 @@ def start(run: Path, *words: str, delay: float = 0.0, num_processes: int = 1) ->
     return launch(*command, num_processes=num_processes, cwd=run.parent)
 
 
-def finish(process: subprocess.Popen) -> str:
+def finish(process: subprocess.Popen, timeout_s: float = 900) -> str:
     try:
-        output, _ = process.communicate(timeout=900)
+        output, _ = process.communicate(timeout=timeout_s)
     except subprocess.TimeoutExpired:
         process.kill()
         raise
@@ -50,9 +50,9 @@ def finish(process: subprocess.Popen) -> str:
     return output
 
 
-def kill_when(process: subprocess.Popen, reached: Callable[[], bool]) -> None:
+def kill_when(process: subprocess.Popen, reached: Callable[[], bool], timeout_s: float = 900) -> None:
     """SIGKILL once the moment is reached."""
-    deadline = time.monotonic() + 900
+    deadline = time.monotonic() + timeout_s
     while not reached():
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < deadline, "the moment to kill never came"

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 
+from rankgrpo.attention import in_autocast_type
 from rankgrpo.sampler.base import Rollout, SamplingError, check_prompts, eos_token_ids
 
 ATTENTION_NAME = "rankgrpo_decode"
@@ -77,10 +78,7 @@ class GroupedCache:
 def grouped_attention(module, query, key, value, attention_mask, *, scaling, grouped_cache: GroupedCache, **_):
     """Attention of a prefill (prompts, causal) or of one decoded token over [prompt keys ; own keys]."""
     layer = module.layer_idx
-    if torch.is_autocast_enabled(query.device.type):
-        # Rotary embeddings return float32. Left so, the cache would be rounded again at every step.
-        dtype = torch.get_autocast_dtype(query.device.type)
-        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    query, key, value = in_autocast_type(query, key, value)  # once, or every step would round the whole cache again
     if grouped_cache.reading is not None:
         # Prompts are padded on the right, so causality alone keeps real tokens from seeing padding.
         grouped_cache.store_prompts(layer, key, value)

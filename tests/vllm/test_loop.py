@@ -31,7 +31,7 @@ def start(tmp_path_factory):
 def whole(start, tmp_path_factory):
     """Rows of an uninterrupted run."""
     folder = tmp_path_factory.mktemp("whole")
-    finish(launch(*command(start, folder)))
+    finish(launch(*command(start, folder)), timeout_s=400)
     return read_metrics(folder / "run" / "rl" / "metrics.jsonl")[0]
 
 
@@ -64,9 +64,9 @@ def test_killed_and_continued_it_is_the_run_it_would_have_been(start, whole, tmp
     words = command(start, tmp_path)
     out = tmp_path / "run" / "rl"
     metrics = out / "metrics.jsonl"
-    kill_when(launch(*words), lambda: metrics.exists() and metrics.read_text().count("\n") >= 4)
+    kill_when(launch(*words), lambda: metrics.exists() and metrics.read_text().count("\n") >= 4, timeout_s=300)
     assert not (out / "final").exists()
-    finish(launch(*words))
+    finish(launch(*words), timeout_s=400)
     assert numbers(read_metrics(metrics)[0]) == numbers(whole)
 
 
@@ -99,7 +99,7 @@ def test_two_processes(tmp_path, shared):
     size = TinyConfig(64, 2, 64, 2, 2, 1024) if shared else TinyConfig(32, 2, 64, 1, 1, 1024)
     words = ["rl.num_steps=2", f"rl.vllm_tp={1 + shared}", "parallel.shard=full"]
     start = make_init("tiny", taught_dataset(), tmp_path / "init", seed=0, tiny=size)
-    finish(launch(*command(start, tmp_path, *words), num_processes=2))
+    finish(launch(*command(start, tmp_path, *words), num_processes=2), timeout_s=400)
     steps = read_metrics(tmp_path / "run" / "rl" / "metrics.jsonl")[0][1:]
     assert len(steps) == 2
     for row in steps:
