@@ -28,7 +28,7 @@ from rankgrpo.suite.page import gains_table, read_paper, scores_table, stages_ta
 from rankgrpo.suite.plan import choose_runs, plan_runs
 from rankgrpo.suite.results import read_results, write_results
 from rankgrpo.suite.runner import run_missing
-from rankgrpo.suite.spec import read_suite, suite_path
+from rankgrpo.suite.spec import OWN_START, read_suite, suite_path
 
 SUITE = """
 title = "Toy"
@@ -98,6 +98,7 @@ def write(tmp_path):
         ('stage = "sft"', 'stage = "dpo"', r"row sft: stage must be 'rl' or 'sft', got 'dpo'"),
         ('start = "none"', 'start = "mine"', r"row 'zero' starts from 'mine'; rows with stage = \"sft\" are sft"),
         ('against = ["sft", "grpo"]', 'against = ["dpo"]', r"against names the row 'dpo'; rows are mine, sft, grpo"),
+        ('name = "mine"', 'name = "start"', r"two rows are named 'start' .*and start is a word of its own"),
         ("paper = { tiny", "paper = { big", r"no such model 'big' in it; models are tiny"),
         ("[set.rl]", "[set.rl", r"toy.toml: not valid TOML"),
     ],
@@ -128,12 +129,12 @@ def test_a_model_may_have_settings_of_its_own(write):
     assert {run.row.name: run.config.rl.lr for run in plan_runs(suite, "demo", Path("runs"))}["mine"] == 0.25
 
 
-@pytest.mark.parametrize("name", ["cpu", "gpu-hour", "paper"])
+@pytest.mark.parametrize("name", sorted(path.stem for path in (presets_dir() / "suites").glob("*.toml")))
 def test_suites_of_the_repository(name):
     suite = read_suite(suite_path(name))
     paper = read_paper(presets_dir() / "results" / "paper.toml")
     assert set().union(*suite.paper.values()) <= paper.keys()
-    assert suite.row(suite.against[0]).stage == "sft"
+    assert suite.against[0] == OWN_START or suite.row(suite.against[0]).stage == "sft"
     assert all(run.row.method for run in plan_runs(suite, "demo", Path("none")) if run.row.stage == "rl")
 
 
@@ -400,6 +401,42 @@ def test_gains_are_paired_by_conversation(fabricated):
     assert gain["sft"]["ndcg@20"]["relative"]["mean"] == pytest.approx(2 / 0.63093 - 1, abs=1e-3)
     assert gain["grpo"]["ndcg@20"]["difference"]["mean"] == pytest.approx(1 - (1 + 0.63093) / 4, abs=1e-4)
     assert set(result(fabricated, "grpo")["gain"]) == {"sft"}  # not with itself
+
+
+TWO_STARTS = """
+title = "Starts"
+models = ["tiny"]
+seeds = [1]
+against = ["start"]
+rows = [
+    { name = "whole", label = "All dialogs", stage = "sft" },
+    { name = "half", label = "Half", stage = "sft", set = { "teacher.data_frac" = 0.5 } },
+    { name = "from-whole", label = "From all", group = "Trained", method = "rank-grpo" },
+    { name = "from-half", label = "From half", group = "Trained", method = "rank-grpo", start = "half" },
+]
+"""
+
+
+def test_every_row_is_compared_with_its_own_warm_start(write, tmp_path):
+    opened = open_suite(str(write(TWO_STARTS)), runs_dir=tmp_path / "runs", out=tmp_path / "out")
+    runs = {run.row.name: run for run in opened.runs}
+    finish(runs["whole"], lists=("A", "XB"))  # NDCG 1, .6309 / 1.6309
+    finish(runs["half"], lists=("XA", "XB"))  # .6309, the same
+    finish(runs["from-whole"], lists=("A", "BC"))  # 1, 1
+    finish(runs["from-half"], lists=("A", "XB"))  # 1, as before
+    rebuild_page(opened)
+    gains = {name: result(opened, name)["gain"] for name in runs}
+    assert gains["from-whole"]["start"]["ndcg@20"]["difference"]["mean"] == pytest.approx(0.61315 / 2, abs=1e-4)
+    assert gains["from-half"]["start"]["ndcg@20"]["difference"]["mean"] == pytest.approx(0.36907 / 2, abs=1e-4)
+    assert gains["whole"] == gains["half"] == {}
+    text = (opened.out / "README.md").read_text()
+    assert "NDCG@20 over its warm start" in text and "| From half | **" not in text  # one conversation does not gain
+    for name in ("warm_starts", "gains", "gain_by_rank"):
+        assert f"results/toy-demo/{name}.png" in text
+
+
+def test_with_one_warm_start_there_is_nothing_to_plot_it_against(fabricated):
+    assert "warm_starts.png" not in (fabricated.out / "README.md").read_text()
 
 
 def test_cost_and_curves(fabricated):

@@ -21,7 +21,8 @@ from PIL import Image
 
 from rankgrpo.report_figures import GREY, RANK_COLOURS, SHOWN_RANKS, smooth
 from rankgrpo.report_plots import STYLE
-from rankgrpo.tables import main_metric
+from rankgrpo.suite.spec import OWN_START
+from rankgrpo.tables import main_metric, model_label
 
 Board = dict[str, Any]
 Result = dict[str, Any]
@@ -76,6 +77,16 @@ def trained_rows(board: Board) -> list[Result]:
 
 def find_row(board: Board, name: str) -> Result | None:
     return next((row for row in board["rows"] if row["name"] == name), None)
+
+
+def base_of(board: Board, row: Result, name: str) -> Result | None:
+    """The row that `row` is compared with under this name of `against`: for "start" the warm start it came from."""
+    return find_row(board, row["recipe"]["start"] if name == OWN_START else name)
+
+
+def base_label(board: Board, name: str) -> str:
+    row = find_row(board, name)
+    return row["label"] if row else "its warm start"
 
 
 def groups_of(rows: Iterable[Result]) -> dict[str, list[Result]]:
@@ -154,18 +165,17 @@ def gains(board: Board, against: Sequence[str]) -> Figure | None:
         return None
     figure = Figure(figsize=(7.0, 1.1 + 0.34 * len(shown)), layout="constrained")
     axes = figure.subplots()
-    base = find_row(board, against[0])
     for place, (row, relative) in enumerate(shown):
         errors = [[relative["mean"] - relative["low"]], [relative["high"] - relative["mean"]]]
         axes.errorbar(relative["mean"], place, xerr=errors, color=COLOURS[1], marker="o", capsize=3, linewidth=1.6)
-        seeds = _gains_by_seed(row, base)
+        seeds = _gains_by_seed(row, base_of(board, row, against[0]))
         if len(seeds) > 1:
             axes.plot(seeds, [place] * len(seeds), "|", color=COLOURS[0], markersize=9)
     axes.axvline(0, color=GREY, linewidth=1)
     axes.set_yticks(range(len(shown)), [row["label"] for row, _ in shown])
     axes.set_ylim(len(shown) - 0.4, -0.6)
     axes.grid(axis="y", visible=False)
-    axes.set_xlabel(f"{_metric(board)} over {base['label']}, 95 % interval")
+    axes.set_xlabel(f"{_metric(board)} over {base_label(board, against[0])}, 95 % interval")
     _percent(axes)
     return figure
 
@@ -178,6 +188,38 @@ def _gains_by_seed(row: Result, base: Result) -> list[float]:
 
 def _metric(board: Board) -> str:
     return f"NDCG@{board['num_ranks']}"
+
+
+def warm_starts(board: Board, against: Sequence[str]) -> Figure | None:
+    """NDCG of every warm start and of what is trained from it, a line a group; nothing where all share one."""
+    key = main_metric(board["rows"][0]["metrics"]) if board["rows"] else ""
+    rows = trained_rows(board)
+    starts = [row for row in board["rows"] if any(row["name"] == other["recipe"]["start"] for other in rows)]
+    if len(starts) < 2:
+        return None
+    places = {row["name"]: place for place, row in enumerate(starts)}
+    lines = [("Warm start", [(place, row) for place, row in enumerate(starts)])]
+    for group, members in groups_of(rows).items():
+        found = [(places[row["recipe"]["start"]], row) for row in members if row["recipe"]["start"] in places]
+        lines.append((group, sorted(found, key=lambda point: point[0])))
+    figure = Figure(figsize=(7.0, 3.6), layout="constrained")
+    axes = figure.subplots()
+    for index, (label, points) in enumerate(lines):
+        scores = [row["metrics"][key] for _, row in points]
+        means = np.array([score["mean"] for score in scores])
+        errors = np.abs(np.array([[score["low"], score["high"]] for score in scores]).T - means)
+        axes.errorbar(
+            [place + 0.05 * index for place, _ in points], means, yerr=errors, label=label, capsize=3,
+            color=COLOURS[index % 6], marker=MARKERS[index % 6], linestyle=DASHES[index % 6],
+        )  # fmt: skip
+    for name, dash in (("popularity", "--"), ("ease", ":")):
+        if (row := find_row(board, name)) is not None:
+            axes.axhline(row["metrics"][key]["mean"], color=GREY, linestyle=dash, label=model_label(name))
+    axes.set_xticks(range(len(starts)), [row["label"] for row in starts])
+    axes.set_ylabel(_metric(board))
+    axes.set_ylim(bottom=0)
+    figure.legend(loc="outside upper center", ncols=4)
+    return figure
 
 
 def learning_curves(board: Board, against: Sequence[str]) -> Figure | None:
@@ -203,15 +245,16 @@ def hit_rate_by_rank(board: Board, against: Sequence[str]) -> Figure | None:
 
 def gain_by_rank(board: Board, against: Sequence[str]) -> Figure | None:
     """Hits down to a rank, less those of the first row that all are compared with."""
-    base = find_row(board, against[0]) if against else None
-    if base is None:
+    if not against:
         return None
 
     def read(row: Result):
+        if (base := base_of(board, row, against[0])) is None:
+            return None
         gained = np.cumsum(row["hit_rate_by_rank"]) - np.cumsum(base["hit_rate_by_rank"])
         return range(1, len(gained) + 1), gained
 
-    figure = _by_group(board, against, "Down to rank", f"Hits a list over {base['label']}", read)
+    figure = _by_group(board, against, "Down to rank", f"Hits a list over {base_label(board, against[0])}", read)
     return _rank_ticks(figure, board["num_ranks"])
 
 
@@ -252,15 +295,15 @@ def union_recall(board: Board, against: Sequence[str]) -> Figure | None:
 
 def union_gain(board: Board, against: Sequence[str]) -> Figure | None:
     """The same, less the first row that all are compared with."""
-    base = find_row(board, against[0]) if against else None
-    if base is None or _union(board, base) is None:
+    if not against:
         return None
 
     def read(row: Result):
-        union = _union(board, row)
-        return union and (union[0], np.subtract(union[1], _union(board, base)[1]))
+        base = base_of(board, row, against[0])
+        before, union = _union(board, base) if base else None, _union(board, row)
+        return before and union and (union[0], np.subtract(union[1], before[1]))
 
-    label = f"Recall@{board['num_ranks']} over {base['label']}"
+    label = f"Recall@{board['num_ranks']} over {base_label(board, against[0])}"
     return _union_ticks(_by_group(board, against, "Lists a conversation", label, read), board)
 
 
@@ -317,6 +360,12 @@ FIGURES = (
         "Over the warm start",
         "NDCG on the same test conversations, with paired 95 % intervals over them; red strokes are single seeds.",
         gains,
+    ),
+    SuiteFigure(
+        "warm_starts",
+        "From each warm start",
+        "NDCG of the test conversations with 95 % intervals: every warm start, and what is trained from it.",
+        warm_starts,
     ),
     SuiteFigure(
         "learning_curves",

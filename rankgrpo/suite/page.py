@@ -9,7 +9,7 @@ from typing import Any
 from rankgrpo.config import ConfigError
 from rankgrpo.config_file import presets_dir, read_toml
 from rankgrpo.files import write_lines
-from rankgrpo.suite.figures import Board, Result, draw_figures, find_row
+from rankgrpo.suite.figures import Board, Result, base_label, draw_figures, find_row
 from rankgrpo.suite.results import read_results
 from rankgrpo.suite.spec import BASELINE_ROWS
 from rankgrpo.tables import format_interval, format_value, main_metric, metric_label, model_label
@@ -167,23 +167,23 @@ def _cost_cells(row: Result) -> list[str]:
 
 def gains_table(board: Board, against: Sequence[str], paper: Sequence[dict[str, Any]]) -> list[str]:
     """NDCG at the deepest cut against every row of `against`, and what the paper has there."""
-    bases = [row for name in against if (row := find_row(board, name)) is not None]
     rows = [row for row in board["rows"] if row["gain"] and _is_model(row)]
-    if not (bases and rows):
+    bases = [name for name in against if any(name in row["gain"] for row in rows)]
+    if not bases:
         return []
     key = main_metric(rows[0]["metrics"])
-    with_paper = [base for base in bases if any(_paper_gain(paper, row["name"], base["name"]) for row in rows)]
+    with_paper = [base for base in bases if any(_paper_gain(paper, row["name"], base) for row in rows)]
     head = [""]
     for base in bases:
-        head += [f"{metric_label(key)} over {base['label']}", "relative"]
+        head += [f"{metric_label(key)} over {base_label(board, base)}", "relative"]
         head += ["the paper's"] if base in with_paper else []
     lines = []
     for row in rows:
         cells = [row["label"]]
         for base in bases:
-            gain = row["gain"].get(base["name"])
+            gain = row["gain"].get(base)
             cells += _gain_cells(key, gain) if gain else ["", ""]
-            cells += [_paper_gain(paper, row["name"], base["name"])] if base in with_paper else []
+            cells += [_paper_gain(paper, row["name"], base)] if base in with_paper else []
         lines.append(cells)
     return _table(head, lines)
 

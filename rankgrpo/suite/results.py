@@ -27,7 +27,7 @@ from rankgrpo.metrics import paired_bootstrap
 from rankgrpo.report import read_curves
 from rankgrpo.report_figures import Curves, curve_matrix, rank_keys, thin
 from rankgrpo.suite.plan import Run, machine_of
-from rankgrpo.suite.spec import BASELINE_ROWS, Row, Suite
+from rankgrpo.suite.spec import BASELINE_ROWS, NO_START, OWN_START, Row, Suite
 
 FORMAT = 1
 MAX_POINTS = 60  # of a curve
@@ -146,7 +146,11 @@ class _Board:
             "metrics": _rounded(summary["metrics"]),
             "by_seed": self.by_seed[name],
             "hit_rate_by_rank": _rounded(summary["hit_rate_by_rank"]),
-            "gain": {other: self._gain(name, other) for other in self.suite.against if self._comparable(name, other)},
+            "gain": {
+                other: self._gain(name, base)
+                for other in self.suite.against
+                if self._comparable(name, base := self._start(name) if other == OWN_START else other)
+            },
         }
         if name in self.unions:
             union = summarise_lists(self.unions[name], name=name, split=split)
@@ -164,6 +168,9 @@ class _Board:
                 **_cost(runs), "curves": _curves(runs),
             }  # fmt: skip
         return result
+
+    def _start(self, name: str) -> str:
+        return self.suite.row(name).start if name in self.runs else NO_START
 
     def _comparable(self, name: str, other: str) -> bool:
         return name != other and name in self.scores and other in self.scores

@@ -5,7 +5,8 @@
     models = ["tiny"]             presets; every row runs once a model and seed
     data = "demo"                 used unless the command names a data set
     seeds = [1, 2, 3]             the first seed of every row comes before the second of any
-    against = ["sft", "grpo"]     rows that every row is compared with on the same conversations
+    against = ["sft", "grpo"]     rows that every row is compared with on the same conversations; "start" is the warm
+                                  start of each
     against_union = ["rank-grpo"] the same for the union of many lists
     ablation = ["before", "sft"]  rows of the table of stages; before, popularity and ease come with the warm start
     paper = { tiny = ["redial-0.5b"] }   tables of experiments/results/paper.toml to show beside a model's
@@ -16,7 +17,7 @@
     [[rows]]
     name = "rank-grpo"
     label = "Rank-GRPO, exp_inf"
-    group = "returns"             rows of a group share a panel of the figures
+    group = "returns"             rows of a group share a panel of the figures; without one a row is in the tables only
     method = "rank-grpo"          file of experiments/methods
     set = { "rl.updates_per_batch" = 2 }
     model_set.tiny = { "rl.lr" = 1e-4 }   with one of the models
@@ -38,6 +39,7 @@ from rankgrpo.config_file import load_config, presets_dir, read_toml
 
 BASELINE_ROWS = ("before", "popularity", "ease")
 NO_START = "none"
+OWN_START = "start"
 
 
 @dataclass(frozen=True)
@@ -228,12 +230,15 @@ def _with_starts(rows: tuple[Row, ...], path: Path) -> tuple[Row, ...]:
 
 def _check_names(suite: Suite, path: Path) -> None:
     names = suite.row_names
-    if twice := [name for place, name in enumerate(names) if name in (*names[:place], *BASELINE_ROWS)]:
-        raise ConfigError(f"{path}: two rows are named {twice[0]!r} (before, popularity and ease are always there)")
+    if twice := [name for place, name in enumerate(names) if name in (*names[:place], *BASELINE_ROWS, OWN_START)]:
+        raise ConfigError(
+            f"{path}: two rows are named {twice[0]!r} (before, popularity and ease are always there, and start is "
+            f"a word of its own)"
+        )
     named = [*suite.paper, *(model for row in suite.rows for model in row.model_words)]
     if unknown := [model for model in named if model not in suite.models]:
         raise ConfigError(f"{path}: no such model {unknown[0]!r} in it; models are {', '.join(suite.models)}")
     for key in ("against", "against_union", "ablation"):
-        known = (*names, *BASELINE_ROWS) if key == "ablation" else names
+        known = {"against": (*names, OWN_START), "ablation": (*names, *BASELINE_ROWS)}.get(key, names)
         if unknown := [name for name in getattr(suite, key) if name not in known]:
             raise ConfigError(f"{path}: {key} names the row {unknown[0]!r}; rows are {', '.join(known)}")
