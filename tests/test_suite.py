@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -282,6 +283,31 @@ def test_time_runs_out_within_a_run(fake):
     outcome, order = fake("sleep", max_minutes=0.02)
     assert outcome.stopped and order in ([], ["sft-seed1"])
     assert not outcome.finished and not outcome.failed
+
+
+TERMINATED = """
+import sys
+from pathlib import Path
+from rankgrpo.suite import runner
+from rankgrpo.suite.plan import plan_runs
+from rankgrpo.suite.spec import read_suite
+note = "import os, sys, time; open(sys.argv[1], 'w').write(str(os.getpid())); time.sleep(60)"
+runner._launcher = lambda num_processes: [sys.executable, "-c", note, sys.argv[3]]
+(run, *_) = plan_runs(read_suite(Path(sys.argv[1])), "demo", Path(sys.argv[2]))
+runner.run_missing([run], num_jobs=1, num_processes=1)
+"""
+
+
+def test_runs_end_with_a_suite_that_is_terminated(write, tmp_path):
+    noted = tmp_path / "pid"
+    suite = subprocess.Popen([sys.executable, "-c", TERMINATED, str(write()), str(tmp_path / "runs"), str(noted)])
+    while not (noted.is_file() and noted.read_text()):
+        assert suite.poll() is None
+        time.sleep(0.05)
+    suite.terminate()
+    assert suite.wait(30) == 128 + signal.SIGTERM
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(noted.read_text()), 0)
 
 
 @pytest.mark.slow

@@ -10,7 +10,10 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -34,14 +37,18 @@ class Outcome:
 def run_missing(runs: list[Run], *, num_jobs: int, num_processes: int, max_minutes: float | None = None) -> Outcome:
     """Run every unfinished run, at most `num_jobs` at once with `num_processes` processes each.
 
-    After `max_minutes` no more are begun, and those that run are interrupted: they lose the steps since their last
-    checkpoint.
+    After `max_minutes`, and when this process is interrupted or terminated, those that run are stopped: they lose the
+    steps since their last checkpoint.
     """
     deadline = time.monotonic() + 60 * max_minutes if max_minutes is not None else None
     waiting = [run for run in runs if not run.is_finished]
     active: dict[str, tuple[Run, subprocess.Popen]] = {}
     outcome, shown = Outcome(), time.monotonic()
-    with tqdm(total=len(runs), initial=len(runs) - len(waiting), desc="suite", unit="run", dynamic_ncols=True) as bar:
+    done = len(runs) - len(waiting)
+    with (
+        _sigterm_as_exit(),
+        tqdm(total=len(runs), initial=done, desc="suite", unit="run", dynamic_ncols=True) as bar,
+    ):
         try:
             while waiting or active:
                 if deadline is not None and time.monotonic() > deadline:
@@ -78,10 +85,23 @@ def start_process(run: Run, at_once: int, num_processes: int) -> subprocess.Pope
         return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment)
 
 
+@contextmanager
+def _sigterm_as_exit() -> Iterator[None]:
+    """Leave by an exception when terminated: by default Python ends at once, and the runs would go on without it."""
+    if threading.current_thread() is not threading.main_thread():  # only there a signal can be handled
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def stop_processes(processes: list[subprocess.Popen]) -> None:
-    """Interrupt, and kill what does not end."""
+    """Terminate, and kill what does not end. Not SIGINT: a process started in the background of a script ignores it."""
     for process in processes:
-        process.send_signal(signal.SIGINT)
+        process.terminate()
     until = time.monotonic() + GRACE_SECONDS
     for process in processes:
         try:
