@@ -37,8 +37,6 @@ TESTS_READY := .venv/.installed-dev
 BENCH_READY := .venv/.installed-bench
 endif
 
-# glibc hands large tensors back to the kernel after every step; keeping them makes a CPU step up to 1.4 times as fast.
-MALLOC := MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=8589934592 MALLOC_TOP_PAD_=536870912
 ifeq ($(NPROC),1)
 LAUNCH := $(PYTHON) -m rankgrpo
 else
@@ -56,7 +54,7 @@ endif
 
 train: $(READY) $(EXTRAS)
 	@$(ENV) $(PYTHON) -m rankgrpo run --check $(ARGUMENTS)
-	$(ENV) $(MALLOC) $(LAUNCH) run $(ARGUMENTS)
+	$(ENV) $(LAUNCH) run $(ARGUMENTS)
 
 distill: $(READY) $(if $(filter-out ease,$(TEACHER)),$(if $(filter .venv/%,$(READY)),.venv/.installed-teacher))
 	$(ENV) $(PYTHON) -m rankgrpo distill --data $(DATA) --teacher $(TEACHER) $(addprefix --model ,$(TEACHER_MODEL)) $(DISTILL)
@@ -66,7 +64,7 @@ smoke:
 	$(MAKE) train RUN=runs/smoke SET="data.num_train=300 sft.num_steps=40 sft.eval_samples=32 rl.num_steps=8 rl.prompts_per_step=8 rl.eval_every=4 rl.eval_samples=32 eval.num_samples=64"
 
 eval: $(READY)
-	$(ENV) $(MALLOC) $(PYTHON) -m rankgrpo evaluate $(RUN) popularity ease
+	$(ENV) $(PYTHON) -m rankgrpo evaluate $(RUN) popularity ease
 
 report: $(READY)
 	$(ENV) $(PYTHON) -m rankgrpo report $(RUN)
@@ -76,7 +74,7 @@ report: $(READY)
 set_by_user = $(if $(filter file,$(origin $(1))),,$(2) $($(1)))
 on_command_line = $(if $(filter command,$(firstword $(origin $(1)))),$(2) $($(1)))
 experiments: $(READY) $(EXTRAS)
-	$(ENV) $(MALLOC) $(PYTHON) -m rankgrpo experiments $(SUITE) $(call set_by_user,DATA,--data) \
+	$(ENV) $(PYTHON) -m rankgrpo experiments $(SUITE) $(call set_by_user,DATA,--data) \
 	  $(call set_by_user,NPROC,--nproc) $(call on_command_line,JOBS,--jobs) $(call on_command_line,MAX_MINUTES,--max-minutes) \
 	  $(call on_command_line,ONLY,--only) $(call on_command_line,SEEDS,--seeds) $(call on_command_line,SFT,--sft) \
 	  $(call on_command_line,OUT,--out) $(call on_command_line,RUNS,--runs-dir) \
@@ -88,7 +86,7 @@ test: $(TESTS_READY)
 # The whole loop with the real engine on a CPU, in an environment of its own.
 test-vllm: .venv-vllm/.installed
 	.venv-vllm/bin/python -c 'import vllm'
-	OMP_NUM_THREADS=$$(nproc) $(MALLOC) .venv-vllm/bin/python -m pytest tests/vllm
+	OMP_NUM_THREADS=$$(nproc) .venv-vllm/bin/python -m pytest tests/vllm
 
 test-gpu: $(TESTS_READY)
 	$(ENV) $(PYTHON) -m pytest tests/gpu -m gpu
@@ -97,12 +95,12 @@ test-gpu: $(TESTS_READY)
 BENCH ?= build/bench
 SHAPE ?= body
 bench: $(BENCH_READY) bench-sync
-	$(ENV) $(MALLOC) $(PYTHON) kernels/bench/segmentation.py --out $(BENCH)/segmentation.json
-	$(ENV) $(MALLOC) $(PYTHON) kernels/bench/rank_ratio.py --out $(BENCH)/rank_ratio.json
-	$(ENV) $(MALLOC) $(PYTHON) kernels/bench/linear_logprob.py --out $(BENCH)/linear_logprob.json
-	$(ENV) $(MALLOC) $(PYTHON) experiments/bench/update.py --shape $(SHAPE) --case p300 p700 p2048 mix --out $(BENCH)/update-$(SHAPE).json
-	$(ENV) $(MALLOC) $(PYTHON) experiments/bench/short_spans.py --device cpu --out $(BENCH)/short_spans.json
-	$(ENV) $(MALLOC) $(PYTHON) experiments/bench/step.py --out $(BENCH)/step.json --plot $(BENCH)/step.png
+	$(ENV) $(PYTHON) kernels/bench/segmentation.py --out $(BENCH)/segmentation.json
+	$(ENV) $(PYTHON) kernels/bench/rank_ratio.py --out $(BENCH)/rank_ratio.json
+	$(ENV) $(PYTHON) kernels/bench/linear_logprob.py --out $(BENCH)/linear_logprob.json
+	$(ENV) $(PYTHON) experiments/bench/update.py --shape $(SHAPE) --case p300 p700 p2048 mix --out $(BENCH)/update-$(SHAPE).json
+	$(ENV) $(PYTHON) experiments/bench/short_spans.py --device cpu --out $(BENCH)/short_spans.json
+	$(ENV) $(PYTHON) experiments/bench/step.py --out $(BENCH)/step.json --plot $(BENCH)/step.png
 
 # Weight sync, sleep and wake of vLLM: on a GPU a model of 0.5B, without one a tiny model and vLLM's CPU build.
 ifdef GPUS

@@ -25,6 +25,7 @@ from torch.multiprocessing import _prctl_pr_set_pdeathsig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rankgrpo.config import ConfigError, ParallelConfig
+from rankgrpo.malloc import keep_freed_memory
 
 
 class ParallelError(RuntimeError):
@@ -92,6 +93,8 @@ def start_parallel() -> Parallel:
                 f"most one process a GPU (NPROC, or torchrun's --nproc-per-node)"
             )
         torch.cuda.set_device(device)
+    else:
+        keep_freed_memory()
     if "WORLD_SIZE" not in os.environ:
         return Parallel(0, 1, device)
     if not td.is_initialized():

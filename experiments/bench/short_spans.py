@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 
 from rankgrpo import attention
+from rankgrpo.malloc import keep_freed_memory
 from rankgrpo.packing import Group, build_pack
 from rankgrpo_kernels.bench.common import make_parser, measure, print_table, record, write_json
 
@@ -56,6 +57,7 @@ def measure_size(prompt: int, length: int, num_groups: int, budget_s: float) -> 
 def main() -> None:
     parser = make_parser(__doc__, EXAMPLE, ())
     args = parser.parse_args()
+    keep_freed_memory()
     if args.device != "cpu":
         parser.error("the choice exists on a CPU only: --device cpu")
     rows = [measure_size(*size, args.budget) for size in SIZES]

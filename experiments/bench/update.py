@@ -37,6 +37,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from rankgrpo.attention import ordinary_attention, use_shared_prefix
 from rankgrpo.logprob import pack_logprobs, token_logprobs
+from rankgrpo.malloc import keep_freed_memory
 from rankgrpo.packing import Group, build_pack, plan_micro_batches
 from rankgrpo_kernels.bench.common import peak_extra_bytes, print_table, record, write_json
 
@@ -331,6 +332,7 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
+    keep_freed_memory()
     device, shape = torch.device(args.device), SHAPES[args.shape]
     model = make_model(shape, device, getattr(torch, args.dtype))
     results = []

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from rankgrpo.logprob import token_logprobs
+from rankgrpo.malloc import keep_freed_memory
 from rankgrpo_kernels.bench.common import (
     choose_providers,
     machine_line,
@@ -207,6 +208,7 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=896, help="D (default 896)")
     parser.add_argument("--live", type=float, nargs="+", default=[1.0, 0.25], help="share of tokens with a gradient")
     args = parser.parse_args()
+    keep_freed_memory()
     device = torch.device(args.device)
     print(machine_line(device))
     names = choose_providers(args.providers, missing_providers(device), PROVIDERS)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from rankgrpo.loss import rank_grpo_loss
+from rankgrpo.malloc import keep_freed_memory
 from rankgrpo_kernels.bench.common import (
     choose_providers,
     copy_gb_per_s,
@@ -165,6 +166,7 @@ def main() -> None:
     parser.add_argument("--kl-coef", type=float, default=0.0, help="above 0: with a reference (default 0)")
     parser.add_argument("--sweep", action="store_true", help="time block sizes and warps of the forward kernel instead")
     args = parser.parse_args()
+    keep_freed_memory()
     device = torch.device(args.device)
     if args.sweep and device.type != "cuda":
         raise SystemExit("--sweep times the kernel itself and needs a GPU")

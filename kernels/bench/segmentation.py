@@ -17,6 +17,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from rankgrpo.malloc import keep_freed_memory
 from rankgrpo.parse import RankSegmenter
 from rankgrpo_kernels.bench.common import machine_line, make_parser, measure, print_table, record, write_json
 
@@ -119,6 +120,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="of torch; the loop uses one anyway (default 1)")
     parser.add_argument("--seed", type=int, default=0, help="of titles and years (default 0)")
     args = parser.parse_args()
+    keep_freed_memory()
     torch.set_num_threads(args.threads)
     device = torch.device(args.device)
     print(machine_line(device))

@@ -1,0 +1,52 @@
+"""Memory of freed tensors is kept: seen in the pages that the kernel has to hand out again."""
+
+import os
+import platform
+import subprocess
+import sys
+
+import pytest
+
+pytestmark = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc's malloc")
+
+FAULTS = """
+import resource, sys
+import torch
+from rankgrpo.malloc import keep_freed_memory
+kept = keep_freed_memory() if sys.argv[1] == "keep" else None
+def fill():
+    for _ in range(10):
+        torch.empty(2**24).fill_(1)
+fill()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+fill()
+print(kept, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def page_faults(word: str, **environment: str) -> tuple[str, int]:
+    clean = {key: value for key, value in os.environ.items() if not key.startswith(("MALLOC_", "GLIBC_"))}
+    command = [sys.executable, "-c", FAULTS, word]
+    done = subprocess.run(command, env={**clean, **environment}, capture_output=True, text=True, check=True)
+    kept, faults = done.stdout.split()
+    return kept, int(faults)
+
+
+def test_freed_memory_is_kept():
+    kept, faults = page_faults("keep")
+    assert kept == "True"
+    assert 10 * faults < page_faults("default")[1]
+
+
+def test_settings_of_the_user_stay():
+    kept, faults = page_faults("keep", MALLOC_TRIM_THRESHOLD_="131072")
+    assert kept == "False"
+    assert 2 * faults > page_faults("default")[1]
+
+
+def test_a_run_on_a_cpu_does_it():
+    script = "from rankgrpo import distributed; distributed.keep_freed_memory = lambda: print('kept')\n"
+    script += "print(distributed.start_parallel().device)"
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["kept", "cpu"]
