@@ -126,6 +126,15 @@ def only_one(folder: Path, patience_s: float = 20.0) -> Iterator[None]:
         yield
 
 
+def is_busy(folder: Path) -> bool:
+    """Whether a process holds `only_one(folder)`."""
+    path = folder / ".lock"
+    if not path.is_file():
+        return False
+    with path.open("a") as lock:
+        return not _try_lock(lock)
+
+
 def _try_lock(file: TextIO) -> bool:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

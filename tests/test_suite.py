@@ -20,7 +20,7 @@ from rankgrpo.config import ConfigError, with_steps
 from rankgrpo.config_file import presets_dir, to_toml
 from rankgrpo.diversity import describe_lists, write_diversity
 from rankgrpo.evaluate import score_completions, write_evaluation
-from rankgrpo.files import write_lines
+from rankgrpo.files import only_one, write_lines
 from rankgrpo.model import ModelError
 from rankgrpo.suite import page, runner
 from rankgrpo.suite.command import list_suite, open_suite, rebuild_page, run_suite
@@ -277,6 +277,44 @@ def test_nothing_starts_from_a_warm_start_that_failed(fake):
     assert sorted(order) == ["sft-seed1", "zero-seed7"]
     assert outcome.failed.pop("tiny/grpo-seed2") == "its warm start tiny/sft-seed1 failed"
     assert len(outcome.failed) == 4
+
+
+def test_what_another_command_has_begun_is_left_to_it(fake, tmp_path):
+    """The warm start is at work elsewhere: its rows wait for it, and it is not begun here, nor counted as failed."""
+    folder, seen = tmp_path / "runs" / "tiny", []
+
+    def elsewhere():
+        with only_one(folder / "sft-seed1"):
+            begun.set()
+            while not (folder / "order").is_file():  # `zero` needs no warm start
+                time.sleep(0.01)
+            time.sleep(0.2)
+            seen.extend((folder / "order").read_text().split())
+            (folder / "sft-seed1" / "eval" / "test").mkdir(parents=True)
+            (folder / "sft-seed1" / "eval" / "test" / "sft.json").write_text("{}")
+
+    begun = threading.Event()
+    threading.Thread(target=elsewhere, daemon=True).start()
+    begun.wait()
+    outcome, order = fake("")
+    assert seen == ["zero-seed7"]
+    assert order == ["zero-seed7", "mine-seed1", "grpo-seed1", "mine-seed2", "grpo-seed2"]
+    assert not outcome.failed
+
+
+def test_a_run_that_another_command_was_faster_to_begin_is_no_failure(fake, tmp_path, monkeypatch):
+    behaviour, order = tmp_path / "runs" / "tiny" / "behaviour", tmp_path / "runs" / "tiny" / "order"
+
+    def busy_when_it_has_failed(folder: Path) -> bool:
+        busy = folder.name == "mine-seed1" == behaviour.read_text() and folder.name in order.read_text().split()
+        if busy:
+            behaviour.write_text("")  # and the next time it does not
+        return busy
+
+    monkeypatch.setattr(runner, "is_busy", busy_when_it_has_failed)
+    outcome, order = fake("mine-seed1")
+    assert not outcome.failed and len(outcome.finished) == 6
+    assert order.count("mine-seed1") == 2
 
 
 def test_time_runs_out_within_a_run(fake):

@@ -30,9 +30,10 @@ make experiments SUITE=cpu DATA=path/to/redial SFT=path/to/run/sft/final SEEDS=1
 make experiments SUITE=cpu DATA=path/to/redial PAGE=1                # the page alone, from what has run
 ```
 
-[suites/](suites) holds the suites, [methods/](methods) the methods, one TOML each; `SUITE=path/to/mine.toml` runs one
-of your own ([spec.py](../rankgrpo/suite/spec.py) explains the keys). A row is the mean over its seeds. Intervals are 95
-% bootstrap intervals over conversations, those of differences paired by conversation; they say nothing about further
+Given twice, also on machines that share the folder of the runs, the command shares the rows. [suites/](suites) holds
+the suites, [methods/](methods) the methods, one TOML each; `SUITE=path/to/mine.toml` runs one of your own
+([spec.py](../rankgrpo/suite/spec.py) explains the keys). A row is the mean over its seeds. Intervals are 95 %
+bootstrap intervals over conversations, those of differences paired by conversation; they say nothing about further
 seeds, for which the scores of the single seeds stand beside them. Recall, NDCG and the other columns are defined in
 [evaluate.py](../rankgrpo/evaluate.py) and [diversity.py](../rankgrpo/diversity.py).
 """

@@ -1,7 +1,8 @@
 """Runs what a plan is missing, each run in a process of its own, and stops in time.
 
 A run continues from its own checkpoints, so the whole suite may be killed at any moment and started again. What a run
-prints goes to `log.txt` in its folder. A run that fails does not keep the others from running.
+prints goes to `log.txt` in its folder. A run that fails does not keep the others from running. The same command given
+several times, on machines that share the folder of the runs too, shares the work: what another has begun is left to it.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from rankgrpo.files import is_busy
 from rankgrpo.suite.plan import Run, share_evaluations, steps_done
 
 POLL_SECONDS, SHOW_SECONDS = 0.5, 10.0
@@ -35,7 +37,8 @@ class Outcome:
 
 
 def run_missing(runs: list[Run], *, num_jobs: int, num_processes: int, max_minutes: float | None = None) -> Outcome:
-    """Run every unfinished run, at most `num_jobs` at once with `num_processes` processes each.
+    """Run every unfinished run, at most `num_jobs` at once with `num_processes` processes each, and wait for those that
+    are at work elsewhere.
 
     After `max_minutes`, and when this process is interrupted or terminated, those that run are stopped: they lose the
     steps since their last checkpoint.
@@ -54,8 +57,13 @@ def run_missing(runs: list[Run], *, num_jobs: int, num_processes: int, max_minut
                 if deadline is not None and time.monotonic() > deadline:
                     outcome.stopped = True
                     break
+                _drop_finished(waiting, bar)
                 ready = [run for run in waiting if run.start is None or run.start.is_finished]
-                for run in ready[: num_jobs - len(active)]:
+                for run in ready:
+                    if len(active) == num_jobs:
+                        break
+                    if is_busy(run.folder):
+                        continue
                     waiting.remove(run)
                     bar.write(f"> {run.title}: {run.shell_command}")
                     at_once = min(num_jobs, len(active) + len(ready))
@@ -63,10 +71,14 @@ def run_missing(runs: list[Run], *, num_jobs: int, num_processes: int, max_minut
                 for title, (run, process) in list(active.items()):
                     if process.poll() is not None:
                         del active[title]
-                        _note_end(run, process.returncode, outcome, bar)
+                        if process.returncode != 0 and is_busy(run.folder):
+                            waiting.append(run)  # another command was faster
+                        else:
+                            _note_end(run, process.returncode, outcome, bar)
                 _drop_hopeless(waiting, outcome, bar)
                 if time.monotonic() - shown > SHOW_SECONDS:
-                    bar.set_postfix_str(", ".join(f"{title} {steps_done(run)}" for title, (run, _) in active.items()))
+                    shown_runs = [run for run, _ in active.values()] or [run for run in waiting if is_busy(run.folder)]
+                    bar.set_postfix_str(", ".join(f"{run.title} {steps_done(run)}" for run in shown_runs))
                     shown = time.monotonic()
                 time.sleep(POLL_SECONDS)
         finally:
@@ -116,6 +128,14 @@ def _launcher(num_processes: int) -> list[str]:
         return [sys.executable, "-m", "rankgrpo"]
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_processes)]
     return [sys.executable, *torchrun, "-m", "rankgrpo"]
+
+
+def _drop_finished(waiting: list[Run], bar: tqdm) -> None:
+    """What another command has finished meanwhile."""
+    for run in [run for run in waiting if run.is_finished]:
+        waiting.remove(run)
+        bar.write(f"> {run.title}: finished elsewhere")
+        bar.update()
 
 
 def _drop_hopeless(waiting: list[Run], outcome: Outcome, bar: tqdm) -> None:
