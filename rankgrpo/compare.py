@@ -21,6 +21,7 @@ from rankgrpo.diversity import Diversity, describe_lists, diversity_path, summar
 from rankgrpo.evaluate import (
     Evaluation,
     compare,
+    mean_evaluation,
     read_evaluation,
     read_lists,
     score_completions,
@@ -32,7 +33,7 @@ from rankgrpo.model import resolve_model
 from rankgrpo.policy import open_policy
 from rankgrpo.recommend import recommend
 from rankgrpo.tables import format_table
-from rankgrpo.validate import recommend_lists, sample_lists
+from rankgrpo.validate import sample_lists
 
 BASELINES = ("popularity", "ease")
 DEFAULT_RUN = "runs/tiny-demo"
@@ -73,10 +74,15 @@ def score_source(source: Source, samples: list[Sample], dataset: Dataset, parall
         else:
             lists = fit_teacher(config, dataset, num_folds=0).rank_all(samples, num_items=num_ranks)
         return score_items(samples, lists, dataset.catalog, num_ranks=num_ranks, year_tolerance=year_tolerance)
-    policy = open_policy(source.location, config.model, parallel.device, trainable=False)
-    mine = samples[parallel.dp_rank :: parallel.dp_world]
-    texts = gather_shares(recommend_lists(policy, mine, config, title=f"evaluate {source.name}"), parallel)
-    return score_completions(samples, texts, dataset.catalog, num_ranks=num_ranks, year_tolerance=year_tolerance)
+    draws, temperature = config.eval.draws, config.eval.temperature
+    lists = draw_lists(source, samples, draws, temperature, f"evaluate {source.name}", parallel)
+    evaluations = []
+    for draw in range(draws):
+        texts = [of_sample[draw] for of_sample in lists]
+        evaluations.append(
+            score_completions(samples, texts, dataset.catalog, num_ranks=num_ranks, year_tolerance=year_tolerance)
+        )
+    return mean_evaluation(evaluations)
 
 
 def describe_source(
@@ -87,16 +93,8 @@ def describe_source(
     if source.location in BASELINES:
         lists = [[row["completion"]] for row in score_source(source, samples, dataset, parallel).rows]
     else:
-        policy = open_policy(source.location, config.model, parallel.device, trainable=False)
-        mine = sample_lists(
-            policy,
-            samples[parallel.dp_rank :: parallel.dp_world],
-            config,
-            num_lists=num_lists,
-            temperature=config.rl.temperature,
-            title=f"{num_lists} lists of {source.name}",
-        )
-        lists = [json.loads(texts) for texts in gather_shares([json.dumps(texts) for texts in mine], parallel)]
+        title = f"{num_lists} lists of {source.name}"
+        lists = draw_lists(source, samples, num_lists, config.rl.temperature, title, parallel)
     return describe_lists(
         samples,
         lists,
@@ -107,11 +105,16 @@ def describe_source(
     )
 
 
-def gather_shares(mine: list[str], parallel: Parallel) -> list[str]:
-    """Every process's texts in the order of the samples that were dealt out one by one."""
-    parts = parallel.gather(mine)
-    num_texts = sum(map(len, parts))
-    return [parts[place % parallel.dp_world][place // parallel.dp_world] for place in range(num_texts)]
+def draw_lists(
+    source: Source, samples: list[Sample], num_lists: int, temperature: float, title: str, parallel: Parallel
+) -> list[list[str]]:
+    """`num_lists` lists a sample of a model, as text; every process decodes its share of the samples and gets all."""
+    policy = open_policy(source.location, source.config.model, parallel.device, trainable=False)
+    mine = samples[parallel.dp_rank :: parallel.dp_world]
+    groups = sample_lists(policy, mine, source.config, num_lists=num_lists, temperature=temperature, title=title)
+    parts = parallel.gather([json.dumps(texts) for texts in groups])
+    world = parallel.dp_world
+    return [json.loads(parts[place % world][place // world]) for place in range(sum(map(len, parts)))]
 
 
 def evaluate_run(
@@ -119,8 +122,8 @@ def evaluate_run(
 ) -> None:
     """Score the run's models (`stages`: name -> location) and the two baselines; what is finished is kept.
 
-    One list a conversation, and with eval.lists above 1 also the union of so many. Every process takes its share of the
-    lists; the main one writes the scores.
+    The mean of eval.draws lists a conversation, and with eval.lists above 1 also the union of so many. Every process
+    takes its share of the lists; the main one writes the scores.
     """
     split, locations = config.eval.split, {**stages, **{name: name for name in BASELINES}}
     samples = first_samples(dataset, split, config.eval.num_samples)

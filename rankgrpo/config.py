@@ -260,8 +260,10 @@ class EvalConfig:
     num_samples: int = 0
     """Samples of the split that are scored, from its beginning; 0 is all."""
     temperature: float = 0.0
-    """Of the one list that is decoded a conversation, in validation too; 0 is greedy, as in the paper."""
-
+    """Of the lists that are scored, in validation too; 0 is greedy, as in the paper."""
+    draws: int = 1
+    """Lists a conversation whose scores are averaged, so that a model is not judged by the luck of one draw; needs a
+    temperature. Validation has one."""
     lists: int = 1
     """Above 1: also sample so many lists a conversation at rl.temperature and score their union, up to all of them."""
     list_samples: int = 0
@@ -272,6 +274,8 @@ class EvalConfig:
         _require(self.lists >= 1, "eval.lists", "must be at least 1")
         _require(self.list_samples >= 0, "eval.list_samples", "must not be negative")
         _require(self.temperature >= 0, "eval.temperature", "must not be negative")
+        _require(self.draws >= 1, "eval.draws", "must be at least 1")
+        _require(self.draws == 1 or self.temperature > 0, "eval.draws", "above 1 needs eval.temperature > 0")
 
 
 @dataclass(frozen=True)

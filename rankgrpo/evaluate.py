@@ -14,7 +14,8 @@ Metrics of a sample, over its first K = `num_ranks` lines:
   duplicate_frac     share of these lines that name an earlier line's item again
   items_mean         number of lines in the whole answer, more than K if there are more; short lists show here and not
                      in the shares
-The three shares are 0 for an empty answer. Means are over samples, so every conversation weighs the same.
+The three shares are 0 for an empty answer. Means are over samples, so every conversation weighs the same. A sample may
+have several answers, drawn with other luck: its scores are then their means.
 """
 
 # Shape letters: N samples, K ranks.
@@ -45,6 +46,7 @@ __all__ = [
     "compare",
     "count_groundtruth",
     "format_table",
+    "mean_evaluation",
     "read_evaluation",
     "read_lists",
     "score_completions",
@@ -67,9 +69,10 @@ class Evaluation:
     metrics: dict[str, Tensor]
     """Metric name -> (N,) float64, one value a sample, in the order of `sample_ids`."""
     hits: Tensor
-    """(N, K) 0 or 1."""
+    """(N, K) 0 or 1, or means of these."""
     rows: list[dict[str, Any]]
-    """What a `.lists.jsonl` file holds: conversation, ground truth, answer, marks of every line, metrics."""
+    """What a `.lists.jsonl` file holds: conversation, ground truth, answer, marks of every line, metrics. Of several
+    answers the first, with the means of all as metrics and as `hit_by_rank`."""
 
 
 # ---------------------------------------------------------------------------------------------------------- scoring
@@ -216,6 +219,26 @@ def _row(sample: Sample, text: str, marks: list[dict[str, Any]]) -> dict[str, An
     }
 
 
+def mean_evaluation(evaluations: Sequence[Evaluation]) -> Evaluation:
+    """Every sample's scores averaged over evaluations of the same samples.
+
+    Raises ValueError for different samples.
+    """
+    first = evaluations[0]
+    if any(one.sample_ids != first.sample_ids for one in evaluations):
+        raise ValueError("scores can be averaged over evaluations of the same conversations only; evaluate all on them")
+    if len(evaluations) == 1:
+        return first
+    metrics = {key: torch.stack([one.metrics[key] for one in evaluations]).mean(0) for key in first.metrics}
+    hits_NK = torch.stack([one.hits for one in evaluations]).mean(0)
+    # Whoever needs the scores alone has dropped the rows, which are most of the memory.
+    rows = [
+        {**row, "hit_by_rank": hits_K, **{key: float(values_N[index]) for key, values_N in metrics.items()}}
+        for index, (row, hits_K) in enumerate(zip(first.rows, hits_NK.tolist(), strict=bool(first.rows)))
+    ]
+    return Evaluation(first.sample_ids, metrics, hits_NK, rows)
+
+
 # ---------------------------------------------------------------------------------------------------------- summaries
 
 
@@ -335,7 +358,7 @@ def read_lists(path: str | Path) -> Evaluation:
     num_ranks = max(int(name.split("@")[1]) for name in names if name.startswith("ndcg@"))
     hits_NK = torch.zeros(len(rows), num_ranks)
     for index, row in enumerate(rows):
-        for rank, mark in enumerate(row["items"]):
-            hits_NK[index, rank] = float(mark["hit"])
+        for rank, hit in enumerate(row.get("hit_by_rank") or [mark["hit"] for mark in row["items"]]):
+            hits_NK[index, rank] = float(hit)
     metrics = {name: torch.tensor([row[name] for row in rows], dtype=torch.float64) for name in names}
     return Evaluation(tuple(row["id"] for row in rows), metrics, hits_NK, rows)

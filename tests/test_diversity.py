@@ -6,9 +6,10 @@ import torch
 from test_evaluate import CATALOG, letters, sample
 from tiny_world import ALONE, taught_dataset, tiny_config, tiny_dataset
 
-from rankgrpo.compare import Source, describe_source
+from rankgrpo.compare import Source, describe_source, draw_lists, score_source
 from rankgrpo.config_file import load_config
 from rankgrpo.diversity import describe_lists, read_diversity, summarise_lists, union_sizes, write_diversity
+from rankgrpo.evaluate import score_completions
 from rankgrpo.tables import format_table
 
 POPULARITY_N = torch.arange(26).float()  # A 0, B 1, ... Z 25
@@ -113,6 +114,30 @@ def test_lists_of_a_model(tmp_path):
     assert baseline.num_lists == 1 and 0 < baseline.by_sample["recall@5_of_1"].mean() < 1
 
 
+def test_a_model_is_scored_by_the_mean_of_its_draws(tmp_path):
+    from rankgrpo.model import make_init
+    from rankgrpo.tiny import TinyConfig
+
+    dataset = tiny_dataset()
+    init = make_init("tiny", taught_dataset(), tmp_path / "init", seed=1, tiny=TinyConfig(32, 2, 64, 2, 1, 1024))
+
+    def scored(draws: int):
+        config = tiny_config("eval.temperature=1.0", f"eval.draws={draws}")
+        return score_source(Source("a", init, config), dataset.test, dataset, ALONE)
+
+    one, three = scored(1), scored(3)
+    texts = draw_lists(Source("a", init, tiny_config()), dataset.test, 3, 1.0, "", ALONE)
+    assert [row["completion"] for row in three.rows] == [row["completion"] for row in one.rows]
+    assert [text for text, *_ in texts] == [row["completion"] for row in one.rows]
+    for index, asked in enumerate(dataset.test):
+        alone = score_completions([asked] * 3, texts[index], dataset.catalog, num_ranks=5)
+        for key, values_N in three.metrics.items():
+            assert float(values_N[index]) == pytest.approx(float(alone.metrics[key].mean())), key
+    assert three.metrics["items_mean"].tolist() != one.metrics["items_mean"].tolist()
+
+
 def test_too_few_lists_are_refused():
+    with pytest.raises(ValueError, match="eval.draws: above 1 needs eval.temperature > 0"):
+        load_config(None, ["eval.draws=2"])
     with pytest.raises(ValueError, match="eval.lists: must be at least 1"):
         load_config(None, ["eval.lists=0"])

@@ -9,6 +9,7 @@ from rankgrpo.data import Sample, Turn
 from rankgrpo.evaluate import (
     compare,
     format_table,
+    mean_evaluation,
     read_evaluation,
     read_lists,
     score_completions,
@@ -140,6 +141,25 @@ def test_a_baseline_scores_like_the_same_list_written_by_a_model():
     ranked = score_items(samples, torch.tensor(lists), CATALOG)
     assert ranked.rows == written.rows
     assert all(torch.equal(ranked.metrics[name], written.metrics[name]) for name in written.metrics)
+
+
+def test_scores_of_several_draws_are_their_means_and_survive_the_file(tmp_path):
+    samples = [sample("A", name="1"), sample("BC", name="2")]
+    draws = [("A", "XB"), ("XA", "BC"), ("X", "XX"), ("A", "X")]
+    mean = mean_evaluation([score_completions(samples, [letters(x) for x in draw], CATALOG) for draw in draws])
+    second = 1 / math.log2(3)  # of a hit at rank 2
+    ideal = 1 + second  # of two hits
+    assert mean.metrics["ndcg@20"].tolist() == pytest.approx([(2 + second) / 4, (second / ideal + 1) / 4])
+    assert mean.metrics["recall@20"].tolist() == pytest.approx([3 / 4, (0.5 + 1) / 4])
+    assert mean.metrics["duplicate_frac"].tolist() == pytest.approx([0, 0.5 / 4])
+    assert mean.hits[:, :3].tolist() == [[0.5, 0.25, 0], [0.25, 0.5, 0]]
+    write_evaluation(tmp_path, mean, name="sft", split="test")
+    read = read_lists(tmp_path / "eval" / "test" / "sft.lists.jsonl")
+    assert read.hits.tolist() == mean.hits.tolist()
+    assert all(torch.equal(read.metrics[key], values) for key, values in mean.metrics.items())
+    assert read.rows[1]["completion"] == letters("XB")
+    with pytest.raises(ValueError, match="of the same conversations only"):
+        mean_evaluation([mean, score_completions(samples[:1], [letters("A")], CATALOG)])
 
 
 def test_no_samples_make_an_empty_evaluation():

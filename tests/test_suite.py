@@ -596,7 +596,7 @@ def test_seeds_on_different_conversations_are_refused(own):
     write_evaluation(
         run.folder, score_completions(SAMPLES[:1], [letters("A")], CATALOG), name="rank-grpo", split="test"
     )
-    with pytest.raises(ValueError, match="the seeds of a row were evaluated on different conversations"):
+    with pytest.raises(ValueError, match="evaluations of the same conversations only"):
         rebuild_page(own)
 
 

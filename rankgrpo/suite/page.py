@@ -113,8 +113,10 @@ def _titled(title: str, table: list[str]) -> list[str]:
 def _facts(board: Board) -> str:
     machines = dict.fromkeys(row["machine"]["machine"] for row in board["rows"] if "machine" in row)
     commits = dict.fromkeys(row["machine"]["commit"] for row in board["rows"] if "machine" in row)
+    draws = board.get("num_draws", 1)
+    lists = f"lists of {board['num_ranks']}" + (f", the mean of {draws} drawn a conversation" if draws > 1 else "")
     return (
-        f"{board['num_samples']:,} {board['split']} conversations, lists of {board['num_ranks']}. "
+        f"{board['num_samples']:,} {board['split']} conversations, {lists}. "
         f"Machine: {', '.join(map(str, machines))}. Commit: {', '.join(map(str, commits))}."
     )
 

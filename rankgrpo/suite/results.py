@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from rankgrpo.config import ConfigError
 from rankgrpo.diversity import Diversity, read_diversity, summarise_lists
-from rankgrpo.evaluate import Evaluation, compare, read_lists, summarise
+from rankgrpo.evaluate import Evaluation, compare, mean_evaluation, read_lists, summarise
 from rankgrpo.files import write_lines
 from rankgrpo.metrics import paired_bootstrap
 from rankgrpo.report import read_curves
@@ -128,6 +128,7 @@ class _Board:
             "split": runs[0].config.eval.split,
             "num_samples": sizes.pop(),
             "num_ranks": runs[0].config.data.num_ranks,
+            "num_draws": runs[0].config.eval.draws,
             "num_lists": max((union.num_lists for union in self.unions.values()), default=1),
             "num_union_samples": max((len(union.sample_ids) for union in self.unions.values()), default=0),
         }
@@ -199,15 +200,6 @@ class _Board:
 
 def _read_scores(path: Path) -> Evaluation:
     return replace(read_lists(path), rows=[])  # the texts take most of the memory
-
-
-def mean_evaluation(evaluations: Sequence[Evaluation]) -> Evaluation:
-    """Every conversation's scores averaged over the evaluations. Raises ValueError for different conversations."""
-    first = evaluations[0]
-    if any(one.sample_ids != first.sample_ids for one in evaluations):
-        raise ValueError("the seeds of a row were evaluated on different conversations; evaluate all on the same")
-    metrics = {key: torch.stack([one.metrics[key] for one in evaluations]).mean(0) for key in first.metrics}
-    return Evaluation(first.sample_ids, metrics, torch.stack([one.hits for one in evaluations]).mean(0), [])
 
 
 def mean_diversity(found: Sequence[Diversity]) -> Diversity:
