@@ -133,12 +133,14 @@ def evaluate(
         int, arg(help="lists sampled a conversation; above 1 the table is of their union: Recall, coverage, popularity")
     ] = 1,
     markdown: Annotated[bool, arg(help="print the table in Markdown")] = False,
+    set: Set = [],  # noqa: B006
 ) -> None:
     """Compare any number of models, the popularity list and EASE: Recall and NDCG with 95 % bootstrap intervals.
 
     Try:
       rankgrpo evaluate runs/tiny-demo popularity ease
       rankgrpo evaluate runs/tiny-demo --lists 16 --num-samples 200
+      rankgrpo evaluate runs/tiny-demo --set eval.draws=16
       rankgrpo evaluate runs/a/sft/final runs/a/rl/best --data path/to/redial --split validation --out results
     """
     from rankgrpo.compare import evaluate_models
@@ -146,7 +148,7 @@ def evaluate(
     if lists < 1:
         raise ValueError(f"--lists must be at least 1, got {lists}")
     table = evaluate_models(
-        models, data=data, split=split, num_samples=num_samples, out=out, markdown=markdown, num_lists=lists
+        models, data=data, split=split, num_samples=num_samples, out=out, markdown=markdown, num_lists=lists, words=set
     )
     print(table)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -175,13 +175,15 @@ def evaluate_models(
     out: Path | None,
     markdown: bool = False,
     num_lists: int = 1,
+    words: Sequence[str] = (),
 ) -> str:
     """Table of any models and baselines on one split of `data` (default: the first run's data set, or the demo).
 
+    `words` (section.key=value) override the settings of all: a run's own, and the defaults that other models go by.
     With more than one list a sample, the table is of what these lists find together. Raises ConfigError and ModelError
     for what cannot be evaluated, before anything is computed.
     """
-    sources = list_sources(models, data)
+    sources = list_sources(models, data, words)
     parallel = start_parallel()
     dataset = load_config_dataset(sources[0].config)
     samples = first_samples(dataset, split, num_samples)
@@ -201,18 +203,18 @@ def evaluate_models(
     return format_table(summaries, markdown=markdown)
 
 
-def list_sources(models: list[str], data: str | None) -> list[Source]:
+def list_sources(models: list[str], data: str | None, words: Sequence[str] = ()) -> list[Source]:
     """What the words of `rankgrpo evaluate` stand for, in order, all on one data set."""
     if not models:
         raise ConfigError("nothing to evaluate: name run folders, models, `popularity` or `ease`")
     runs = [Path(model) for model in models if is_run(Path(model))]
-    common = load_config(runs[0] / "config.toml") if runs else Config()
+    common = load_config(runs[0] / "config.toml" if runs else None, words)
     chosen = replace(common.data, path=data, num_train=0) if data is not None else common.data
     sources = []
     for model in models:
         folder = Path(model)
         if is_run(folder):
-            config = load_config(folder / "config.toml")
+            config = load_config(folder / "config.toml", words)
             config = replace(config, data=replace(config.data, path=chosen.path, num_train=chosen.num_train))
             stages = run_models(folder)
             sources += [Source(f"{folder.name}/{stage}", str(path), config) for stage, path in stages.items()]

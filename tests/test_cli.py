@@ -39,6 +39,7 @@ def test_help_has_examples(words):
         (["recommend", "hello"], "no such run; `make train`"),
         (["report", "runs/none"], "no such run folder"),
         (["evaluate", "nothing"], "unknown model"),
+        (["evaluate", "popularity", "--set", "eval.draws=2"], "eval.draws: above 1 needs eval.temperature > 0"),
         (["experiments", "cpuu"], "no suite 'cpuu'"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -73,9 +74,5 @@ def test_a_run_stands_for_its_models_on_one_data_set(tmp_path):
     assert sft.config.rl.max_new_tokens == 33
     assert sft.config.data == ease.config.data and ease.config.data.path == "elsewhere"
     assert {s.config.data.path for s in list_sources(["popularity", str(run)], "other")} == {"other"}
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "empty" / "config.toml").write_text("")
-    with pytest.raises(ConfigError, match="no model yet"):
-        list_sources([str(tmp_path / "empty")], None)
-    with pytest.raises(ConfigError, match="nothing to evaluate"):
-        list_sources([], None)
+    sources = list_sources([str(run), "ease"], None, ["eval.temperature=0.5", "eval.draws=3"])
+    assert [(s.config.eval.draws, s.config.eval.temperature) for s in sources] == [(3, 0.5), (3, 0.5)]
