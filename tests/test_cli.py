@@ -76,3 +76,9 @@ def test_a_run_stands_for_its_models_on_one_data_set(tmp_path):
     assert {s.config.data.path for s in list_sources(["popularity", str(run)], "other")} == {"other"}
     sources = list_sources([str(run), "ease"], None, ["eval.temperature=0.5", "eval.draws=3"])
     assert [(s.config.eval.draws, s.config.eval.temperature) for s in sources] == [(3, 0.5), (3, 0.5)]
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "config.toml").write_text("")
+    with pytest.raises(ConfigError, match="no model yet"):
+        list_sources([str(tmp_path / "empty")], None)
+    with pytest.raises(ConfigError, match="nothing to evaluate"):
+        list_sources([], None)
