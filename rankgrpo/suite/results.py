@@ -142,16 +142,14 @@ class _Board:
     def _result(self, name: str) -> dict[str, Any]:
         evaluation, split = self.scores[name], self.facts["split"]
         summary = summarise(evaluation, name=name, split=split)
+        start = self.suite.row(name).start if name in self.runs else NO_START
+        bases = {key: start if key == OWN_START else key for key in self.suite.against}
         result = {
             "name": name,
             "metrics": _rounded(summary["metrics"]),
             "by_seed": self.by_seed[name],
             "hit_rate_by_rank": _rounded(summary["hit_rate_by_rank"]),
-            "gain": {
-                other: self._gain(name, base)
-                for other in self.suite.against
-                if self._comparable(name, base := self._start(name) if other == OWN_START else other)
-            },
+            "gain": {key: self._gain(name, base) for key, base in bases.items() if self._comparable(name, base)},
         }
         if name in self.unions:
             union = summarise_lists(self.unions[name], name=name, split=split)
@@ -169,9 +167,6 @@ class _Board:
                 **_cost(runs), "curves": _curves(runs),
             }  # fmt: skip
         return result
-
-    def _start(self, name: str) -> str:
-        return self.suite.row(name).start if name in self.runs else NO_START
 
     def _comparable(self, name: str, other: str) -> bool:
         return name != other and name in self.scores and other in self.scores
