@@ -2,15 +2,17 @@
 
     logp_n = logits_n[ids_n] - logsumexp(logits_n),   logits_n = weight hidden_n / temperature
 
-The head runs over chunks of tokens, so [tokens, vocabulary] never exists; backward recomputes each chunk. Log-sum-exp
-and the weight gradient are float32 at least, matrix products run in the autocast type or the inputs' own. Tokens whose
-upstream gradient is exactly zero cost nothing in backward.
+The head runs over chunks of the vocabulary, so [tokens, vocabulary] never exists; backward recomputes each chunk. Chunks
+of tokens would read the whole weight, and read and write its whole gradient, once a chunk; here each of its rows is read
+once and the gradient of a row is one product, written once. Log-sum-exp and sums of gradients are float32 at least, matrix
+products run in the autocast type or the inputs' own. Tokens whose upstream gradient is exactly zero cost nothing in
+backward.
 
 `pack_logprobs` is the one forward path for policy, old and reference log-probabilities. `dense_logprobs` computes the
 same numbers through the model's ordinary padded forward; it is the oracle, never a fall-back.
 """
 
-# Shape letters: N tokens, C tokens of a chunk, V vocabulary, D hidden; in a pack: M predicted tokens, B lists,
+# Shape letters: N tokens, C ids of a chunk, K chunks, V vocabulary, D hidden; in a pack: M predicted tokens, B lists,
 # T longest list; S tokens of a padded row.
 
 from __future__ import annotations
@@ -42,8 +44,8 @@ def token_logprobs(
 ) -> Tensor:
     """log softmax(weight hidden / temperature) at ids, (N,) float32 (float64 for float64 inputs), in nats.
 
-    allowed_V: bool mask; the softmax runs over the ids it allows. chunk: tokens at a time, None for a size that suits
-    the device. impl="triton" needs a GPU and the kernels package.
+    allowed_V: bool mask; the softmax runs over the ids it allows. chunk: ids of the vocabulary at a time, None for a
+    size that suits the device. impl="triton" needs a GPU and the kernels package.
 
     Errors: ValueError for shapes that do not fit, temperature <= 0, impl="triton" where it cannot run and, on a CPU,
     for ids outside the vocabulary or not allowed. On a GPU, where looking would wait for the device, such an id gives a
@@ -78,42 +80,42 @@ def _stream(hidden_ND, weight_VD, ids_N, temperature, allowed_V, chunk, *, entro
         product_type = torch.get_autocast_dtype(device)
     else:
         product_type = torch.promote_types(hidden_ND.dtype, weight_VD.dtype)
-    banned = None
-    if allowed_V is not None:
-        banned = (~allowed_V).nonzero()[:, 0]
-        banned = banned if len(banned) else None
-    chunk = chunk or default_chunk(weight_VD.shape[0], device)
+    chunk = chunk or default_chunk(len(ids_N), device)
+    banned = None if allowed_V is None else _banned_places(allowed_V, chunk)
     return _StreamedHead.apply(hidden_ND, weight_VD, ids_N, banned, 1.0 / temperature, chunk, product_type, entropy)
 
 
-def default_chunk(num_ids: int, device: str) -> int:
-    """Tokens at a time: logits of about 16 MB on a CPU (they should stay in cache), 128 MB elsewhere."""
-    elements = 2**22 if device == "cpu" else 2**25
-    return min(1024, max(64, elements // num_ids // 64 * 64))
+def default_chunk(num_tokens: int, device: str) -> int:
+    """Ids at a time: logits of about 8 MB on a CPU (they should stay in cache), 128 MB elsewhere."""
+    elements = 2**21 if device == "cpu" else 2**25
+    return max(256, elements // max(num_tokens, 1) // 64 * 64)
+
+
+def _banned_places(allowed_V: Tensor, chunk: int) -> list[Tensor]:
+    """Of every chunk, the places of the ids that are not allowed."""
+    banned = (~allowed_V).nonzero()[:, 0]
+    counts = torch.bincount(banned // chunk, minlength=-(-len(allowed_V) // chunk))
+    return list((banned % chunk).split(counts.tolist()))
 
 
 class _StreamedHead(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_ND, weight_VD, ids_N, banned, inverse_temperature, chunk, product_type, with_entropy):
-        exact = torch.float64 if hidden_ND.dtype == torch.float64 else torch.float32
-        ctx.banned, ctx.inverse_temperature, ctx.chunk = banned, inverse_temperature, chunk
-        ctx.product_type, ctx.exact = product_type, exact
-        logp_N = hidden_ND.new_empty(ids_N.shape, dtype=exact)
-        lse_N, entropy_N = torch.empty_like(logp_N), torch.empty_like(logp_N) if with_entropy else None
-        weight = weight_VD.to(product_type)
-        for rows in _chunks(len(ids_N), chunk):
-            logits_CV = _logits(ctx, hidden_ND[rows].to(product_type), weight)
-            ids_C1 = ids_N[rows, None]
-            target_C = logits_CV.gather(1, ids_C1)[:, 0]
-            logp_CV = torch.log_softmax(logits_CV, -1)
-            del logits_CV
-            logp_N[rows] = logp_CV.gather(1, ids_C1)[:, 0]
-            lse_N[rows] = target_C - logp_N[rows]
-            if with_entropy:
-                entropy_N[rows] = torch.special.entr(logp_CV.exp_()).sum(-1)
+        ctx.banned, ctx.inverse_temperature, ctx.chunk, ctx.product_type = banned, inverse_temperature, chunk, product_type
+        ctx.exact = torch.float64 if hidden_ND.dtype == torch.float64 else torch.float32
+        hidden = hidden_ND.to(product_type)
+        target_N = hidden_ND.new_full(ids_N.shape, torch.nan, dtype=ctx.exact)
+        parts = []
+        for first in range(0, len(weight_VD), chunk):
+            logits_NC, _ = _logits(ctx, hidden, weight_VD, first)
+            place_N, inside_N = _places(ids_N, first, logits_NC.shape[1])
+            target_N = torch.where(inside_N, logits_NC.gather(1, place_N[:, None])[:, 0], target_N)
+            parts.append(_softmax_sums_(logits_NC, with_entropy))
+        logp_N, lse_N, entropy_N = _join(target_N, *map(torch.stack, zip(*parts, strict=True)))
         ctx.save_for_backward(hidden_ND, weight_VD, ids_N, lse_N)
-        if with_entropy:
-            ctx.mark_non_differentiable(entropy_N)
+        if not with_entropy:
+            return logp_N, None
+        ctx.mark_non_differentiable(entropy_N)
         return logp_N, entropy_N
 
     @staticmethod
@@ -121,37 +123,69 @@ class _StreamedHead(torch.autograd.Function):
     def backward(ctx, grad_N, _):
         hidden_ND, weight_VD, ids_N, lse_N = ctx.saved_tensors
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
-        weight = weight_VD.to(ctx.product_type)
-        grad_hidden = torch.zeros_like(hidden_ND) if needs_hidden else None
-        grad_weight = torch.zeros_like(weight_VD, dtype=ctx.exact) if needs_weight else None
         live = grad_N.nonzero()[:, 0]
-        for start in range(0, len(live), ctx.chunk):
-            rows = live[start : start + ctx.chunk]
-            hidden = hidden_ND[rows].to(ctx.product_type)
-            grad_C1 = grad_N[rows, None] * ctx.inverse_temperature
+        hidden, ids_N, lse_N1 = hidden_ND[live].to(ctx.product_type), ids_N[live], lse_N[live, None]
+        grad_N1 = grad_N[live, None] * ctx.inverse_temperature
+        grad_live = torch.zeros_like(hidden, dtype=ctx.exact) if needs_hidden else None
+        grad_weight = torch.empty_like(weight_VD) if needs_weight else None
+        for first in range(0, len(weight_VD), ctx.chunk):
+            logits_NC, weight = _logits(ctx, hidden, weight_VD, first)
+            place_N, inside_N = _places(ids_N, first, len(weight))
             # d logp / d logits = onehot - softmax, built in place of the recomputed logits
-            delta_CV = _logits(ctx, hidden, weight).sub_(lse_N[rows, None]).exp_().mul_(-grad_C1)
-            delta_CV = delta_CV.scatter_add_(1, ids_N[rows, None], grad_C1).to(ctx.product_type)
+            delta_NC = logits_NC.sub_(lse_N1).exp_().mul_(-grad_N1)
+            delta_NC.scatter_add_(1, place_N[:, None], grad_N1 * inside_N[:, None])
+            delta_NC = delta_NC.to(ctx.product_type)
             if needs_hidden:
-                grad_hidden[rows] = _product(delta_CV, weight, ctx.exact).to(hidden_ND.dtype)
+                _add_product_(grad_live, delta_NC, weight)
             if needs_weight:
-                _add_product_(grad_weight, delta_CV.t(), hidden)
-        if needs_weight:
-            grad_weight = grad_weight.to(weight_VD.dtype)
+                grad_weight[first : first + len(weight)] = _product(delta_NC.t(), hidden, ctx.exact)
+        grad_hidden = None
+        if needs_hidden:
+            grad_hidden = torch.zeros_like(hidden_ND).index_copy_(0, live, grad_live.to(hidden_ND.dtype))
         return grad_hidden, grad_weight, None, None, None, None, None, None
 
 
-def _chunks(size: int, chunk: int) -> Iterator[slice]:
-    return (slice(start, min(start + chunk, size)) for start in range(0, size, chunk))
-
-
-def _logits(ctx, hidden: Tensor, weight: Tensor) -> Tensor:
-    logits_CV = _product(hidden, weight.t(), ctx.exact)
+def _logits(ctx, hidden: Tensor, weight_VD: Tensor, first: int) -> tuple[Tensor, Tensor]:
+    """Logits of the chunk of ids from `first` on, (N, C), and the chunk's weights in the type of the products."""
+    weight = weight_VD[first : first + ctx.chunk].to(ctx.product_type)
+    logits_NC = _product(hidden, weight.t(), ctx.exact)
     if ctx.inverse_temperature != 1.0:
-        logits_CV.mul_(ctx.inverse_temperature)
+        logits_NC.mul_(ctx.inverse_temperature)
     if ctx.banned is not None:
-        logits_CV.index_fill_(1, ctx.banned, -torch.inf)
-    return logits_CV
+        logits_NC.index_fill_(1, ctx.banned[first // ctx.chunk], -torch.inf)
+    return logits_NC, weight
+
+
+def _places(ids_N: Tensor, first: int, size: int) -> tuple[Tensor, Tensor]:
+    """Places of ids in the chunk of `size` ids from `first` on, and whether they are in it; 0 for those outside."""
+    place_N = ids_N - first
+    inside_N = (place_N >= 0) & (place_N < size)
+    return place_N * inside_N, inside_N
+
+
+def _softmax_sums_(logits_NC: Tensor, with_entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Of every row the peak m, s = sum_c e^(x_c - m) and, on request, sum_c (x_c - m) e^(x_c - m). Logits are lost."""
+    # A chunk may be banned whole: with a finite peak its sums are 0 instead of NaN.
+    peak_N = logits_NC.amax(1).clamp_(min=torch.finfo(logits_NC.dtype).min)
+    weights_NC = logits_NC.sub_(peak_N[:, None]).exp_()
+    sum_N = weights_NC.sum(1)
+    return peak_N, sum_N, -torch.special.entr(weights_NC).sum(1) if with_entropy else torch.zeros_like(sum_N)
+
+
+def _join(target_N: Tensor, peak_KN: Tensor, sum_KN: Tensor, moment_KN: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-prob of the targets, log-sum-exp and entropy, from every chunk's `_softmax_sums_`.
+
+    With m the highest peak, s_k and t_k a chunk's sums, w_k = e^(m_k - m) and s = sum_k w_k s_k:
+    lse = m + log s,   entropy = log s - sum_k w_k (t_k + (m_k - m) s_k) / s.
+    All chunks are summed at once: adding one at a time would round once a chunk.
+    """
+    peak_N = peak_KN.amax(0)
+    below_KN = peak_KN - peak_N
+    share_KN = below_KN.exp()
+    sum_N = (share_KN * sum_KN).sum(0)
+    log_N = sum_N.log()
+    entropy_N = log_N - (share_KN * (moment_KN + below_KN * sum_KN)).sum(0) / sum_N
+    return (target_N - peak_N) - log_N, peak_N + log_N, entropy_N
 
 
 def _product(left: Tensor, right: Tensor, exact: torch.dtype) -> Tensor:
@@ -164,12 +198,11 @@ def _product(left: Tensor, right: Tensor, exact: torch.dtype) -> Tensor:
 
 
 def _add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left @ right in total's type, in slices of rows so that no second tensor of total's size appears."""
+    """total += left @ right in total's type."""
     if left.dtype == total.dtype:
         total.addmm_(left, right)
-        return
-    for rows in _chunks(len(total), 16384):
-        total[rows] += _product(left[rows], right, total.dtype)
+    else:
+        total += _product(left, right, total.dtype)
 
 
 def _triton_head(hidden_ND, weight_VD, ids_N, temperature, allowed_V, *, entropy: bool):

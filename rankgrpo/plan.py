@@ -179,7 +179,7 @@ def update_bytes(arch: Architecture, config: Config, gpus: int) -> dict[str, flo
     bfloat16, split = config.model.autocast == "bfloat16", is_split(config, gpus)
     tokens, compute = micro_batch_tokens(config), 2 if bfloat16 else 4
     trained = config.adapter.kind == "none"
-    # FSDP computes wholly in bfloat16; autocast leaves the residual stream float32.
+    # FSDP computes wholly in bfloat16; autocast leaves the weights and the residual stream float32.
     stream = 2 if bfloat16 and split else 4
     return {
         "working weights": working_weight_bytes(arch, compute, split=split, bfloat16=bfloat16, trained=trained),
@@ -187,7 +187,7 @@ def update_bytes(arch: Architecture, config: Config, gpus: int) -> dict[str, flo
             arch, tokens, stream=stream, compute=compute, checkpointing=config.model.gradient_checkpointing
         ),
         "backward": tokens * (2 * arch.ffn * compute + 2 * arch.hidden * stream),
-        "head": head_bytes(arch, compute, trained=trained),
+        "head": head_bytes(arch, stream, trained=trained),
     }
 
 
@@ -226,10 +226,9 @@ def block_activation_bytes(arch: Architecture, stream: int, compute: int) -> flo
     return norms + attention + 4 * arch.ffn * compute
 
 
-def head_bytes(arch: Architecture, compute: int, *, trained: bool) -> float:
-    """The head's float32 weight gradient, its weights in the compute type, and the logits of one chunk, thrice."""
-    head = arch.vocab * arch.hidden
-    return 4 * head * trained + compute * head + 3 * 4 * TORCH_CHUNK_ELEMENTS
+def head_bytes(arch: Architecture, weights: int, *, trained: bool) -> float:
+    """The gradient of the head's weight, in its own type (bytes an element), and the logits of one chunk, thrice."""
+    return weights * arch.vocab * arch.hidden * trained + 3 * 4 * TORCH_CHUNK_ELEMENTS
 
 
 def lists_at_once(config: Config, gpus: int) -> int:
