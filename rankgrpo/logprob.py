@@ -2,9 +2,9 @@
 
     logp_n = logits_n[ids_n] - logsumexp(logits_n),   logits_n = weight hidden_n / temperature
 
-The head runs over chunks of the vocabulary, so [tokens, vocabulary] never exists; backward recomputes each chunk. Chunks
-of tokens would read the whole weight, and read and write its whole gradient, once a chunk; here each of its rows is read
-once and the gradient of a row is one product, written once. Log-sum-exp and sums of gradients are float32 at least, matrix
+The head runs over chunks of the vocabulary, so [tokens, vocabulary] never exists; backward recomputes each chunk. Every
+row of the weight is read once a pass, and its gradient is one product, written once; chunks of tokens would go through
+the whole weight and its whole gradient once a chunk. Log-sum-exp and sums of gradients are float32 at least, matrix
 products run in the autocast type or the inputs' own. Tokens whose upstream gradient is exactly zero cost nothing in
 backward.
 
@@ -101,7 +101,8 @@ def _banned_places(allowed_V: Tensor, chunk: int) -> list[Tensor]:
 class _StreamedHead(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_ND, weight_VD, ids_N, banned, inverse_temperature, chunk, product_type, with_entropy):
-        ctx.banned, ctx.inverse_temperature, ctx.chunk, ctx.product_type = banned, inverse_temperature, chunk, product_type
+        ctx.banned, ctx.inverse_temperature = banned, inverse_temperature
+        ctx.chunk, ctx.product_type = chunk, product_type
         ctx.exact = torch.float64 if hidden_ND.dtype == torch.float64 else torch.float32
         hidden = hidden_ND.to(product_type)
         target_N = hidden_ND.new_full(ids_N.shape, torch.nan, dtype=ctx.exact)
