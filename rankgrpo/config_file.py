@@ -94,6 +94,16 @@ def changed_keys(saved: Config, current: Config) -> list[str]:
     return [f"{key}: {old[key]!r} -> {new[key]!r}" for key in new if key not in FREE_KEYS and old[key] != new[key]]
 
 
+def own_keys(config: Config) -> dict[str, Any]:
+    """`key: value` of the keys that change what is computed and are not at their defaults; no seed, no data path."""
+    default = flatten(Config())
+    return {
+        key: list(value) if isinstance(value, tuple) else value
+        for key, value in flatten(config).items()
+        if key not in FREE_KEYS | {"seed", "data.path"} and value != default[key]
+    }
+
+
 def _fields(config: Config, section: str) -> tuple[dataclasses.Field, ...]:
     return dataclasses.fields(getattr(config, section))
 

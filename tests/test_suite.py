@@ -385,6 +385,31 @@ def test_rows_that_ran_elsewhere_stay_until_their_recipe_changes(own, tmp_path, 
     assert "mine" not in names and "grpo" in names
 
 
+def test_a_row_of_a_changed_preset_is_dropped(own, tmp_path, write, monkeypatch):
+    presets = tmp_path / "presets"
+    shutil.copytree(presets_dir(), presets)
+    preset = presets / "tiny.toml"
+    monkeypatch.setattr("rankgrpo.suite.spec.presets_dir", lambda: presets)
+
+    def rows_after(old: str, new: str) -> list[str]:
+        text = preset.read_text()
+        assert old in text
+        preset.write_text(text.replace(old, new))
+        elsewhere = open_suite(str(write()), runs_dir=tmp_path / new, out=own.out)
+        finish(elsewhere.runs[0], lists=("A", "B"))
+        rebuild_page(elsewhere)
+        return [row["name"] for row in read_results(own.results_path)["boards"]["tiny"]["rows"]]
+
+    assert "mine" in rows_after("[rl]", "[rl]\nsave_every = 7")  # changes nothing that is computed
+    assert rows_after("draws = 4", "draws = 3") == ["before", "sft"]
+
+
+def test_results_stay_when_no_row_is_left_of_them(own, tmp_path, write):
+    results = read_results(own.results_path)
+    rebuild_page(open_suite(str(write(SUITE.replace("= 5", "= 6"))), runs_dir=tmp_path / "none", out=own.out))
+    assert read_results(own.results_path) == results
+
+
 def test_without_the_runs_the_page_is_made_from_the_results(own, tmp_path, write):
     results, text = read_results(own.results_path), (own.out / "README.md").read_text()
     rebuild_page(open_suite(str(write()), runs_dir=tmp_path / "none", out=own.out))

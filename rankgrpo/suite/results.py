@@ -20,6 +20,7 @@ import torch
 from tqdm import tqdm
 
 from rankgrpo.config import ConfigError
+from rankgrpo.config_file import own_keys
 from rankgrpo.diversity import Diversity, read_diversity, summarise_lists
 from rankgrpo.evaluate import Evaluation, compare, mean_evaluation, read_lists, summarise
 from rankgrpo.files import write_lines
@@ -27,7 +28,7 @@ from rankgrpo.metrics import paired_bootstrap
 from rankgrpo.report import read_curves
 from rankgrpo.report_figures import Curves, curve_matrix, rank_keys, thin
 from rankgrpo.suite.plan import Run, machine_of
-from rankgrpo.suite.spec import BASELINE_ROWS, NO_START, OWN_START, Row, Suite
+from rankgrpo.suite.spec import BASELINE_ROWS, NO_START, OWN_START, Row, Suite, row_config
 
 FORMAT = 1
 MAX_POINTS = 60  # of a curve
@@ -74,17 +75,23 @@ def _with_earlier(rows: list[dict], suite: Suite, earlier: list[dict], model: st
         unchanged = old["name"] in BASELINE_ROWS or old["recipe"] in recipes
         if unchanged and (new is None or len(old["by_seed"]) > len(new["by_seed"])):
             chosen[old["name"]] = old
+    if not any(name in chosen for name in suite.row_names):
+        return []
     return [chosen[name] for name in (*BASELINE_ROWS, *suite.row_names) if name in chosen]
 
 
 def recipe(row: Row, model: str) -> dict[str, Any]:
-    """What a row computes, as it is recorded; a row of another recipe is another row."""
+    """What a row computes, as it is recorded; a row of another recipe is another row.
+
+    `config` has what preset, method and overrides come to, so that a changed preset is a changed recipe.
+    """
     return {
         "name": row.name,
         "stage": row.stage,
         "start": row.start,
         "method": row.method,
         "set": list(row.words_for(model)),
+        "config": own_keys(row_config(row, model, data="", seed=0)),
     }
 
 
