@@ -1,7 +1,7 @@
 """Time, memory and error of the head: log-probs of given tokens from hidden states, forward and forward + backward.
 
   triton   rankgrpo_kernels.linear_logprob, the fused head
-  torch    rankgrpo.logprob.token_logprobs, the head streamed over chunks of tokens in plain PyTorch
+  torch    rankgrpo.logprob.token_logprobs, the head streamed over chunks of the vocabulary in plain PyTorch
   full     full logits: one matrix product, then float32 log-softmax and gather
   liger    Liger's chunked GRPO loss on the same hidden states and tokens (pip install liger-kernel). It computes its
            gradients in forward, so its forward is left out; its loss on top of the log-probs is small next to the head
