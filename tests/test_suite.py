@@ -356,6 +356,8 @@ def test_tables_hold_these_numbers(fabricated):
     gains = {row.split("|")[1].strip(): row for row in gains_table(board, ["sft", "grpo"], paper)}
     assert "**+.6845** [+.3691, +1.0000]" in gains["Mine"]
     assert " +24.0% |" in gains["GRPO"]  # .1971 / .1590 - 1, of the paper
+    # Of seed 1 (1 + 0) / 2, of seed 2 (.6309 + 0) / 2, over the .3155 of SFT; GRPO's own mean is between them.
+    assert "| +58.5% +0.0% |" in gains["GRPO"]
     stages = {row.split("|")[1].strip(): row for row in stages_table(board, ["before", "sft", "mine"], paper)}
     assert "| .0042 |" in stages["Before training"] and "| .1590 |" in stages["SFT"] and "Mine" in stages
     assert "2 conversations, 2 lists each" in union_table(board, ["grpo"])[0]

@@ -9,7 +9,7 @@ from typing import Any
 from rankgrpo.config import ConfigError
 from rankgrpo.config_file import presets_dir, read_toml
 from rankgrpo.files import write_lines
-from rankgrpo.suite.figures import Board, Result, base_label, draw_figures, find_row
+from rankgrpo.suite.figures import Board, Result, base_label, base_of, draw_figures, find_row
 from rankgrpo.suite.results import read_results
 from rankgrpo.suite.spec import BASELINE_ROWS
 from rankgrpo.tables import format_interval, format_value, main_metric, metric_label, model_label
@@ -169,16 +169,17 @@ def _cost_cells(row: Result) -> list[str]:
 
 
 def gains_table(board: Board, against: Sequence[str], paper: Sequence[dict[str, Any]]) -> list[str]:
-    """NDCG at the deepest cut against every row of `against`, and what the paper has there."""
+    """NDCG at the deepest cut against every row of `against`, seed by seed too, and what the paper has there."""
     rows = [row for row in board["rows"] if row["gain"] and _is_model(row)]
     bases = [name for name in against if any(name in row["gain"] for row in rows)]
     if not bases:
         return []
     key = main_metric(rows[0]["metrics"])
     with_paper = [base for base in bases if any(_paper_gain(paper, row["name"], base) for row in rows)]
+    with_seeds = any(len(row["by_seed"]) > 1 for row in rows)
     head = [""]
     for base in bases:
-        head += [f"{metric_label(key)} over {base_label(board, base)}", "relative"]
+        head += [f"{metric_label(key)} over {base_label(board, base)}", "relative", *["by seed"] * with_seeds]
         head += ["the paper's"] if base in with_paper else []
     lines = []
     for row in rows:
@@ -186,6 +187,7 @@ def gains_table(board: Board, against: Sequence[str], paper: Sequence[dict[str, 
         for base in bases:
             gain = row["gain"].get(base)
             cells += _gain_cells(key, gain) if gain else ["", ""]
+            cells += [_gains_by_seed(key, row, base_of(board, row, base)) if gain else ""] * with_seeds
             cells += [_paper_gain(paper, row["name"], base)] if base in with_paper else []
         lines.append(cells)
     return _table(head, lines)
@@ -197,6 +199,13 @@ def _gain_cells(key: str, gain: dict[str, Any]) -> list[str]:
     if difference["low"] > 0 or difference["high"] < 0:
         value = f"**{value}**"  # the interval leaves out 0
     return [f"{value} {format_interval(key, difference, sign=True)}", _relative(relative)]
+
+
+def _gains_by_seed(key: str, row: Result, base: Result | None) -> str:
+    """Relative gain of every seed over the mean of the base's; empty for one seed, whose gain is the row's."""
+    mean = base["metrics"][key]["mean"] if base else 0.0
+    seeds = [scores[key] for scores in row["by_seed"].values()]
+    return " ".join(f"{score / mean - 1:+.1%}" for score in seeds) if mean > 0 and len(seeds) > 1 else ""
 
 
 def _relative(interval: dict[str, float | None] | None) -> str:
