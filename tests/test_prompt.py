@@ -1,5 +1,5 @@
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -67,6 +67,7 @@ TURN = st.builds(Turn, st.sampled_from(["user", "assistant"]), st.text("ab :\n\u
 
 
 @settings(max_examples=200, deadline=None)
+@example([Turn("user", "::::::::::\u00e9\u00e9a")], 12)  # more than half of the turn is kept
 @given(st.lists(TURN, min_size=1, max_size=6), st.integers(12, 400))
 def test_cutting_keeps_the_instruction_and_the_newest_turns(conversation, room):
     budget = EMPTY + room
@@ -85,7 +86,8 @@ def test_cutting_keeps_the_instruction_and_the_newest_turns(conversation, room):
         assert drop == 0 or len(encode_prompt(TOKENIZER, conversation[drop - 1 :], 1 << 20)) > budget
     else:
         assert kept.startswith(f"{name}: ") and last.content.endswith(kept[len(name) + 2 : -1])
-        longer = Turn(last.role, last.content[len(last.content) - (len(kept) - len(name) - 3) - 8 :])
+        more = len(kept) - len(name) - 3 + 8  # characters
+        longer = Turn(last.role, last.content[max(0, len(last.content) - more) :])
         assert len(encode_prompt(TOKENIZER, [longer], 1 << 20)) > budget - 8
         assert len(encode_prompt(TOKENIZER, [last], 1 << 20)) > budget
 
