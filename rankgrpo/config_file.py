@@ -90,18 +90,18 @@ def to_toml(config: Config) -> str:
 
 def changed_keys(saved: Config, current: Config) -> list[str]:
     """`key: saved -> current` for every key on which the two differ and that changes what a run computes."""
-    old, new = flatten(saved), flatten(current)
-    return [f"{key}: {old[key]!r} -> {new[key]!r}" for key in new if key not in FREE_KEYS and old[key] != new[key]]
+    return [f"{key}: {old!r} -> {new!r}" for key, (old, new) in _differing(saved, current).items()]
 
 
 def own_keys(config: Config) -> dict[str, Any]:
     """`key: value` of the keys that change what is computed and are not at their defaults; no seed, no data path."""
-    default = flatten(Config())
-    return {
-        key: list(value) if isinstance(value, tuple) else value
-        for key, value in flatten(config).items()
-        if key not in FREE_KEYS | {"seed", "data.path"} and value != default[key]
-    }
+    own = {key: new for key, (_, new) in _differing(Config(), config).items() if key not in ("seed", "data.path")}
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in own.items()}
+
+
+def _differing(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
+    before, after = flatten(old), flatten(new)
+    return {key: (before[key], after[key]) for key in after if key not in FREE_KEYS and before[key] != after[key]}
 
 
 def _fields(config: Config, section: str) -> tuple[dataclasses.Field, ...]:
