@@ -18,7 +18,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from rankgrpo.files import write_lines
+from rankgrpo.files.atomic import write_lines
 
 MIN_YEAR, MAX_YEAR = 1870, 2100  # first moving pictures; anything later is a typing error
 MAX_SHOWN_PROBLEMS = 20

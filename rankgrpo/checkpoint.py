@@ -27,7 +27,7 @@ from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorage
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from rankgrpo.distributed import Parallel, split_parameters, wait_for_all
-from rankgrpo.files import SaveError, atomic_folder, explain, remove_folder, remove_leftovers, temporary_name
+from rankgrpo.files.atomic import SaveError, atomic_folder, explain, remove_folder, remove_leftovers, temporary_name
 
 STEP_FOLDER = re.compile(r"step-(\d{8})")
 

@@ -416,7 +416,7 @@ def message_of(error: Exception) -> str | None:
     """What to tell the user of an error that a run can meet; None for one that is a defect of the program."""
     from rankgrpo.checkpoint import CheckpointError
     from rankgrpo.distributed import ParallelError, lost_contact
-    from rankgrpo.files import BusyError, SaveError
+    from rankgrpo.files.atomic import BusyError, SaveError
     from rankgrpo.optim import TrainingError
     from rankgrpo.sampler.base import SamplingError
 

@@ -28,7 +28,7 @@ from rankgrpo.catalog import (
     read_jsonl,
     type_name,
 )
-from rankgrpo.files import write_lines
+from rankgrpo.files.atomic import write_lines
 
 SPLITS = ("train", "validation", "test")
 ROLES = ("user", "assistant")

@@ -25,7 +25,7 @@ from torch.multiprocessing import _prctl_pr_set_pdeathsig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rankgrpo.config import ConfigError, ParallelConfig
-from rankgrpo.malloc import keep_freed_memory
+from rankgrpo.files.malloc import keep_freed_memory
 
 
 class ParallelError(RuntimeError):

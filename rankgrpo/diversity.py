@@ -27,7 +27,7 @@ from torch import Tensor
 from rankgrpo.catalog import Catalog, read_jsonl
 from rankgrpo.data import Sample
 from rankgrpo.evaluate import count_groundtruth, score_completions
-from rankgrpo.files import write_lines
+from rankgrpo.files.atomic import write_lines
 from rankgrpo.metrics import bootstrap_interval, gini, union_chance, union_recall
 
 

@@ -34,7 +34,7 @@ from torch import Tensor
 
 from rankgrpo.catalog import Catalog, read_jsonl
 from rankgrpo.data import Sample
-from rankgrpo.files import write_lines
+from rankgrpo.files.atomic import write_lines
 from rankgrpo.metrics import bootstrap_interval, hit_rate_by_rank, ndcg_at_k, paired_bootstrap, recall_at_k
 from rankgrpo.parse import ListedItem, parse_list
 from rankgrpo.reward import relevance

@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 from transformers.utils import logging
 
 from rankgrpo.data import Dataset
-from rankgrpo.files import atomic_folder
+from rankgrpo.files.atomic import atomic_folder
 from rankgrpo.smollm2 import PACKAGE, convert_smollm2
 from rankgrpo.tiny import TinyConfig, corpus_lines, make_tiny, title_line
 

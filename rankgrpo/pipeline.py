@@ -27,7 +27,7 @@ from rankgrpo.data import Dataset, Sample, read_samples, write_samples
 from rankgrpo.distill.augment import short_demonstrations
 from rankgrpo.distill.teacher import make_demonstrations, share_of_dialogs
 from rankgrpo.distributed import Parallel, start_parallel, wait_for_all
-from rankgrpo.files import only_one, write_lines
+from rankgrpo.files.atomic import only_one, write_lines
 from rankgrpo.model import make_init
 from rankgrpo.reward_parts import load_parts
 from rankgrpo.sampler.vllm import require_vllm

@@ -19,7 +19,7 @@ import numpy as np
 
 from rankgrpo.config_file import read_toml
 from rankgrpo.evaluate import read_evaluation, read_lists
-from rankgrpo.files import write_lines
+from rankgrpo.files.atomic import write_lines
 from rankgrpo.report_figures import Curves, RunCurves
 from rankgrpo.report_page import MODEL_ORDER, STAGES, Run, last_step, page_context
 from rankgrpo.report_plots import draw_plots

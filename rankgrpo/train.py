@@ -21,7 +21,7 @@ from rankgrpo.checkpoint import latest_checkpoint, load_checkpoint, save_checkpo
 from rankgrpo.config import Config, RlConfig
 from rankgrpo.data import BatchOrder, Dataset
 from rankgrpo.distributed import Means, Parallel, make_sharding, sum_gradients, wait_for_all
-from rankgrpo.files import point_link
+from rankgrpo.files.atomic import point_link
 from rankgrpo.loss import rank_grpo_loss
 from rankgrpo.optim import TrainingError, check_finite, learning_rate, make_optimizer, optimizer_step
 from rankgrpo.packing import Group, Pack, plan_micro_batches

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tiny_world import WORDS
 
-from rankgrpo.files import TEMPORARY
+from rankgrpo.files.atomic import TEMPORARY
 
 TESTS = Path(__file__).parent
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node")

@@ -8,7 +8,7 @@ from tiny_world import ALONE
 from torch import nn
 
 from rankgrpo import checkpoint as ckpt
-from rankgrpo.files import TEMPORARY, SaveError
+from rankgrpo.files.atomic import TEMPORARY, SaveError
 from rankgrpo.optim import make_optimizer
 
 

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs
 FAULTS = """
 import resource, sys
 import torch
-from rankgrpo.malloc import keep_freed_memory
+from rankgrpo.files.malloc import keep_freed_memory
 kept = keep_freed_memory() if sys.argv[1] == "keep" else None
 def fill():
     for _ in range(10):

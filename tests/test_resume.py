@@ -7,7 +7,7 @@ import pytest
 from processes import being_saved, finish, kill_when, num_rows, rows, start
 
 from rankgrpo.checkpoint import list_checkpoints
-from rankgrpo.files import TEMPORARY
+from rankgrpo.files.atomic import TEMPORARY
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from tiny_world import WORDS
 
 from rankgrpo.checkpoint import list_checkpoints
 from rankgrpo.config import ConfigError
-from rankgrpo.files import only_one
+from rankgrpo.files.atomic import only_one
 from rankgrpo.suite import runner
 from rankgrpo.suite.command import open_suite, run_suite
 from rankgrpo.suite.plan import plan_runs

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 
 from rankgrpo import attention
-from rankgrpo.malloc import keep_freed_memory
+from rankgrpo.files.malloc import keep_freed_memory
 from rankgrpo.packing import Group, build_pack
 from rankgrpo_kernels.bench.common import make_parser, measure, print_table, record, write_json
 

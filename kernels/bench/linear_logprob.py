@@ -24,8 +24,8 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
+from rankgrpo.files.malloc import keep_freed_memory
 from rankgrpo.logprob import token_logprobs
-from rankgrpo.malloc import keep_freed_memory
 from rankgrpo_kernels.bench.common import (
     choose_providers,
     machine_line,

@@ -20,8 +20,8 @@ from dataclasses import asdict
 import torch
 from torch import Tensor
 
+from rankgrpo.files.malloc import keep_freed_memory
 from rankgrpo.loss import rank_grpo_loss
-from rankgrpo.malloc import keep_freed_memory
 from rankgrpo_kernels.bench.common import (
     choose_providers,
     copy_gb_per_s,

@@ -17,7 +17,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from rankgrpo.malloc import keep_freed_memory
+from rankgrpo.files.malloc import keep_freed_memory
 from rankgrpo.parse import RankSegmenter
 from rankgrpo_kernels.bench.common import machine_line, make_parser, measure, print_table, record, write_json
 

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from rankgrpo.catalog import read_jsonl
-from rankgrpo.files import SaveError
+from rankgrpo.files.atomic import SaveError
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI

@@ -46,7 +46,7 @@ from rankgrpo.distill.remap import HeldScores, RemapScores, Scores, SelectedScor
 from rankgrpo.distill.settings import EASE, STELLA, DistillConfig, content_key, is_address
 from rankgrpo.distill.teacher import EaseTeacher
 from rankgrpo.evaluate import score_completions, summarise
-from rankgrpo.files import only_one, write_lines
+from rankgrpo.files.atomic import only_one, write_lines
 from rankgrpo.match import TitleMatcher
 from rankgrpo.tables import format_table, format_value, metric_label
 

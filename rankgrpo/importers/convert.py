@@ -12,7 +12,7 @@ import numpy as np
 
 from rankgrpo.catalog import Catalog, DataError, Item, normalise_title
 from rankgrpo.data import SPLITS, Dataset, Sample, load_dataset, write_samples
-from rankgrpo.files import atomic_folder
+from rankgrpo.files.atomic import atomic_folder
 from rankgrpo.health import headline
 from rankgrpo.importers.catalogs import read_items
 from rankgrpo.importers.common import Imported, Notes

@@ -13,7 +13,7 @@ from urllib.parse import unquote, urlsplit
 from tqdm import tqdm
 
 from rankgrpo.catalog import DataError
-from rankgrpo.files import TEMPORARY, sync
+from rankgrpo.files.atomic import TEMPORARY, sync
 
 CHUNK = 1 << 20
 TIMEOUT_S = 60

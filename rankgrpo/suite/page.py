@@ -8,7 +8,7 @@ from typing import Any
 
 from rankgrpo.config import ConfigError
 from rankgrpo.config_file import presets_dir, read_toml
-from rankgrpo.files import write_lines
+from rankgrpo.files.atomic import write_lines
 from rankgrpo.suite.figures import Board, Result, base_label, base_of, draw_figures, find_row
 from rankgrpo.suite.results import read_results
 from rankgrpo.suite.spec import BASELINE_ROWS

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from rankgrpo.files import is_busy
+from rankgrpo.files.atomic import is_busy
 from rankgrpo.suite.plan import Run, share_evaluations, steps_done
 
 POLL_SECONDS, SHOW_SECONDS = 0.5, 10.0

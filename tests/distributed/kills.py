@@ -30,7 +30,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch  # noqa:
 import rankgrpo.pipeline  # noqa: E402, F401
 from rankgrpo.checkpoint import list_checkpoints  # noqa: E402
 from rankgrpo.cli import main  # noqa: E402
-from rankgrpo.files import TEMPORARY  # noqa: E402
+from rankgrpo.files.atomic import TEMPORARY  # noqa: E402
 
 fsync = os.fsync
 

@@ -19,7 +19,7 @@ import rankgrpo.train as training
 from rankgrpo.adapter import merged_parameters
 from rankgrpo.checkpoint import load_checkpoint, save_checkpoint
 from rankgrpo.distributed import Means, Parallel, full_parameters, make_sharding, start_parallel
-from rankgrpo.files import SaveError
+from rankgrpo.files.atomic import SaveError
 from rankgrpo.optim import make_optimizer
 from rankgrpo.packing import Group, plan_micro_batches
 from rankgrpo.policy import Policy, open_policy, open_reference
