@@ -19,7 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from rankgrpo.catalog import (
+from rankgrpo.files.atomic import write_lines
+from rankgrpo.items.catalog import (
     Catalog,
     DataError,
     parse_title,
@@ -28,7 +29,6 @@ from rankgrpo.catalog import (
     read_jsonl,
     type_name,
 )
-from rankgrpo.files.atomic import write_lines
 
 SPLITS = ("train", "validation", "test")
 ROLES = ("user", "assistant")

@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from rankgrpo.catalog import Catalog
 from rankgrpo.data import SPLITS, Dataset, Sample
 from rankgrpo.distill.teacher import EaseTeacher, dialog_ids, named_items, popularity_lists
 from rankgrpo.evaluate import score_items, summarise
+from rankgrpo.items.catalog import Catalog
 from rankgrpo.parse import parse_list
 from rankgrpo.tables import format_table
 

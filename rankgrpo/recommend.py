@@ -6,9 +6,9 @@ import json
 import sys
 from pathlib import Path
 
-from rankgrpo.catalog import Catalog
 from rankgrpo.config import Config
 from rankgrpo.data import DataError, Sample, Turn, read_samples
+from rankgrpo.items.catalog import Catalog
 from rankgrpo.parse import parse_list
 from rankgrpo.policy import Policy
 from rankgrpo.validate import recommend_lists

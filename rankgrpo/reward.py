@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from rankgrpo.catalog import Catalog
+    from rankgrpo.items.catalog import Catalog
     from rankgrpo.parse import ListedItem
 
 ReturnKind = Literal["exp_inf", "exp", "log"]

@@ -25,9 +25,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rankgrpo.catalog import Catalog
 from rankgrpo.config import ConfigError
 from rankgrpo.data import Sample
+from rankgrpo.items.catalog import Catalog
 from rankgrpo.optim import TrainingError
 from rankgrpo.parse import ListedItem, parse_list
 from rankgrpo.reward import relevance

@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from rankgrpo.advantage import group_advantage
-from rankgrpo.catalog import Catalog
 from rankgrpo.config import RlConfig
 from rankgrpo.data import Sample
 from rankgrpo.distributed import Means
+from rankgrpo.items.catalog import Catalog
 from rankgrpo.loss import rank_log_ratio
 from rankgrpo.parse import RankSegmenter
 from rankgrpo.reward import list_return, rank_returns, unlikeliness_reward

@@ -5,7 +5,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rankgrpo.catalog import Catalog, DataError, Item
 from rankgrpo.data import (
     BatchOrder,
     Sample,
@@ -14,6 +13,7 @@ from rankgrpo.data import (
     read_samples,
     write_samples,
 )
+from rankgrpo.items.catalog import Catalog, DataError, Item
 
 CATALOG = Catalog([Item("Heat", 1995), Item("Ronin", 1998), Item("Up", 2009)])
 

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from rankgrpo import demo
-from rankgrpo.catalog import Catalog
 from rankgrpo.data import SPLITS, load_dataset
 from rankgrpo.demo import words
 from rankgrpo.demo.world import CATALOG_PATH
+from rankgrpo.items.catalog import Catalog
 from rankgrpo.parse import parse_list
 
 NUM_RANKS = 20

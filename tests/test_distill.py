@@ -12,7 +12,6 @@ import torch
 from fake_openai import LIST, FakeServer
 from tiny_world import ALONE, tiny_dataset
 
-from rankgrpo.catalog import Catalog, Item
 from rankgrpo.config import ConfigError, with_steps
 from rankgrpo.config_file import load_config
 from rankgrpo.data import Sample, Turn, read_samples, write_samples
@@ -24,7 +23,8 @@ from rankgrpo.distill.reflect import judge_prompt, read_ratings
 from rankgrpo.distill.settings import DistillConfig
 from rankgrpo.distill.stages import distill
 from rankgrpo.distill.teacher import named_items
-from rankgrpo.match import TitleMatcher
+from rankgrpo.items.catalog import Catalog, Item
+from rankgrpo.items.match import TitleMatcher
 from rankgrpo.parse import parse_list
 from rankgrpo.pipeline import count_demonstrations, teach, warm_start_dataset
 

@@ -4,7 +4,6 @@ import math
 import pytest
 import torch
 
-from rankgrpo.catalog import Catalog, Item
 from rankgrpo.data import Sample, Turn
 from rankgrpo.evaluate import (
     compare,
@@ -17,6 +16,7 @@ from rankgrpo.evaluate import (
     summarise,
     write_evaluation,
 )
+from rankgrpo.items.catalog import Catalog, Item
 from rankgrpo.metrics import bootstrap_interval, ndcg_at_k, paired_bootstrap, recall_at_k
 from rankgrpo.tables import format_interval, format_value
 

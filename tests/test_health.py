@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from rankgrpo.catalog import Catalog, Item
 from rankgrpo.data import Dataset, Sample, Turn, load_dataset
 from rankgrpo.health import PROBLEM_KINDS, Spread, check_dataset
+from rankgrpo.items.catalog import Catalog, Item
 
 REDIAL = Path(os.environ.get("RANKGRPO_REDIAL", Path(__file__).parents[2] / "shared" / "data" / "redial"))
 CATALOG = Catalog([Item("Heat", 1995, 3, ("Crime",), "x"), Item("Ronin", 1998), Item("Up", 2009), Item("Up", 1984)])

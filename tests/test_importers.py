@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 
-from rankgrpo.catalog import DataError
 from rankgrpo.data import Turn, load_dataset
 from rankgrpo.importers.catalogs import read_items
 from rankgrpo.importers.common import Notes, parse_groundtruth, parse_name
@@ -21,6 +20,7 @@ from rankgrpo.importers.download import download, fetch_if_url
 from rankgrpo.importers.redial import read_redial
 from rankgrpo.importers.saved import parse_prompt, read_saved
 from rankgrpo.importers.tables import read_tables
+from rankgrpo.items.catalog import DataError
 from rankgrpo.prompt import format_prompt
 
 # ----------------------------------------------------------------------------------------------------------------------

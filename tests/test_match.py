@@ -3,9 +3,9 @@ from pathlib import Path
 import pytest
 from title_corruption import make_labelled, score
 
-from rankgrpo.catalog import Catalog, Item
 from rankgrpo.demo import demo_catalog
-from rankgrpo.match import TitleMatcher, readings
+from rankgrpo.items.catalog import Catalog, Item
+from rankgrpo.items.match import TitleMatcher, readings
 
 REDIAL = Path(__file__).parents[1].parent / "shared" / "data" / "redial" / "catalog.jsonl"
 NAMES = """

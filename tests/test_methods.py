@@ -9,12 +9,12 @@ import torch
 from tiny_world import ALONE, WORDS, tiny_config
 
 import rankgrpo.train
-from rankgrpo.catalog import Catalog, Item
 from rankgrpo.cli import default_run_dir
 from rankgrpo.config import ConfigError
 from rankgrpo.config_file import flatten, load_config, method_files, presets_dir
 from rankgrpo.data import Sample, Turn
 from rankgrpo.distributed import Means
+from rankgrpo.items.catalog import Catalog, Item
 from rankgrpo.packing import Group
 from rankgrpo.pipeline import run_pipeline
 from rankgrpo.rollouts import score_groups

@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rankgrpo import smollm2
-from rankgrpo.catalog import Catalog, Item
 from rankgrpo.data import Dataset, Sample, Turn
+from rankgrpo.items.catalog import Catalog, Item
 from rankgrpo.model import (
     PRESETS,
     ModelError,

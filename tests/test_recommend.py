@@ -1,7 +1,7 @@
 import pytest
 
-from rankgrpo.catalog import Catalog, Item
 from rankgrpo.data import DataError, Turn
+from rankgrpo.items.catalog import Catalog, Item
 from rankgrpo.recommend import format_list, read_conversation
 
 

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from rankgrpo import report_figures
-from rankgrpo.catalog import Catalog, Item
 from rankgrpo.data import Sample, Turn
 from rankgrpo.evaluate import (
     compare,
@@ -19,6 +18,7 @@ from rankgrpo.evaluate import (
     score_items,
     write_evaluation,
 )
+from rankgrpo.items.catalog import Catalog, Item
 from rankgrpo.report import build_report, read_curves, read_run
 from rankgrpo.report_examples import choose_examples
 from rankgrpo.report_figures import TEXT, RunCurves, curve_matrix, smooth, thin

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from rankgrpo.catalog import Catalog, Item
+from rankgrpo.items.catalog import Catalog, Item
 from rankgrpo.reward import dcg_discounts, list_return, rank_returns, relevance, unlikeliness_reward
 
 # Shape letters: B lists, K ranks.

@@ -4,11 +4,11 @@ import sys
 import pytest
 import torch
 
-from rankgrpo.catalog import Catalog, Item
 from rankgrpo.config import ConfigError, RlConfig
 from rankgrpo.config_file import load_config
 from rankgrpo.data import Sample, Turn
 from rankgrpo.distributed import Means, Parallel
+from rankgrpo.items.catalog import Catalog, Item
 from rankgrpo.optim import TrainingError
 from rankgrpo.reward_parts import _OWN, Answer, load_parts, measure
 from rankgrpo.reward_terms import PARTS, reward_terms

@@ -1,10 +1,10 @@
 import pytest
 import torch
 
-from rankgrpo.catalog import Catalog, Item
 from rankgrpo.config import RlConfig
 from rankgrpo.data import Sample, Turn
 from rankgrpo.distributed import Means, Parallel
+from rankgrpo.items.catalog import Catalog, Item
 from rankgrpo.rollouts import score_groups
 from rankgrpo.sampler.base import Rollout
 

@@ -4,7 +4,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rankgrpo.catalog import Catalog, Item
 from rankgrpo.data import Sample, Turn
 from rankgrpo.distill.teacher import (
     EaseTeacher,
@@ -16,6 +15,7 @@ from rankgrpo.distill.teacher import (
     popularity_lists,
     share_of_dialogs,
 )
+from rankgrpo.items.catalog import Catalog, Item
 
 # Item n is "<letter> (2000)"; "A" also exists as a remake of 2020, which is item 12.
 LETTERS = "ABCDEFGHIJKL"

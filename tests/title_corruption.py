@@ -13,7 +13,7 @@ import unicodedata
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 
-from rankgrpo.catalog import Catalog, normalise_title
+from rankgrpo.items.catalog import Catalog, normalise_title
 
 ROMAN = {"2": "II", "3": "III", "4": "IV", "5": "V", "6": "VI", "7": "VII", "8": "VIII"}
 WORDS = {"One": "1", "Two": "2", "Three": "3", "Seven": "7", "Eight": "8", "Eleven": "11", "Twelve": "12"}
@@ -200,7 +200,7 @@ def score(matcher, labelled):
 
 
 def main(path, seed=0):
-    from rankgrpo.match import TitleMatcher
+    from rankgrpo.items.match import TitleMatcher
 
     kept, labelled = make_labelled(Catalog.from_file(path), seed=int(seed))
     start = time.perf_counter()

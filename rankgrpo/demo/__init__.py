@@ -29,10 +29,10 @@ from pathlib import Path
 
 import numpy as np
 
-from rankgrpo.catalog import Catalog, Item
 from rankgrpo.data import SPLITS, Dataset, Sample, write_samples
 from rankgrpo.demo.talk import converse
 from rankgrpo.demo.world import Film, demo_films, demo_world, draw_user, seen_title, user_rng
+from rankgrpo.items.catalog import Catalog, Item
 
 __all__ = [
     "Film",

@@ -16,9 +16,9 @@ from dataclasses import replace
 
 import numpy as np
 
-from rankgrpo.catalog import Catalog
 from rankgrpo.data import Sample, Turn
 from rankgrpo.distill.teacher import Teacher, make_demonstrations, named_items
+from rankgrpo.items.catalog import Catalog
 
 MAX_NAMED = 5
 EXCHANGED = 0.5

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from rankgrpo.catalog import read_jsonl
 from rankgrpo.files.atomic import write_lines, write_tensors
+from rankgrpo.items.catalog import read_jsonl
 
 KEYS = "keys.json"
 

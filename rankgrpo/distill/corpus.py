@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 from torch import Tensor
 
-from rankgrpo.catalog import Catalog
 from rankgrpo.data import Dataset, Sample
 from rankgrpo.distill.augment import request_id, short_requests
 from rankgrpo.distill.settings import DistillConfig, content_key
@@ -20,6 +19,7 @@ from rankgrpo.distill.teacher import (
     popularity_counts,
     popularity_order,
 )
+from rankgrpo.items.catalog import Catalog
 
 
 @dataclass(frozen=True)

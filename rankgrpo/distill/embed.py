@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from rankgrpo.catalog import normalise_title
 from rankgrpo.distill.settings import STELLA
+from rankgrpo.items.catalog import normalise_title
 
 MAX_TOKENS = 512
 ENCODED_AT_ONCE = 32

@@ -25,8 +25,8 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from rankgrpo.catalog import read_jsonl
 from rankgrpo.files.atomic import SaveError
+from rankgrpo.items.catalog import read_jsonl
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI

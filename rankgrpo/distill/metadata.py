@@ -16,8 +16,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from rankgrpo.catalog import Item
 from rankgrpo.distill.llm import CallReport, Endpoint, Estimate, ReplyLog, ask_all, estimate_calls
+from rankgrpo.items.catalog import Item
 
 MAX_TOKENS = 300
 MAX_FACTS_CHARS = 1500

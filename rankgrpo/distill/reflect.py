@@ -17,11 +17,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rankgrpo.catalog import Catalog, Item
 from rankgrpo.data import Sample
 from rankgrpo.distill.llm import CallReport, Endpoint, Estimate, ReplyLog, ask_all, estimate_calls
 from rankgrpo.distill.metadata import item_name
 from rankgrpo.distill.remap import Scores
+from rankgrpo.items.catalog import Catalog, Item
 from rankgrpo.parse import parse_list
 from rankgrpo.prompt import SPEAKERS
 

@@ -32,7 +32,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rankgrpo.catalog import Item
 from rankgrpo.data import Dataset, Sample, load_dataset, write_samples
 from rankgrpo.distill.adjust import Candidates, candidate_likelihood, catalog_likelihood, fit_bias
 from rankgrpo.distill.cache import StageFiles, pack_rows, unpack_rows
@@ -47,7 +46,8 @@ from rankgrpo.distill.settings import EASE, STELLA, DistillConfig, content_key, 
 from rankgrpo.distill.teacher import EaseTeacher
 from rankgrpo.evaluate import score_completions, summarise
 from rankgrpo.files.atomic import only_one, write_lines
-from rankgrpo.match import TitleMatcher
+from rankgrpo.items.catalog import Item
+from rankgrpo.items.match import TitleMatcher
 from rankgrpo.tables import format_table, format_value, metric_label
 
 HELD_BYTES = 2 << 30

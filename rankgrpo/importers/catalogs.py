@@ -11,8 +11,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
-from rankgrpo.catalog import DataError, Item, normalise_title, parse_item, read_csv, read_jsonl, type_name
 from rankgrpo.importers.common import Notes, parse_name
+from rankgrpo.items.catalog import DataError, Item, normalise_title, parse_item, read_csv, read_jsonl, type_name
 
 
 def read_items(path: Path, notes: Notes, columns: Mapping[str, str] | None = None) -> list[Item]:

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from rankgrpo.catalog import Catalog, DataError, Item, parse_title, parse_year, type_name
 from rankgrpo.data import Sample
+from rankgrpo.items.catalog import Catalog, DataError, Item, parse_title, parse_year, type_name
 
 SPLIT_NAMES = {
     **dict.fromkeys(("train", "training"), "train"),

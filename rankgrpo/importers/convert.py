@@ -10,7 +10,6 @@ from typing import Literal
 
 import numpy as np
 
-from rankgrpo.catalog import Catalog, DataError, Item, normalise_title
 from rankgrpo.data import SPLITS, Dataset, Sample, load_dataset, write_samples
 from rankgrpo.files.atomic import atomic_folder
 from rankgrpo.health import headline
@@ -19,6 +18,7 @@ from rankgrpo.importers.common import Imported, Notes
 from rankgrpo.importers.redial import Choice, is_redial, read_redial
 from rankgrpo.importers.saved import find_saved, read_saved
 from rankgrpo.importers.tables import find_tables, read_tables
+from rankgrpo.items.catalog import Catalog, DataError, Item, normalise_title
 
 Format = Literal["auto", "redial", "saved", "table"]
 CATALOG_NAMES = ("catalog.jsonl", "catalog.csv", "gt_catalog.pkl", "catalog.pkl")

@@ -19,9 +19,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from rankgrpo.catalog import Catalog, DataError
 from rankgrpo.data import Sample, Turn
 from rankgrpo.importers.common import Imported, Notes, parse_groundtruth, parse_seen, split_name
+from rankgrpo.items.catalog import Catalog, DataError
 
 STATE = "state.json"
 MARK = "Here is the conversation:"

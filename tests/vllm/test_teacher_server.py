@@ -12,12 +12,12 @@ import urllib.request
 import pytest
 from tiny_world import tiny_dataset
 
-from rankgrpo.catalog import Catalog, Item
 from rankgrpo.data import Sample, Turn
 from rankgrpo.distill.lists import ask_lists
 from rankgrpo.distill.llm import Endpoint, ReplyLog
 from rankgrpo.distill.reflect import Judge
-from rankgrpo.match import TitleMatcher
+from rankgrpo.items.catalog import Catalog, Item
+from rankgrpo.items.match import TitleMatcher
 from rankgrpo.model import make_init
 from rankgrpo.tiny import TinyConfig
 

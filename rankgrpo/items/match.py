@@ -18,7 +18,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from urllib.parse import unquote
 
-from rankgrpo.catalog import Catalog, normalise_title
+from rankgrpo.items.catalog import Catalog, normalise_title
 from rankgrpo.parse import bare_title, parse_list
 
 YEAR_TOLERANCE = 1

@@ -1,0 +1,1 @@
+"""What a list may name: the catalog, and titles as other models write them."""
