@@ -305,7 +305,7 @@ def check(
     Try:
       rankgrpo data check path/to/redial
     """
-    from rankgrpo.data import load_dataset
+    from rankgrpo.data.samples import load_dataset
     from rankgrpo.health import check_dataset
 
     print(check_dataset(load_dataset(path, num_train=num_train or None)))
@@ -342,8 +342,8 @@ def import_(
       rankgrpo data import processed_datasets data/reddit --catalog gt_catalog.pkl
       rankgrpo data import dialogs.csv data/mine --columns conversation=dialog groundtruth=liked --catalog films.csv
     """
-    from rankgrpo.importers.convert import ImportOptions, import_dataset, parse_columns
-    from rankgrpo.importers.download import fetch_if_url
+    from rankgrpo.data.importers.convert import ImportOptions, import_dataset, parse_columns
+    from rankgrpo.data.importers.download import fetch_if_url
 
     options = ImportOptions(
         format=format,
@@ -371,7 +371,7 @@ def demo(
     Try:
       rankgrpo data demo my-demo --num-train 10000
     """
-    from rankgrpo.demo import write_demo
+    from rankgrpo.data.demo import write_demo
 
     write_demo(out, num_train=num_train, num_validation=num_validation, num_test=num_test, seed=seed)
     print(out)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from rankgrpo.config import Config, ConfigError
 from rankgrpo.config_file import load_config
-from rankgrpo.data import Dataset, Sample, load_dataset
+from rankgrpo.data.samples import Dataset, Sample, load_dataset
 from rankgrpo.distill.teacher import EaseTeacher, popularity_counts, popularity_lists
 from rankgrpo.distributed import Parallel, start_parallel, wait_for_all
 from rankgrpo.diversity import Diversity, describe_lists, diversity_path, summarise_lists, write_diversity

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rankgrpo.data import Sample
+from rankgrpo.data.samples import Sample
 from rankgrpo.evaluate import count_groundtruth, score_completions
 from rankgrpo.files.atomic import write_lines
 from rankgrpo.items.catalog import Catalog, read_jsonl

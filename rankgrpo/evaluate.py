@@ -32,7 +32,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rankgrpo.data import Sample
+from rankgrpo.data.samples import Sample
 from rankgrpo.files.atomic import write_lines
 from rankgrpo.items.catalog import Catalog, read_jsonl
 from rankgrpo.metrics import bootstrap_interval, hit_rate_by_rank, ndcg_at_k, paired_bootstrap, recall_at_k

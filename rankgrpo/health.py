@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from rankgrpo.data import SPLITS, Dataset, Sample
+from rankgrpo.data.samples import SPLITS, Dataset, Sample
 from rankgrpo.distill.teacher import EaseTeacher, dialog_ids, named_items, popularity_lists
 from rankgrpo.evaluate import score_items, summarise
 from rankgrpo.items.catalog import Catalog
@@ -209,7 +209,7 @@ def _catalog_warnings(catalog: Catalog) -> list[str]:
 
 def _is_demo(dataset: Dataset) -> bool:
     """Whether the tastes behind the data are known: the demo's users and catalog, made here or read from files."""
-    from rankgrpo.demo import demo_films
+    from rankgrpo.data.demo import demo_films
 
     catalog = [(item.title, item.year) for item in dataset.catalog]
     samples = dataset.validation + dataset.test
@@ -219,7 +219,7 @@ def _is_demo(dataset: Dataset) -> bool:
 
 
 def _oracle_lists(samples: Sequence[Sample], num_items: int = 20) -> list[list[int]]:
-    from rankgrpo.demo import oracle_scores
+    from rankgrpo.data.demo import oracle_scores
 
     scores = [oracle_scores(sample) for sample in samples]
     return [np.argsort(-scores_N, kind="stable")[:num_items].tolist() for scores_N in scores]

@@ -28,7 +28,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from rankgrpo.data import Dataset
+from rankgrpo.data.samples import Dataset
 from rankgrpo.files.atomic import atomic_folder
 from rankgrpo.smollm2 import PACKAGE, convert_smollm2
 from rankgrpo.tiny import TinyConfig, corpus_lines, make_tiny, title_line

@@ -23,7 +23,7 @@ import torch
 from rankgrpo.compare import evaluate_run, fit_teacher, load_config_dataset, results_table
 from rankgrpo.config import Config, ConfigError, with_steps
 from rankgrpo.config_file import changed_keys, load_config, to_toml
-from rankgrpo.data import Dataset, Sample, read_samples, write_samples
+from rankgrpo.data.samples import Dataset, Sample, read_samples, write_samples
 from rankgrpo.distill.augment import short_demonstrations
 from rankgrpo.distill.teacher import make_demonstrations, share_of_dialogs
 from rankgrpo.distributed import Parallel, start_parallel, wait_for_all

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from rankgrpo.config import Config
-from rankgrpo.data import DataError, Sample, Turn, read_samples
+from rankgrpo.data.samples import DataError, Sample, Turn, read_samples
 from rankgrpo.items.catalog import Catalog
 from rankgrpo.parse import parse_list
 from rankgrpo.policy import Policy

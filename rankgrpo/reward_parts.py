@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from rankgrpo.config import ConfigError
-from rankgrpo.data import Sample
+from rankgrpo.data.samples import Sample
 from rankgrpo.items.catalog import Catalog
 from rankgrpo.optim import TrainingError
 from rankgrpo.parse import ListedItem, parse_list

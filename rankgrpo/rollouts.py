@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from rankgrpo.advantage import group_advantage
 from rankgrpo.config import RlConfig
-from rankgrpo.data import Sample
+from rankgrpo.data.samples import Sample
 from rankgrpo.distributed import Means
 from rankgrpo.items.catalog import Catalog
 from rankgrpo.loss import rank_log_ratio

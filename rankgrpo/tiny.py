@@ -24,8 +24,8 @@ import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from rankgrpo.data import Dataset
-from rankgrpo.prompt import SPEAKERS, format_prompt
+from rankgrpo.data.prompt import SPEAKERS, format_prompt
+from rankgrpo.data.samples import Dataset
 
 PAD_TOKEN, START_TOKEN, END_TOKEN = SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 MIN_VOCAB = 1024  # half of it must hold 256 bytes, 3 special tokens and some words

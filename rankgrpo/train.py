@@ -19,7 +19,8 @@ from torch import Tensor
 from rankgrpo import mismatch
 from rankgrpo.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from rankgrpo.config import Config, RlConfig
-from rankgrpo.data import BatchOrder, Dataset
+from rankgrpo.data.prompt import encode_prompts
+from rankgrpo.data.samples import BatchOrder, Dataset
 from rankgrpo.distributed import Means, Parallel, make_sharding, sum_gradients, wait_for_all
 from rankgrpo.files.atomic import point_link
 from rankgrpo.loss import rank_grpo_loss
@@ -27,7 +28,6 @@ from rankgrpo.optim import TrainingError, check_finite, learning_rate, make_opti
 from rankgrpo.packing import Group, Pack, plan_micro_batches
 from rankgrpo.parse import RankSegmenter
 from rankgrpo.policy import Policy, open_policy, open_reference
-from rankgrpo.prompt import encode_prompts
 from rankgrpo.rollouts import score_groups
 from rankgrpo.sampler.base import Sampler, prompt_seed
 from rankgrpo.sampler.choose import open_sampler

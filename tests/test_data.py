@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rankgrpo.data import (
+from rankgrpo.data.samples import (
     BatchOrder,
     Sample,
     Turn,

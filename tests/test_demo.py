@@ -11,10 +11,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from rankgrpo import demo
-from rankgrpo.data import SPLITS, load_dataset
-from rankgrpo.demo import words
-from rankgrpo.demo.world import CATALOG_PATH
+from rankgrpo.data import demo
+from rankgrpo.data.demo import words
+from rankgrpo.data.demo.world import CATALOG_PATH
+from rankgrpo.data.samples import SPLITS, load_dataset
 from rankgrpo.items.catalog import Catalog
 from rankgrpo.parse import parse_list
 

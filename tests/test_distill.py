@@ -14,7 +14,7 @@ from tiny_world import ALONE, tiny_dataset
 
 from rankgrpo.config import ConfigError, with_steps
 from rankgrpo.config_file import load_config
-from rankgrpo.data import Sample, Turn, read_samples, write_samples
+from rankgrpo.data.samples import Sample, Turn, read_samples, write_samples
 from rankgrpo.distill import llm, stages
 from rankgrpo.distill.corpus import make_corpus
 from rankgrpo.distill.lists import is_list, list_prompt, lists_of_rows, read_lists

@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 
-from rankgrpo.data import Sample, Turn
+from rankgrpo.data.samples import Sample, Turn
 from rankgrpo.evaluate import (
     compare,
     format_table,

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from rankgrpo.data import Dataset, Sample, Turn, load_dataset
+from rankgrpo.data.samples import Dataset, Sample, Turn, load_dataset
 from rankgrpo.health import PROBLEM_KINDS, Spread, check_dataset
 from rankgrpo.items.catalog import Catalog, Item
 

@@ -12,16 +12,16 @@ from pathlib import Path
 
 import pytest
 
-from rankgrpo.data import Turn, load_dataset
-from rankgrpo.importers.catalogs import read_items
-from rankgrpo.importers.common import Notes, parse_groundtruth, parse_name
-from rankgrpo.importers.convert import ImportOptions, import_dataset
-from rankgrpo.importers.download import download, fetch_if_url
-from rankgrpo.importers.redial import read_redial
-from rankgrpo.importers.saved import parse_prompt, read_saved
-from rankgrpo.importers.tables import read_tables
+from rankgrpo.data.importers.catalogs import read_items
+from rankgrpo.data.importers.common import Notes, parse_groundtruth, parse_name
+from rankgrpo.data.importers.convert import ImportOptions, import_dataset
+from rankgrpo.data.importers.download import download, fetch_if_url
+from rankgrpo.data.importers.redial import read_redial
+from rankgrpo.data.importers.saved import parse_prompt, read_saved
+from rankgrpo.data.importers.tables import read_tables
+from rankgrpo.data.prompt import format_prompt
+from rankgrpo.data.samples import Turn, load_dataset
 from rankgrpo.items.catalog import DataError
-from rankgrpo.prompt import format_prompt
 
 # ----------------------------------------------------------------------------------------------------------------------
 # ReDial. The conversation is made up; the fields are those of the release.

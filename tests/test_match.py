@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 from title_corruption import make_labelled, score
 
-from rankgrpo.demo import demo_catalog
+from rankgrpo.data.demo import demo_catalog
 from rankgrpo.items.catalog import Catalog, Item
 from rankgrpo.items.match import TitleMatcher, readings
 

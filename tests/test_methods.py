@@ -12,7 +12,7 @@ import rankgrpo.train
 from rankgrpo.cli import default_run_dir
 from rankgrpo.config import ConfigError
 from rankgrpo.config_file import flatten, load_config, method_files, presets_dir
-from rankgrpo.data import Sample, Turn
+from rankgrpo.data.samples import Sample, Turn
 from rankgrpo.distributed import Means
 from rankgrpo.items.catalog import Catalog, Item
 from rankgrpo.packing import Group

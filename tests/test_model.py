@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rankgrpo import smollm2
-from rankgrpo.data import Dataset, Sample, Turn
+from rankgrpo.data.prompt import encode_prompt, format_prompt
+from rankgrpo.data.samples import Dataset, Sample, Turn
 from rankgrpo.items.catalog import Catalog, Item
 from rankgrpo.model import (
     PRESETS,
@@ -28,7 +29,6 @@ from rankgrpo.model import (
     valid_token_mask,
 )
 from rankgrpo.parse import RankSegmenter, parse_list
-from rankgrpo.prompt import encode_prompt, format_prompt
 from rankgrpo.tiny import TinyConfig, corpus_lines, init_model, split_phrases, train_tokenizer
 
 POPULAR = [("Black Panther", 2018), ("It", 2017), ("Amélie", 2001), ("The Lord of the Rings: The Two Towers", 2002)]

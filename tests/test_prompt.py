@@ -4,9 +4,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from rankgrpo import prompt
-from rankgrpo.data import Sample, Turn
-from rankgrpo.prompt import encode_prompt, encode_prompts, format_prompt
+from rankgrpo.data import prompt
+from rankgrpo.data.prompt import encode_prompt, encode_prompts, format_prompt
+from rankgrpo.data.samples import Sample, Turn
 
 INSTRUCTION = (
     "Pretend you are a movie recommender system.\n"

@@ -1,6 +1,6 @@
 import pytest
 
-from rankgrpo.data import DataError, Turn
+from rankgrpo.data.samples import DataError, Turn
 from rankgrpo.items.catalog import Catalog, Item
 from rankgrpo.recommend import format_list, read_conversation
 

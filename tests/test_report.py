@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from rankgrpo import report_figures
-from rankgrpo.data import Sample, Turn
+from rankgrpo.data.samples import Sample, Turn
 from rankgrpo.evaluate import (
     compare,
     read_evaluation,

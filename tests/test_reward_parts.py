@@ -6,7 +6,7 @@ import torch
 
 from rankgrpo.config import ConfigError, RlConfig
 from rankgrpo.config_file import load_config
-from rankgrpo.data import Sample, Turn
+from rankgrpo.data.samples import Sample, Turn
 from rankgrpo.distributed import Means, Parallel
 from rankgrpo.items.catalog import Catalog, Item
 from rankgrpo.optim import TrainingError

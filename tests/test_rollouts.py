@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from rankgrpo.config import RlConfig
-from rankgrpo.data import Sample, Turn
+from rankgrpo.data.samples import Sample, Turn
 from rankgrpo.distributed import Means, Parallel
 from rankgrpo.items.catalog import Catalog, Item
 from rankgrpo.rollouts import score_groups

@@ -9,8 +9,8 @@ import torch
 
 from rankgrpo.config import Config
 from rankgrpo.config_file import load_config
-from rankgrpo.data import Dataset, Sample
-from rankgrpo.demo import make_demo
+from rankgrpo.data.demo import make_demo
+from rankgrpo.data.samples import Dataset, Sample
 from rankgrpo.distill.teacher import EaseTeacher, make_demonstrations
 from rankgrpo.distributed import Parallel
 

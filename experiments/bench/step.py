@@ -20,8 +20,8 @@ from tqdm import tqdm
 from rankgrpo.advantage import group_advantage
 from rankgrpo.attention import use_shared_prefix
 from rankgrpo.config import Config, RlConfig
-from rankgrpo.data import Sample
-from rankgrpo.demo import make_demo
+from rankgrpo.data.demo import make_demo
+from rankgrpo.data.samples import Sample
 from rankgrpo.distributed import Means, start_parallel
 from rankgrpo.model import count_parameters, valid_token_mask
 from rankgrpo.optim import make_optimizer

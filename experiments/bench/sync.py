@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from rankgrpo.demo import make_demo
+from rankgrpo.data.demo import make_demo
 from rankgrpo.distributed import full_parameters, start_parallel
 from rankgrpo.model import count_parameters
 from rankgrpo.pipeline import describe_machine

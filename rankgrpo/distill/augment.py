@@ -16,7 +16,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from rankgrpo.data import Sample, Turn
+from rankgrpo.data.samples import Sample, Turn
 from rankgrpo.distill.teacher import Teacher, make_demonstrations, named_items
 from rankgrpo.items.catalog import Catalog
 

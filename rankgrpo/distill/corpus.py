@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from torch import Tensor
 
-from rankgrpo.data import Dataset, Sample
+from rankgrpo.data.samples import Dataset, Sample
 from rankgrpo.distill.augment import request_id, short_requests
 from rankgrpo.distill.settings import DistillConfig, content_key
 from rankgrpo.distill.teacher import (

@@ -6,12 +6,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rankgrpo.data import Sample
+from rankgrpo.data.prompt import format_prompt
+from rankgrpo.data.samples import Sample
 from rankgrpo.distill.llm import CallReport, Endpoint, Estimate, ReplyLog, ask_all, estimate_calls
 from rankgrpo.distill.metadata import item_name
 from rankgrpo.items.catalog import Catalog, Item, normalise_title
 from rankgrpo.parse import parse_list
-from rankgrpo.prompt import format_prompt
 
 TOKENS_PER_LINE = 20
 MIN_READABLE = 0.5

@@ -17,13 +17,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rankgrpo.data import Sample
+from rankgrpo.data.prompt import SPEAKERS
+from rankgrpo.data.samples import Sample
 from rankgrpo.distill.llm import CallReport, Endpoint, Estimate, ReplyLog, ask_all, estimate_calls
 from rankgrpo.distill.metadata import item_name
 from rankgrpo.distill.remap import Scores
 from rankgrpo.items.catalog import Catalog, Item
 from rankgrpo.parse import parse_list
-from rankgrpo.prompt import SPEAKERS
 
 TOKENS_PER_LINE = 24
 RATINGS = {"-2": -2, "-1": -1, "0": 0, "1": 1, "2": 2, "+1": 1, "+2": 2}

@@ -32,7 +32,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rankgrpo.data import Dataset, Sample, load_dataset, write_samples
+from rankgrpo.data.samples import Dataset, Sample, load_dataset, write_samples
 from rankgrpo.distill.adjust import Candidates, candidate_likelihood, catalog_likelihood, fit_bias
 from rankgrpo.distill.cache import StageFiles, pack_rows, unpack_rows
 from rankgrpo.distill.corpus import Corpus, make_corpus, rank_with_ease

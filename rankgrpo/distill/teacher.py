@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rankgrpo.data import Sample, Turn
+from rankgrpo.data.samples import Sample, Turn
 from rankgrpo.distill.ranking import best_items
 from rankgrpo.items.catalog import Catalog, Item
 

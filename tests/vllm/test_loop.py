@@ -9,7 +9,7 @@ from tiny_world import ALONE, taught_dataset, tiny_config, tiny_dataset
 
 import rankgrpo.train as train_module
 from rankgrpo.config_file import to_toml
-from rankgrpo.demo import write_demo
+from rankgrpo.data.demo import write_demo
 from rankgrpo.model import make_init
 from rankgrpo.optim import TrainingError
 from rankgrpo.tiny import TinyConfig

@@ -12,7 +12,7 @@ import urllib.request
 import pytest
 from tiny_world import tiny_dataset
 
-from rankgrpo.data import Sample, Turn
+from rankgrpo.data.samples import Sample, Turn
 from rankgrpo.distill.lists import ask_lists
 from rankgrpo.distill.llm import Endpoint, ReplyLog
 from rankgrpo.distill.reflect import Judge

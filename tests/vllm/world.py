@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from rankgrpo.demo import make_demo
+from rankgrpo.data.demo import make_demo
 from rankgrpo.distributed import Parallel
 from rankgrpo.model import valid_token_mask
 from rankgrpo.sampler.vllm import EngineConfig, VLLMSampler

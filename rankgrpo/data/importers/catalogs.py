@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
-from rankgrpo.importers.common import Notes, parse_name
+from rankgrpo.data.importers.common import Notes, parse_name
 from rankgrpo.items.catalog import DataError, Item, normalise_title, parse_item, read_csv, read_jsonl, type_name
 
 

@@ -10,14 +10,14 @@ from typing import Literal
 
 import numpy as np
 
-from rankgrpo.data import SPLITS, Dataset, Sample, load_dataset, write_samples
+from rankgrpo.data.importers.catalogs import read_items
+from rankgrpo.data.importers.common import Imported, Notes
+from rankgrpo.data.importers.redial import Choice, is_redial, read_redial
+from rankgrpo.data.importers.saved import find_saved, read_saved
+from rankgrpo.data.importers.tables import find_tables, read_tables
+from rankgrpo.data.samples import SPLITS, Dataset, Sample, load_dataset, write_samples
 from rankgrpo.files.atomic import atomic_folder
 from rankgrpo.health import headline
-from rankgrpo.importers.catalogs import read_items
-from rankgrpo.importers.common import Imported, Notes
-from rankgrpo.importers.redial import Choice, is_redial, read_redial
-from rankgrpo.importers.saved import find_saved, read_saved
-from rankgrpo.importers.tables import find_tables, read_tables
 from rankgrpo.items.catalog import Catalog, DataError, Item, normalise_title
 
 Format = Literal["auto", "redial", "saved", "table"]

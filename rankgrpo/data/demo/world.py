@@ -1,4 +1,4 @@
-"""The films of the demo, their facts, and users whose tastes are weights on those facts. See `rankgrpo.demo`."""
+"""The films of the demo, their facts, and users whose tastes are weights on those facts. See `rankgrpo.data.demo`."""
 
 # Shape letters: N films, F facts.
 
@@ -14,8 +14,8 @@ from typing import TypeVar
 
 import numpy as np
 
-from rankgrpo.data import SPLITS
-from rankgrpo.demo.words import MOODS
+from rankgrpo.data.demo.words import MOODS
+from rankgrpo.data.samples import SPLITS
 
 T = TypeVar("T")
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from rankgrpo.data import Sample, Turn
+from rankgrpo.data.samples import Sample, Turn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from rankgrpo.data import Sample
+from rankgrpo.data.samples import Sample
 from rankgrpo.items.catalog import Catalog, DataError, Item, parse_title, parse_year, type_name
 
 SPLIT_NAMES = {

@@ -13,8 +13,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from rankgrpo.data import Sample, Turn
-from rankgrpo.importers.common import SPLIT_NAMES, Imported, Notes, parse_groundtruth, parse_seen, split_name
+from rankgrpo.data.importers.common import SPLIT_NAMES, Imported, Notes, parse_groundtruth, parse_seen, split_name
+from rankgrpo.data.samples import Sample, Turn
 from rankgrpo.items.catalog import Catalog, DataError, read_csv, read_jsonl, type_name
 from rankgrpo.recommend import read_conversation
 

@@ -29,9 +29,9 @@ from pathlib import Path
 
 import numpy as np
 
-from rankgrpo.data import SPLITS, Dataset, Sample, write_samples
-from rankgrpo.demo.talk import converse
-from rankgrpo.demo.world import Film, demo_films, demo_world, draw_user, seen_title, user_rng
+from rankgrpo.data.demo.talk import converse
+from rankgrpo.data.demo.world import Film, demo_films, demo_world, draw_user, seen_title, user_rng
+from rankgrpo.data.samples import SPLITS, Dataset, Sample, write_samples
 from rankgrpo.items.catalog import Catalog, Item
 
 __all__ = [

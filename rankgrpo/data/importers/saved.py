@@ -19,8 +19,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from rankgrpo.data import Sample, Turn
-from rankgrpo.importers.common import Imported, Notes, parse_groundtruth, parse_seen, split_name
+from rankgrpo.data.importers.common import Imported, Notes, parse_groundtruth, parse_seen, split_name
+from rankgrpo.data.samples import Sample, Turn
 from rankgrpo.items.catalog import Catalog, DataError
 
 STATE = "state.json"
@@ -146,7 +146,7 @@ def _content(messages: object, name: str, role: str) -> str:
 
 
 def parse_prompt(text: str) -> tuple[Turn, ...]:
-    """The turns that a prompt of the release quotes; the inverse of `rankgrpo.prompt.format_prompt`."""
+    """The turns that a prompt of the release quotes; the inverse of `rankgrpo.data.prompt.format_prompt`."""
     _, mark, context = text.partition(MARK)
     if not mark:
         raise DataError(f"the prompt does not say {MARK!r}: {text!r:.80}")

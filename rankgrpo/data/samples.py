@@ -119,7 +119,7 @@ def load_dataset(source: str | os.PathLike[str], *, num_train: int | None = None
     if num_train is not None and num_train < 1:
         raise ValueError(f"num_train must be at least 1, got {num_train}")
     if source == "demo":
-        from rankgrpo.demo import make_demo  # its catalog is read only when asked for
+        from rankgrpo.data.demo import make_demo  # its catalog is read only when asked for
 
         return make_demo(seed=seed) if num_train is None else make_demo(num_train=num_train, seed=seed)
     folder = Path(source)

@@ -25,8 +25,8 @@ from typing import Any, Literal
 
 from tqdm import tqdm
 
-from rankgrpo.data import Sample, Turn
-from rankgrpo.importers.common import Imported, Notes, parse_name
+from rankgrpo.data.importers.common import Imported, Notes, parse_name
+from rankgrpo.data.samples import Sample, Turn
 from rankgrpo.items.catalog import DataError, Item, normalise_title, parse_csv, parse_jsonl, type_name
 
 FILES = {"train": "train_data.jsonl", "test": "test_data.jsonl"}

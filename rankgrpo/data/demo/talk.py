@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from rankgrpo.data import Turn
-from rankgrpo.demo.words import DECADES, GENRE_NOUNS, MOODS, TAILS, TEMPLATES
-from rankgrpo.demo.world import Fact, Film, User, World, pick, seen_title, shuffled
+from rankgrpo.data.demo.words import DECADES, GENRE_NOUNS, MOODS, TAILS, TEMPLATES
+from rankgrpo.data.demo.world import Fact, Film, User, World, pick, seen_title, shuffled
+from rankgrpo.data.samples import Turn
 
 STATED = 0.8  # chance that a liked fact is put into words
 

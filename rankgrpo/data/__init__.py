@@ -1,0 +1,1 @@
+"""Samples and their conversations: read, written, put into prompts and into the order of a run."""
