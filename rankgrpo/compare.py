@@ -12,10 +12,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from rankgrpo.baselines.ease import EaseTeacher, popularity_counts, popularity_lists
 from rankgrpo.config import Config, ConfigError
 from rankgrpo.config_file import load_config
 from rankgrpo.data.samples import Dataset, Sample, load_dataset
-from rankgrpo.distill.teacher import EaseTeacher, popularity_counts, popularity_lists
 from rankgrpo.distributed import Parallel, start_parallel, wait_for_all
 from rankgrpo.diversity import Diversity, describe_lists, diversity_path, summarise_lists, write_diversity
 from rankgrpo.evaluate import (

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from rankgrpo.baselines.ease import EaseTeacher, dialog_ids, named_items, popularity_lists
 from rankgrpo.data.samples import SPLITS, Dataset, Sample
-from rankgrpo.distill.teacher import EaseTeacher, dialog_ids, named_items, popularity_lists
 from rankgrpo.evaluate import score_items, summarise
 from rankgrpo.items.catalog import Catalog
 from rankgrpo.parse import parse_list

@@ -2,9 +2,9 @@ from dataclasses import replace
 
 from tiny_world import tiny_dataset
 
+from rankgrpo.baselines.ease import EaseTeacher, make_demonstrations, named_items
 from rankgrpo.data.samples import Sample, Turn
 from rankgrpo.distill.augment import MAX_NAMED, short_demonstrations, similar_items
-from rankgrpo.distill.teacher import EaseTeacher, make_demonstrations, named_items
 from rankgrpo.parse import parse_list
 
 

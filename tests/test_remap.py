@@ -5,8 +5,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rankgrpo.baselines.ranking import best_items
 from rankgrpo.distill import remap
-from rankgrpo.distill.ranking import best_items
 from rankgrpo.distill.reflect import ReflectScores
 from rankgrpo.distill.remap import HeldScores, RemapScores, SelectedScores, rank_samples
 

@@ -4,8 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rankgrpo.data.samples import Sample, Turn
-from rankgrpo.distill.teacher import (
+from rankgrpo.baselines.ease import (
     EaseTeacher,
     _Ease,
     dialog_ids,
@@ -15,6 +14,7 @@ from rankgrpo.distill.teacher import (
     popularity_lists,
     share_of_dialogs,
 )
+from rankgrpo.data.samples import Sample, Turn
 from rankgrpo.items.catalog import Catalog, Item
 
 # Item n is "<letter> (2000)"; "A" also exists as a remake of 2020, which is item 12.

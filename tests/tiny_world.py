@@ -7,11 +7,11 @@ from functools import cache
 
 import torch
 
+from rankgrpo.baselines.ease import EaseTeacher, make_demonstrations
 from rankgrpo.config import Config
 from rankgrpo.config_file import load_config
 from rankgrpo.data.demo import make_demo
 from rankgrpo.data.samples import Dataset, Sample
-from rankgrpo.distill.teacher import EaseTeacher, make_demonstrations
 from rankgrpo.distributed import Parallel
 
 ALONE = Parallel(0, 1, torch.device("cpu"))

@@ -16,8 +16,8 @@ from dataclasses import replace
 
 import numpy as np
 
+from rankgrpo.baselines.ease import Teacher, make_demonstrations, named_items
 from rankgrpo.data.samples import Sample, Turn
-from rankgrpo.distill.teacher import Teacher, make_demonstrations, named_items
 from rankgrpo.items.catalog import Catalog
 
 MAX_NAMED = 5

@@ -8,10 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from torch import Tensor
 
-from rankgrpo.data.samples import Dataset, Sample
-from rankgrpo.distill.augment import request_id, short_requests
-from rankgrpo.distill.settings import DistillConfig, content_key
-from rankgrpo.distill.teacher import (
+from rankgrpo.baselines.ease import (
     EaseTeacher,
     dialog_ids,
     groundtruth_items,
@@ -19,6 +16,9 @@ from rankgrpo.distill.teacher import (
     popularity_counts,
     popularity_order,
 )
+from rankgrpo.data.samples import Dataset, Sample
+from rankgrpo.distill.augment import request_id, short_requests
+from rankgrpo.distill.settings import DistillConfig, content_key
 from rankgrpo.items.catalog import Catalog
 
 

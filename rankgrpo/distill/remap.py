@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from rankgrpo.baselines.ranking import best_items
 from rankgrpo.distill.embed import products, weighted_rows
-from rankgrpo.distill.ranking import best_items
 
 BLOCK_SCORES = 1 << 23
 """Scores held at once: 32 MiB in float32, and top-k takes a few times that."""

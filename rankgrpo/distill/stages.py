@@ -32,6 +32,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rankgrpo.baselines.ease import EaseTeacher
 from rankgrpo.data.samples import Dataset, Sample, load_dataset, write_samples
 from rankgrpo.distill.adjust import Candidates, candidate_likelihood, catalog_likelihood, fit_bias
 from rankgrpo.distill.cache import StageFiles, pack_rows, unpack_rows
@@ -43,7 +44,6 @@ from rankgrpo.distill.metadata import ask_metadata, catalog_text, estimate_metad
 from rankgrpo.distill.reflect import Judge, ReflectScores
 from rankgrpo.distill.remap import HeldScores, RemapScores, Scores, SelectedScores, rank_samples
 from rankgrpo.distill.settings import EASE, STELLA, DistillConfig, content_key, is_address
-from rankgrpo.distill.teacher import EaseTeacher
 from rankgrpo.evaluate import score_completions, summarise
 from rankgrpo.files.atomic import only_one, write_lines
 from rankgrpo.items.catalog import Item

@@ -26,8 +26,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rankgrpo.baselines.ranking import best_items
 from rankgrpo.data.samples import Sample, Turn
-from rankgrpo.distill.ranking import best_items
 from rankgrpo.items.catalog import Catalog, Item
 
 SCORED_AT_ONCE = 256  # samples; 256 x 7,000 scores in float32 are 7 MiB, and sorting them takes several times that
