@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rankgrpo.config import AdapterConfig, ConfigError
-from rankgrpo.distributed import full_parameters
+from rankgrpo.runtime.distributed import full_parameters
 
 NAME = "default"
 MATRICES = {

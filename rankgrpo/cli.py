@@ -414,10 +414,10 @@ def _settings(
 
 def message_of(error: Exception) -> str | None:
     """What to tell the user of an error that a run can meet; None for one that is a defect of the program."""
-    from rankgrpo.checkpoint import CheckpointError
-    from rankgrpo.distributed import ParallelError, lost_contact
     from rankgrpo.files.atomic import BusyError, SaveError
-    from rankgrpo.optim import TrainingError
+    from rankgrpo.runtime.checkpoint import CheckpointError
+    from rankgrpo.runtime.distributed import ParallelError, lost_contact
+    from rankgrpo.runtime.optim import TrainingError
     from rankgrpo.sampler.base import SamplingError
 
     expected = (ValueError, CheckpointError, SaveError, BusyError, ParallelError, TrainingError, SamplingError)

@@ -16,7 +16,6 @@ from rankgrpo.baselines.ease import EaseTeacher, popularity_counts, popularity_l
 from rankgrpo.config import Config, ConfigError
 from rankgrpo.config_file import load_config
 from rankgrpo.data.samples import Dataset, Sample, load_dataset
-from rankgrpo.distributed import Parallel, start_parallel, wait_for_all
 from rankgrpo.diversity import Diversity, describe_lists, diversity_path, summarise_lists, write_diversity
 from rankgrpo.evaluate import (
     Evaluation,
@@ -32,6 +31,7 @@ from rankgrpo.evaluate import (
 from rankgrpo.model import resolve_model
 from rankgrpo.policy import open_policy
 from rankgrpo.recommend import recommend
+from rankgrpo.runtime.distributed import Parallel, start_parallel, wait_for_all
 from rankgrpo.tables import format_table
 from rankgrpo.validate import sample_lists
 

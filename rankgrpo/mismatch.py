@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from rankgrpo.config import RlConfig
-from rankgrpo.distributed import Means
 from rankgrpo.loss import rank_log_ratio
+from rankgrpo.runtime.distributed import Means
 from rankgrpo.units import Units
 
 Correction = Literal["truncate", "mask"]

@@ -26,10 +26,10 @@ from rankgrpo.config import Config, ConfigError, with_steps
 from rankgrpo.config_file import changed_keys, load_config, to_toml
 from rankgrpo.data.samples import Dataset, Sample, read_samples, write_samples
 from rankgrpo.distill.augment import short_demonstrations
-from rankgrpo.distributed import Parallel, start_parallel, wait_for_all
 from rankgrpo.files.atomic import only_one, write_lines
 from rankgrpo.model import make_init
 from rankgrpo.reward_parts import load_parts
+from rankgrpo.runtime.distributed import Parallel, start_parallel, wait_for_all
 from rankgrpo.sampler.vllm import require_vllm
 from rankgrpo.sft import train_sft
 from rankgrpo.tiny import TinyConfig

@@ -23,8 +23,8 @@ from rankgrpo.files.atomic import write_lines
 from rankgrpo.report_figures import Curves, RunCurves
 from rankgrpo.report_page import MODEL_ORDER, STAGES, Run, last_step, page_context
 from rankgrpo.report_plots import draw_plots
+from rankgrpo.runtime.tracker import read_metrics
 from rankgrpo.tables import model_label
-from rankgrpo.tracker import read_metrics
 
 
 def build_report(run_dir: str | Path) -> Path:

@@ -28,10 +28,10 @@ from torch import Tensor
 from rankgrpo.config import ConfigError
 from rankgrpo.data.samples import Sample
 from rankgrpo.items.catalog import Catalog
-from rankgrpo.optim import TrainingError
 from rankgrpo.parse import ListedItem, parse_list
 from rankgrpo.reward import relevance
 from rankgrpo.reward_terms import PARTS, reward_terms
+from rankgrpo.runtime.optim import TrainingError
 
 
 @dataclass(frozen=True)

@@ -17,22 +17,22 @@ import torch
 from torch import Tensor
 
 from rankgrpo import mismatch
-from rankgrpo.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from rankgrpo.config import Config, RlConfig
 from rankgrpo.data.prompt import encode_prompts
 from rankgrpo.data.samples import BatchOrder, Dataset
-from rankgrpo.distributed import Means, Parallel, make_sharding, sum_gradients, wait_for_all
 from rankgrpo.files.atomic import point_link
 from rankgrpo.loss import rank_grpo_loss
-from rankgrpo.optim import TrainingError, check_finite, learning_rate, make_optimizer, optimizer_step
 from rankgrpo.packing import Group, Pack, plan_micro_batches
 from rankgrpo.parse import RankSegmenter
 from rankgrpo.policy import Policy, open_policy, open_reference
 from rankgrpo.rollouts import score_groups
+from rankgrpo.runtime.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from rankgrpo.runtime.distributed import Means, Parallel, make_sharding, sum_gradients, wait_for_all
+from rankgrpo.runtime.optim import TrainingError, check_finite, learning_rate, make_optimizer, optimizer_step
+from rankgrpo.runtime.tracker import MetricsLog
 from rankgrpo.sampler.base import Sampler, prompt_seed
 from rankgrpo.sampler.choose import open_sampler
 from rankgrpo.sampler.sync import explain_mismatch, sync_weights
-from rankgrpo.tracker import MetricsLog
 from rankgrpo.units import Units, make_units
 from rankgrpo.validate import validate
 

@@ -14,10 +14,10 @@ from rankgrpo.config_file import load_config
 from rankgrpo.model import load_policy, make_init
 from rankgrpo.packing import Group
 from rankgrpo.policy import open_policy, open_reference
+from rankgrpo.runtime.tracker import read_metrics
 from rankgrpo.sampler.sync import different_tensors, sync_weights
 from rankgrpo.sft import train_sft
 from rankgrpo.tiny import TinyConfig
-from rankgrpo.tracker import read_metrics
 from rankgrpo.train import train
 
 KINDS = {

@@ -7,9 +7,9 @@ import torch
 from tiny_world import ALONE
 from torch import nn
 
-from rankgrpo import checkpoint as ckpt
 from rankgrpo.files.atomic import TEMPORARY, SaveError
-from rankgrpo.optim import make_optimizer
+from rankgrpo.runtime import checkpoint as ckpt
+from rankgrpo.runtime.optim import make_optimizer
 
 
 def small_model(seed: int) -> nn.Module:

@@ -6,9 +6,9 @@ import torch
 
 from rankgrpo.config import ConfigError, RlConfig
 from rankgrpo.config_file import load_config
-from rankgrpo.distributed import Means
 from rankgrpo.loss import rank_grpo_loss
 from rankgrpo.mismatch import as_padded, correct_units, describe_mismatch, mismatch_weight
+from rankgrpo.runtime.distributed import Means
 from rankgrpo.units import Units
 
 

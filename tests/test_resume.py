@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from processes import being_saved, finish, kill_when, num_rows, rows, start
 
-from rankgrpo.checkpoint import list_checkpoints
 from rankgrpo.files.atomic import TEMPORARY
+from rankgrpo.runtime.checkpoint import list_checkpoints
 
 
 @pytest.fixture(scope="module")

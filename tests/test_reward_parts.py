@@ -7,12 +7,12 @@ import torch
 from rankgrpo.config import ConfigError, RlConfig
 from rankgrpo.config_file import load_config
 from rankgrpo.data.samples import Sample, Turn
-from rankgrpo.distributed import Means, Parallel
 from rankgrpo.items.catalog import Catalog, Item
-from rankgrpo.optim import TrainingError
 from rankgrpo.reward_parts import _OWN, Answer, load_parts, measure
 from rankgrpo.reward_terms import PARTS, reward_terms
 from rankgrpo.rollouts import score_groups
+from rankgrpo.runtime.distributed import Means, Parallel
+from rankgrpo.runtime.optim import TrainingError
 from rankgrpo.sampler.base import Rollout
 
 # Shape letters: P prompts, G lists a prompt, K ranks.

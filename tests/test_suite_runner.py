@@ -13,9 +13,9 @@ import pytest
 from test_suite import SUITE
 from tiny_world import WORDS
 
-from rankgrpo.checkpoint import list_checkpoints
 from rankgrpo.config import ConfigError
 from rankgrpo.files.atomic import only_one
+from rankgrpo.runtime.checkpoint import list_checkpoints
 from rankgrpo.suite import runner
 from rankgrpo.suite.command import open_suite, run_suite
 from rankgrpo.suite.plan import plan_runs

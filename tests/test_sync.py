@@ -9,13 +9,13 @@ from torch import nn
 
 import rankgrpo.train as train_module
 from rankgrpo.model import make_init
-from rankgrpo.optim import TrainingError
 from rankgrpo.policy import open_policy
+from rankgrpo.runtime.optim import TrainingError
+from rankgrpo.runtime.tracker import read_metrics
 from rankgrpo.sampler.base import FINGERPRINT_FACTOR, SamplingError, fingerprint
 from rankgrpo.sampler.hf import HFSampler
 from rankgrpo.sampler.sync import OTHERS, different_tensors, sync_weights
 from rankgrpo.tiny import TinyConfig
-from rankgrpo.tracker import read_metrics
 from rankgrpo.train import Updater, train
 
 

@@ -10,14 +10,14 @@ from tiny_world import ALONE, WORDS, taught_dataset, tiny_config, tiny_dataset, 
 from transformers import AutoModelForCausalLM
 
 from rankgrpo.config_file import load_config
-from rankgrpo.distributed import Parallel
 from rankgrpo.model import make_init
-from rankgrpo.optim import TrainingError
 from rankgrpo.policy import choose_impl
+from rankgrpo.runtime.distributed import Parallel
+from rankgrpo.runtime.optim import TrainingError
+from rankgrpo.runtime.tracker import read_metrics
 from rankgrpo.sampler.base import SamplingError
 from rankgrpo.sft import demonstration_groups, train_sft
 from rankgrpo.tiny import TinyConfig
-from rankgrpo.tracker import read_metrics
 from rankgrpo.train import step_denominator, train
 
 

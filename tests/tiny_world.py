@@ -12,7 +12,7 @@ from rankgrpo.config import Config
 from rankgrpo.config_file import load_config
 from rankgrpo.data.demo import make_demo
 from rankgrpo.data.samples import Dataset, Sample
-from rankgrpo.distributed import Parallel
+from rankgrpo.runtime.distributed import Parallel
 
 ALONE = Parallel(0, 1, torch.device("cpu"))
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from rankgrpo.config_file import load_config, presets_dir
 from rankgrpo.pipeline import describe_machine, run_pipeline
-from rankgrpo.tracker import read_metrics
+from rankgrpo.runtime.tracker import read_metrics
 
 WORDS = {
     # Warm, so that its lists have lines; the KL term gives every step after the first a gradient.

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from rankgrpo.distributed import Parallel
+from rankgrpo.runtime.distributed import Parallel
 from rankgrpo.sampler.base import Rollout, SamplingError, check_prompts, eos_token_ids, fingerprint
 
 OLDEST, NEWEST = (0, 25), (0, 33)

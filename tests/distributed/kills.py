@@ -28,9 +28,9 @@ from tiny_world import WORDS  # noqa: E402
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch  # noqa: E402
 
 import rankgrpo.pipeline  # noqa: E402, F401
-from rankgrpo.checkpoint import list_checkpoints  # noqa: E402
 from rankgrpo.cli import main  # noqa: E402
 from rankgrpo.files.atomic import TEMPORARY  # noqa: E402
+from rankgrpo.runtime.checkpoint import list_checkpoints  # noqa: E402
 
 fsync = os.fsync
 

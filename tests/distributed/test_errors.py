@@ -7,8 +7,8 @@ import torch
 from tiny_world import ALONE, tiny_config
 
 from rankgrpo.config import ConfigError
-from rankgrpo.distributed import Parallel, ParallelError, make_sharding, start_parallel
 from rankgrpo.files.atomic import BusyError, only_one
+from rankgrpo.runtime.distributed import Parallel, ParallelError, make_sharding, start_parallel
 
 
 def test_a_port_in_use(monkeypatch):

@@ -1,7 +1,7 @@
 import torch
 from torch import nn
 
-from rankgrpo.distributed import full_parameters
+from rankgrpo.runtime.distributed import full_parameters
 
 
 def test_of_a_whole_model_they_are_its_own():

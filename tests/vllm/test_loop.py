@@ -11,9 +11,9 @@ import rankgrpo.train as train_module
 from rankgrpo.config_file import to_toml
 from rankgrpo.data.demo import write_demo
 from rankgrpo.model import make_init
-from rankgrpo.optim import TrainingError
+from rankgrpo.runtime.optim import TrainingError
+from rankgrpo.runtime.tracker import read_metrics
 from rankgrpo.tiny import TinyConfig
-from rankgrpo.tracker import read_metrics
 from rankgrpo.train import train
 
 # One head: vLLM's CPU attention knows head sizes from 32 on.

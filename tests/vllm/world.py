@@ -6,8 +6,8 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from rankgrpo.data.demo import make_demo
-from rankgrpo.distributed import Parallel
 from rankgrpo.model import valid_token_mask
+from rankgrpo.runtime.distributed import Parallel
 from rankgrpo.sampler.vllm import EngineConfig, VLLMSampler
 from rankgrpo.tiny import train_tokenizer
 

@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from rankgrpo.distributed import Parallel, split_parameters, wait_for_all
 from rankgrpo.files.atomic import SaveError, atomic_folder, explain, remove_folder, remove_leftovers, temporary_name
+from rankgrpo.runtime.distributed import Parallel, split_parameters, wait_for_all
 
 STEP_FOLDER = re.compile(r"step-(\d{8})")
 

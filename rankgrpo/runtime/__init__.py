@@ -1,0 +1,1 @@
+"""The processes of a run: their sums, their optimizer step, what they save and log."""
