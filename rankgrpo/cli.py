@@ -246,7 +246,7 @@ def experiments(
 @app.command
 def models() -> None:
     """List the model presets, where each comes from, and how to use a model of your own."""
-    from rankgrpo.model import PRESETS
+    from rankgrpo.model.presets import PRESETS
 
     for preset in PRESETS.values():
         print(f"{preset.name:14} {preset.location or '-':34} {preset.about}")
@@ -403,7 +403,7 @@ def _settings(
     demonstrations: str | None = None,
 ):
     from rankgrpo.config_file import load_config
-    from rankgrpo.model import resolve_model
+    from rankgrpo.model.presets import resolve_model
 
     resolve_model(model)  # an unknown name fails before anything is read or written
     direct = {"model__name": model, "data__path": data}

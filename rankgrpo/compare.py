@@ -28,8 +28,8 @@ from rankgrpo.evaluate import (
     summarise,
     write_evaluation,
 )
-from rankgrpo.model import resolve_model
-from rankgrpo.policy import open_policy
+from rankgrpo.model.policy import open_policy
+from rankgrpo.model.presets import resolve_model
 from rankgrpo.recommend import recommend
 from rankgrpo.runtime.distributed import Parallel, start_parallel, wait_for_all
 from rankgrpo.tables import format_table

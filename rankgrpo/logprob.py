@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
-from rankgrpo.attention import ordinary_attention, uses_shared_prefix
-from rankgrpo.packing import Group, Pack
+from rankgrpo.model.attention import ordinary_attention, uses_shared_prefix
+from rankgrpo.model.packing import Group, Pack
 
 Impl = Literal["torch", "triton"]
 
@@ -277,7 +277,7 @@ def pack_logprobs(model, pack, *, temperature=1.0, impl="torch", entropy=False, 
     if not uses_shared_prefix(model):
         raise ValueError(
             f"the model's attention is {model.config._attn_implementation!r}; call "
-            "rankgrpo.attention.use_shared_prefix(model) first (dense log-probs are dense_logprobs)"
+            "rankgrpo.model.attention.use_shared_prefix(model) first (dense log-probs are dense_logprobs)"
         )
     results: list[Tensor] = []
 

@@ -27,12 +27,12 @@ from rankgrpo.config_file import changed_keys, load_config, to_toml
 from rankgrpo.data.samples import Dataset, Sample, read_samples, write_samples
 from rankgrpo.distill.augment import short_demonstrations
 from rankgrpo.files.atomic import only_one, write_lines
-from rankgrpo.model import make_init
+from rankgrpo.model.presets import make_init
+from rankgrpo.model.tiny import TinyConfig
 from rankgrpo.reward_parts import load_parts
 from rankgrpo.runtime.distributed import Parallel, start_parallel, wait_for_all
 from rankgrpo.sampler.vllm import require_vllm
 from rankgrpo.sft import train_sft
-from rankgrpo.tiny import TinyConfig
 from rankgrpo.train import train
 
 Until = Literal["sft", "rl"]

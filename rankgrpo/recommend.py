@@ -9,8 +9,8 @@ from pathlib import Path
 from rankgrpo.config import Config
 from rankgrpo.data.samples import DataError, Sample, Turn, read_samples
 from rankgrpo.items.catalog import Catalog
+from rankgrpo.model.policy import Policy
 from rankgrpo.parse import parse_list
-from rankgrpo.policy import Policy
 from rankgrpo.validate import recommend_lists
 
 SPEAKERS = {"user": "user", "you": "user", "assistant": "assistant", "system": "assistant"}

@@ -22,9 +22,9 @@ from rankgrpo.data.prompt import encode_prompts
 from rankgrpo.data.samples import BatchOrder, Dataset
 from rankgrpo.files.atomic import point_link
 from rankgrpo.loss import rank_grpo_loss
-from rankgrpo.packing import Group, Pack, plan_micro_batches
+from rankgrpo.model.packing import Group, Pack, plan_micro_batches
+from rankgrpo.model.policy import Policy, open_policy, open_reference
 from rankgrpo.parse import RankSegmenter
-from rankgrpo.policy import Policy, open_policy, open_reference
 from rankgrpo.rollouts import score_groups
 from rankgrpo.runtime.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from rankgrpo.runtime.distributed import Means, Parallel, make_sharding, sum_gradients, wait_for_all

@@ -12,7 +12,7 @@ from rankgrpo.data.prompt import encode_prompts
 from rankgrpo.data.samples import Sample
 from rankgrpo.evaluate import score_completions
 from rankgrpo.items.catalog import Catalog
-from rankgrpo.policy import Policy
+from rankgrpo.model.policy import Policy
 from rankgrpo.runtime.distributed import Means, Parallel
 from rankgrpo.sampler.base import Sampler, prompt_seed
 

@@ -6,18 +6,18 @@ import torch
 from tiny_world import ALONE, taught_dataset, tiny_config, tiny_dataset, tiny_demonstrations
 from transformers import AutoModelForCausalLM
 
-import rankgrpo.policy
-from rankgrpo.adapter import adapters_off, has_adapters, merged_parameters, merged_weight, target_names
+import rankgrpo.model.policy
 from rankgrpo.architecture import find_architecture
 from rankgrpo.config import AdapterConfig, ConfigError
 from rankgrpo.config_file import load_config
-from rankgrpo.model import load_policy, make_init
-from rankgrpo.packing import Group
-from rankgrpo.policy import open_policy, open_reference
+from rankgrpo.model.adapter import adapters_off, has_adapters, merged_parameters, merged_weight, target_names
+from rankgrpo.model.packing import Group
+from rankgrpo.model.policy import open_policy, open_reference
+from rankgrpo.model.presets import load_policy, make_init
+from rankgrpo.model.tiny import TinyConfig
 from rankgrpo.runtime.tracker import read_metrics
 from rankgrpo.sampler.sync import different_tensors, sync_weights
 from rankgrpo.sft import train_sft
-from rankgrpo.tiny import TinyConfig
 from rankgrpo.train import train
 
 KINDS = {
@@ -117,7 +117,7 @@ def test_training_starts_from_the_model_as_it_was_and_is_that_model_with_the_ada
 
 def test_the_reference_of_an_adapter_is_its_own_model(start, monkeypatch):
     loads = []
-    monkeypatch.setattr(rankgrpo.policy, "load_policy", lambda *a, **k: loads.append(a) or load_policy(*a, **k))
+    monkeypatch.setattr(rankgrpo.model.policy, "load_policy", lambda *a, **k: loads.append(a) or load_policy(*a, **k))
     policy = opened(start, "dora")
     ref = open_reference(policy, start, tiny_config().model, ALONE.device, None)
     plain = open_policy(start, tiny_config().model, ALONE.device, trainable=False)

@@ -6,8 +6,9 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from rankgrpo import attention
-from rankgrpo.attention import (
+from rankgrpo.logprob import pack_logprobs
+from rankgrpo.model import attention
+from rankgrpo.model.attention import (
     ORDINARY,
     SHARED_PREFIX,
     ordinary_attention,
@@ -16,8 +17,7 @@ from rankgrpo.attention import (
     use_shared_prefix,
     uses_shared_prefix,
 )
-from rankgrpo.logprob import pack_logprobs
-from rankgrpo.packing import Group, build_pack
+from rankgrpo.model.packing import Group, build_pack
 
 LAYOUTS = {
     "mixed": [Group([1, 2, 3], [[4, 5], [6]]), Group([1, 2], [[3, 4]]), Group([7], [[8], [9, 7, 8]])],

@@ -322,8 +322,8 @@ def test_a_transformers_encoder_means_over_its_tokens(tmp_path):
     from transformers import AutoModel
 
     from rankgrpo.distill.embed import encode_with_transformer
-    from rankgrpo.model import make_init
-    from rankgrpo.tiny import TinyConfig
+    from rankgrpo.model.presets import make_init
+    from rankgrpo.model.tiny import TinyConfig
 
     folder = make_init("tiny", tiny_dataset(), tmp_path / "m", seed=0, tiny=TinyConfig(32, 1, 32, 2, 1, 1024))
     texts = ["Heat", "a much longer text about thieves in Los Angeles", ""]

@@ -100,8 +100,8 @@ def test_table_of_unions():
 
 
 def test_lists_of_a_model(tmp_path):
-    from rankgrpo.model import make_init
-    from rankgrpo.tiny import TinyConfig
+    from rankgrpo.model.presets import make_init
+    from rankgrpo.model.tiny import TinyConfig
 
     config, dataset = tiny_config(), tiny_dataset()
     init = make_init("tiny", taught_dataset(), tmp_path / "init", seed=1, tiny=TinyConfig(32, 2, 64, 2, 1, 1024))
@@ -115,8 +115,8 @@ def test_lists_of_a_model(tmp_path):
 
 
 def test_a_model_is_scored_by_the_mean_of_its_draws(tmp_path):
-    from rankgrpo.model import make_init
-    from rankgrpo.tiny import TinyConfig
+    from rankgrpo.model.presets import make_init
+    from rankgrpo.model.tiny import TinyConfig
 
     dataset = tiny_dataset()
     init = make_init("tiny", taught_dataset(), tmp_path / "init", seed=1, tiny=TinyConfig(32, 2, 64, 2, 1, 1024))

@@ -9,9 +9,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 import rankgrpo.logprob as logprob_module
-from rankgrpo.attention import use_shared_prefix
 from rankgrpo.logprob import default_chunk, dense_logprobs, pack_logprobs, token_logprobs, token_logprobs_and_entropy
-from rankgrpo.packing import Group, build_pack
+from rankgrpo.model.attention import use_shared_prefix
+from rankgrpo.model.packing import Group, build_pack
 
 # --- the streamed head ---
 
@@ -354,7 +354,7 @@ def test_bfloat16_autocast_is_within_dense_noise():
 def test_no_silent_fall_back():
     model = make_model("llama")
     pack = build_pack(GROUPS["uneven"])
-    with pytest.raises(ValueError, match="call rankgrpo.attention.use_shared_prefix"):
+    with pytest.raises(ValueError, match="call rankgrpo.model.attention.use_shared_prefix"):
         pack_logprobs(model, pack)
     use_shared_prefix(model)
     stubborn = model.model.layers[1].self_attn

@@ -14,7 +14,7 @@ from rankgrpo.config import ConfigError
 from rankgrpo.config_file import flatten, load_config, method_files, presets_dir
 from rankgrpo.data.samples import Sample, Turn
 from rankgrpo.items.catalog import Catalog, Item
-from rankgrpo.packing import Group
+from rankgrpo.model.packing import Group
 from rankgrpo.pipeline import run_pipeline
 from rankgrpo.rollouts import score_groups
 from rankgrpo.runtime.distributed import Means

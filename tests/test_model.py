@@ -14,11 +14,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rankgrpo import smollm2
 from rankgrpo.data.prompt import encode_prompt, format_prompt
 from rankgrpo.data.samples import Dataset, Sample, Turn
 from rankgrpo.items.catalog import Catalog, Item
-from rankgrpo.model import (
+from rankgrpo.model import smollm2
+from rankgrpo.model.presets import (
     PRESETS,
     ModelError,
     count_parameters,
@@ -28,8 +28,8 @@ from rankgrpo.model import (
     save_policy,
     valid_token_mask,
 )
+from rankgrpo.model.tiny import TinyConfig, corpus_lines, init_model, split_phrases, train_tokenizer
 from rankgrpo.parse import RankSegmenter, parse_list
-from rankgrpo.tiny import TinyConfig, corpus_lines, init_model, split_phrases, train_tokenizer
 
 POPULAR = [("Black Panther", 2018), ("It", 2017), ("Amélie", 2001), ("The Lord of the Rings: The Two Towers", 2002)]
 RARE = [("Stalker", 1979), ("Her", 2013), ("(500) Days of Summer", 2009)]
@@ -248,7 +248,7 @@ def test_an_export_is_read_by_transformers_alone(init, tmp_path):
 
 def test_a_large_export_is_several_files_and_takes_parameters_one_by_one(init, tmp_path, monkeypatch):
     model, tokenizer = load_policy(init)
-    monkeypatch.setattr("rankgrpo.model.FILE_BYTES", 4 * SMALL.hidden * SMALL.hidden)
+    monkeypatch.setattr("rankgrpo.model.presets.FILE_BYTES", 4 * SMALL.hidden * SMALL.hidden)
     alive: list[weakref.ref] = []
 
     def doubled():

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rankgrpo.packing import Group, build_pack, plan_micro_batches
+from rankgrpo.model.packing import Group, build_pack, plan_micro_batches
 
 ids = st.lists(st.integers(1, 50), min_size=1, max_size=6)
 groups_of_ids = st.lists(st.builds(Group, ids, st.lists(ids, min_size=1, max_size=4)), min_size=1, max_size=5)

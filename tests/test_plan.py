@@ -6,11 +6,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCau
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rankgrpo.architecture import PRESETS, Architecture, find_architecture
-from rankgrpo.attention import use_shared_prefix
 from rankgrpo.config import AdapterConfig, Config, ConfigError, ModelConfig, ParallelConfig, RlConfig
 from rankgrpo.config_file import load_config, presets_dir
 from rankgrpo.logprob import pack_logprobs
-from rankgrpo.packing import Group, build_pack
+from rankgrpo.model.attention import use_shared_prefix
+from rankgrpo.model.packing import Group, build_pack
 from rankgrpo.plan import (
     Machine,
     Rates,

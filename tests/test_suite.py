@@ -13,7 +13,7 @@ from rankgrpo.config_file import presets_dir, to_toml
 from rankgrpo.diversity import describe_lists, write_diversity
 from rankgrpo.evaluate import score_completions, write_evaluation
 from rankgrpo.files.atomic import write_lines
-from rankgrpo.model import ModelError
+from rankgrpo.model.presets import ModelError
 from rankgrpo.suite import page
 from rankgrpo.suite.command import list_suite, open_suite, rebuild_page
 from rankgrpo.suite.figures import FIGURES, draw_figures

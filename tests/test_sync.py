@@ -8,14 +8,14 @@ from tiny_world import ALONE, taught_dataset, tiny_config, tiny_dataset
 from torch import nn
 
 import rankgrpo.train as train_module
-from rankgrpo.model import make_init
-from rankgrpo.policy import open_policy
+from rankgrpo.model.policy import open_policy
+from rankgrpo.model.presets import make_init
+from rankgrpo.model.tiny import TinyConfig
 from rankgrpo.runtime.optim import TrainingError
 from rankgrpo.runtime.tracker import read_metrics
 from rankgrpo.sampler.base import FINGERPRINT_FACTOR, SamplingError, fingerprint
 from rankgrpo.sampler.hf import HFSampler
 from rankgrpo.sampler.sync import OTHERS, different_tensors, sync_weights
-from rankgrpo.tiny import TinyConfig
 from rankgrpo.train import Updater, train
 
 

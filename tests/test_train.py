@@ -10,14 +10,14 @@ from tiny_world import ALONE, WORDS, taught_dataset, tiny_config, tiny_dataset, 
 from transformers import AutoModelForCausalLM
 
 from rankgrpo.config_file import load_config
-from rankgrpo.model import make_init
-from rankgrpo.policy import choose_impl
+from rankgrpo.model.policy import choose_impl
+from rankgrpo.model.presets import make_init
+from rankgrpo.model.tiny import TinyConfig
 from rankgrpo.runtime.distributed import Parallel
 from rankgrpo.runtime.optim import TrainingError
 from rankgrpo.runtime.tracker import read_metrics
 from rankgrpo.sampler.base import SamplingError
 from rankgrpo.sft import demonstration_groups, train_sft
-from rankgrpo.tiny import TinyConfig
 from rankgrpo.train import step_denominator, train
 
 
@@ -55,7 +55,7 @@ def test_sft_learns_the_demonstrations(warm):
 
 
 def test_demonstrations_end_with_eos_and_keep_the_prompt(warm):
-    from rankgrpo.model import load_policy
+    from rankgrpo.model.presets import load_policy
 
     _, tokenizer = load_policy(str(warm[0]))
     samples = tiny_demonstrations()["train"][:3]
@@ -82,7 +82,7 @@ def test_metrics_of_a_run(warm, tmp_path):
 
 
 def test_lists_for_evaluation_are_greedy_or_drawn_by_seed_and_sample(warm):
-    from rankgrpo.policy import open_policy
+    from rankgrpo.model.policy import open_policy
     from rankgrpo.validate import recommend_lists
 
     samples = tiny_dataset().validation
@@ -254,7 +254,7 @@ def test_resume_cuts_the_metrics_back_to_the_checkpoint(warm, tmp_path):
 
 def test_ranks_of_the_tiny_tokenizer_are_the_parsers(warm):
     """Its titles are added tokens, stored as text and not in the byte alphabet: the segmenter must read both kinds."""
-    from rankgrpo.model import load_policy
+    from rankgrpo.model.presets import load_policy
     from rankgrpo.parse import RankSegmenter, parse_list
 
     _, tokenizer = load_policy(str(warm[0]))

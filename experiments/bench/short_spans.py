@@ -2,17 +2,17 @@
 
   float32    backward of every span in float32
   bfloat16   backward of every span in bfloat16
-`chosen` is what rankgrpo.attention takes, by the query-key pairs of a span (SHORT_SPANS). Groups of 8 equal lists; 4
-query heads, 2 key heads, 64 channels, as in the tiny preset.
+`chosen` is what rankgrpo.model.attention takes, by the query-key pairs of a span (SHORT_SPANS). Groups of 8 equal
+lists; 4 query heads, 2 key heads, 64 channels, as in the tiny preset.
 """
 
 from __future__ import annotations
 
 import torch
 
-from rankgrpo import attention
 from rankgrpo.files.malloc import keep_freed_memory
-from rankgrpo.packing import Group, build_pack
+from rankgrpo.model import attention
+from rankgrpo.model.packing import Group, build_pack
 from rankgrpo_kernels.bench.common import make_parser, measure, print_table, record, write_json
 
 EXAMPLE = """examples:

@@ -18,17 +18,17 @@ import torch
 from tqdm import tqdm
 
 from rankgrpo.advantage import group_advantage
-from rankgrpo.attention import use_shared_prefix
 from rankgrpo.config import Config, RlConfig
 from rankgrpo.data.demo import make_demo
 from rankgrpo.data.samples import Sample
-from rankgrpo.model import count_parameters, valid_token_mask
-from rankgrpo.packing import Group, plan_micro_batches
-from rankgrpo.policy import Policy
+from rankgrpo.model.attention import use_shared_prefix
+from rankgrpo.model.packing import Group, plan_micro_batches
+from rankgrpo.model.policy import Policy
+from rankgrpo.model.presets import count_parameters, valid_token_mask
+from rankgrpo.model.tiny import TinyConfig, init_model, train_tokenizer
 from rankgrpo.rollouts import score_groups
 from rankgrpo.runtime.distributed import Means, start_parallel
 from rankgrpo.runtime.optim import make_optimizer
-from rankgrpo.tiny import TinyConfig, init_model, train_tokenizer
 from rankgrpo.train import MicroBatch, Updater
 from rankgrpo_kernels.bench.common import print_table, record, write_json
 

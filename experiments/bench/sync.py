@@ -21,12 +21,12 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from rankgrpo.data.demo import make_demo
-from rankgrpo.model import count_parameters
+from rankgrpo.model.presets import count_parameters
+from rankgrpo.model.tiny import train_tokenizer
 from rankgrpo.pipeline import describe_machine
 from rankgrpo.runtime.distributed import full_parameters, start_parallel
 from rankgrpo.sampler.sync import different_tensors, sync_weights
 from rankgrpo.sampler.vllm import EngineConfig, VLLMSampler
-from rankgrpo.tiny import train_tokenizer
 
 SIZES = {
     # hidden, layers, feed-forward, heads, key-value heads, vocabulary

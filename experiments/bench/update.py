@@ -35,10 +35,10 @@ import torch
 from torch import Tensor
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from rankgrpo.attention import ordinary_attention, use_shared_prefix
 from rankgrpo.files.malloc import keep_freed_memory
 from rankgrpo.logprob import pack_logprobs, token_logprobs
-from rankgrpo.packing import Group, build_pack, plan_micro_batches
+from rankgrpo.model.attention import ordinary_attention, use_shared_prefix
+from rankgrpo.model.packing import Group, build_pack, plan_micro_batches
 from rankgrpo_kernels.bench.common import peak_extra_bytes, print_table, record, write_json
 
 EXAMPLE = """examples:

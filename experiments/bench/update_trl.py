@@ -18,8 +18,8 @@ from transformers import PreTrainedTokenizerFast
 from trl import GRPOConfig, GRPOTrainer
 from trl.trainer.utils import pad
 
-from rankgrpo.attention import ordinary_attention
-from rankgrpo.packing import Group
+from rankgrpo.model.attention import ordinary_attention
+from rankgrpo.model.packing import Group
 
 
 def make_trainer(model: torch.nn.Module) -> GRPOTrainer:

@@ -7,7 +7,7 @@ import math
 import torch
 
 from rankgrpo.config import Config
-from rankgrpo.policy import Policy
+from rankgrpo.model.policy import Policy
 from rankgrpo.runtime.distributed import Parallel
 from rankgrpo.sampler.base import Sampler
 from rankgrpo.sampler.vllm import EngineConfig, VLLMSampler, vllm_installed

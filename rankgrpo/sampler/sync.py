@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor, nn
 
-from rankgrpo.adapter import merged_parameters
+from rankgrpo.model.adapter import merged_parameters
 from rankgrpo.sampler.base import CopySampler, Sampler, SamplingError, fingerprint
 
 OTHERS = "tensors whose place in the sampler is not known"

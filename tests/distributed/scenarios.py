@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 import rankgrpo.train as training
-from rankgrpo.adapter import merged_parameters
 from rankgrpo.files.atomic import SaveError
-from rankgrpo.packing import Group, plan_micro_batches
-from rankgrpo.policy import Policy, open_policy, open_reference
+from rankgrpo.model.adapter import merged_parameters
+from rankgrpo.model.packing import Group, plan_micro_batches
+from rankgrpo.model.policy import Policy, open_policy, open_reference
 from rankgrpo.runtime.checkpoint import load_checkpoint, save_checkpoint
 from rankgrpo.runtime.distributed import Means, Parallel, full_parameters, make_sharding, start_parallel
 from rankgrpo.runtime.optim import make_optimizer

@@ -9,9 +9,9 @@ from scenarios import play, play_job
 from tiny_world import ALONE, taught_dataset, tiny_config, tiny_demonstrations
 from transformers import AutoModelForCausalLM
 
-from rankgrpo.model import load_policy, make_init
+from rankgrpo.model.presets import load_policy, make_init
+from rankgrpo.model.tiny import TinyConfig
 from rankgrpo.sft import demonstration_groups
-from rankgrpo.tiny import TinyConfig
 
 NUM_GROUPS, GROUP_SIZE, NUM_RANKS, NUM_STEPS = 5, 3, 5, 5
 EVERYTHING = list(range(NUM_GROUPS))

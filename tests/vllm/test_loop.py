@@ -10,10 +10,10 @@ from tiny_world import ALONE, taught_dataset, tiny_config, tiny_dataset
 import rankgrpo.train as train_module
 from rankgrpo.config_file import to_toml
 from rankgrpo.data.demo import write_demo
-from rankgrpo.model import make_init
+from rankgrpo.model.presets import make_init
+from rankgrpo.model.tiny import TinyConfig
 from rankgrpo.runtime.optim import TrainingError
 from rankgrpo.runtime.tracker import read_metrics
-from rankgrpo.tiny import TinyConfig
 from rankgrpo.train import train
 
 # One head: vLLM's CPU attention knows head sizes from 32 on.

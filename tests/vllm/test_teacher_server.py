@@ -18,8 +18,8 @@ from rankgrpo.distill.llm import Endpoint, ReplyLog
 from rankgrpo.distill.reflect import Judge
 from rankgrpo.items.catalog import Catalog, Item
 from rankgrpo.items.match import TitleMatcher
-from rankgrpo.model import make_init
-from rankgrpo.tiny import TinyConfig
+from rankgrpo.model.presets import make_init
+from rankgrpo.model.tiny import TinyConfig
 
 pytestmark = [
     pytest.mark.slow,

@@ -6,10 +6,10 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from rankgrpo.data.demo import make_demo
-from rankgrpo.model import valid_token_mask
+from rankgrpo.model.presets import valid_token_mask
+from rankgrpo.model.tiny import train_tokenizer
 from rankgrpo.runtime.distributed import Parallel
 from rankgrpo.sampler.vllm import EngineConfig, VLLMSampler
-from rankgrpo.tiny import train_tokenizer
 
 ALONE = Parallel(0, 1, torch.device("cpu"))
 MAX_TOKENS = 160

@@ -31,7 +31,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from rankgrpo.packing import SharedPrefixLayout, Spans
+from rankgrpo.model.packing import SharedPrefixLayout, Spans
 
 SHARED_PREFIX = "shared_prefix"
 ORDINARY = "shared_prefix_off"
@@ -313,7 +313,7 @@ def _packed_forward(
     if shared_prefix is None:
         raise ValueError(
             "shared-prefix attention was called without a layout: run packs through rankgrpo.logprob.pack_logprobs, "
-            "and decoding or dense forwards inside rankgrpo.attention.ordinary_attention(model)"
+            "and decoding or dense forwards inside rankgrpo.model.attention.ordinary_attention(model)"
         )
     _refuse_unsupported(query, attention_mask, dropout, sliding_window, shared_prefix, kwargs)
     query, key, value = in_autocast_type(query, key, value)

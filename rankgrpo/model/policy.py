@@ -18,13 +18,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rankgrpo.adapter import adapters_off, add_adapters, has_adapters, merged_parameters
-from rankgrpo.attention import use_shared_prefix
 from rankgrpo.config import AdapterConfig, ModelConfig
 from rankgrpo.files.atomic import atomic_folder
 from rankgrpo.logprob import Impl, pack_logprobs
-from rankgrpo.model import load_policy, save_policy, valid_token_mask
-from rankgrpo.packing import Group, Pack, build_pack
+from rankgrpo.model.adapter import adapters_off, add_adapters, has_adapters, merged_parameters
+from rankgrpo.model.attention import use_shared_prefix
+from rankgrpo.model.packing import Group, Pack, build_pack
+from rankgrpo.model.presets import load_policy, save_policy, valid_token_mask
 from rankgrpo.runtime.distributed import Parallel, Sharding, shard_model
 from rankgrpo.sampler.hf import HFSampler
 

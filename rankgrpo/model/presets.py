@@ -30,8 +30,8 @@ from transformers.utils import logging
 
 from rankgrpo.data.samples import Dataset
 from rankgrpo.files.atomic import atomic_folder
-from rankgrpo.smollm2 import PACKAGE, convert_smollm2
-from rankgrpo.tiny import TinyConfig, corpus_lines, make_tiny, title_line
+from rankgrpo.model.smollm2 import PACKAGE, convert_smollm2
+from rankgrpo.model.tiny import TinyConfig, corpus_lines, make_tiny, title_line
 
 RECIPE_FILE = "rankgrpo_init.json"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)

@@ -1,0 +1,1 @@
+"""Models: where each comes from, the packed forward pass over them, adapters."""
