@@ -29,7 +29,7 @@ from rankgrpo.distill.augment import short_demonstrations
 from rankgrpo.files.atomic import only_one, write_lines
 from rankgrpo.model.presets import make_init
 from rankgrpo.model.tiny import TinyConfig
-from rankgrpo.reward_parts import load_parts
+from rankgrpo.rollouts.parts import load_parts
 from rankgrpo.runtime.distributed import Parallel, start_parallel, wait_for_all
 from rankgrpo.sampler.vllm import require_vllm
 from rankgrpo.sft import train_sft

@@ -16,7 +16,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rankgrpo import mismatch
 from rankgrpo.config import Config, RlConfig
 from rankgrpo.data.prompt import encode_prompts
 from rankgrpo.data.samples import BatchOrder, Dataset
@@ -25,7 +24,8 @@ from rankgrpo.loss import rank_grpo_loss
 from rankgrpo.model.packing import Group, Pack, plan_micro_batches
 from rankgrpo.model.policy import Policy, open_policy, open_reference
 from rankgrpo.parse import RankSegmenter
-from rankgrpo.rollouts import score_groups
+from rankgrpo.rollouts import mismatch
+from rankgrpo.rollouts.score import score_groups
 from rankgrpo.runtime.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from rankgrpo.runtime.distributed import Means, Parallel, make_sharding, sum_gradients, wait_for_all
 from rankgrpo.runtime.optim import TrainingError, check_finite, learning_rate, make_optimizer, optimizer_step

@@ -16,7 +16,7 @@ from rankgrpo.data.samples import Sample, Turn
 from rankgrpo.items.catalog import Catalog, Item
 from rankgrpo.model.packing import Group
 from rankgrpo.pipeline import run_pipeline
-from rankgrpo.rollouts import score_groups
+from rankgrpo.rollouts.score import score_groups
 from rankgrpo.runtime.distributed import Means
 from rankgrpo.sampler.base import Rollout
 from rankgrpo.train import MicroBatch, Updater, step_denominator

@@ -7,7 +7,7 @@ import torch
 from rankgrpo.config import ConfigError, RlConfig
 from rankgrpo.config_file import load_config
 from rankgrpo.loss import rank_grpo_loss
-from rankgrpo.mismatch import as_padded, correct_units, describe_mismatch, mismatch_weight
+from rankgrpo.rollouts.mismatch import as_padded, correct_units, describe_mismatch, mismatch_weight
 from rankgrpo.runtime.distributed import Means
 from rankgrpo.units import Units
 

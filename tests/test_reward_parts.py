@@ -8,9 +8,9 @@ from rankgrpo.config import ConfigError, RlConfig
 from rankgrpo.config_file import load_config
 from rankgrpo.data.samples import Sample, Turn
 from rankgrpo.items.catalog import Catalog, Item
-from rankgrpo.reward_parts import _OWN, Answer, load_parts, measure
 from rankgrpo.reward_terms import PARTS, reward_terms
-from rankgrpo.rollouts import score_groups
+from rankgrpo.rollouts.parts import _OWN, Answer, load_parts, measure
+from rankgrpo.rollouts.score import score_groups
 from rankgrpo.runtime.distributed import Means, Parallel
 from rankgrpo.runtime.optim import TrainingError
 from rankgrpo.sampler.base import Rollout

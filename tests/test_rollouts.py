@@ -4,7 +4,7 @@ import torch
 from rankgrpo.config import RlConfig
 from rankgrpo.data.samples import Sample, Turn
 from rankgrpo.items.catalog import Catalog, Item
-from rankgrpo.rollouts import score_groups
+from rankgrpo.rollouts.score import score_groups
 from rankgrpo.runtime.distributed import Means, Parallel
 from rankgrpo.sampler.base import Rollout
 

@@ -26,7 +26,7 @@ from rankgrpo.model.packing import Group, plan_micro_batches
 from rankgrpo.model.policy import Policy
 from rankgrpo.model.presets import count_parameters, valid_token_mask
 from rankgrpo.model.tiny import TinyConfig, init_model, train_tokenizer
-from rankgrpo.rollouts import score_groups
+from rankgrpo.rollouts.score import score_groups
 from rankgrpo.runtime.distributed import Means, start_parallel
 from rankgrpo.runtime.optim import make_optimizer
 from rankgrpo.train import MicroBatch, Updater

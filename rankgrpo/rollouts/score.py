@@ -16,8 +16,8 @@ from rankgrpo.items.catalog import Catalog
 from rankgrpo.loss import rank_log_ratio
 from rankgrpo.parse import RankSegmenter
 from rankgrpo.reward import list_return, rank_returns, unlikeliness_reward
-from rankgrpo.reward_parts import Answer, load_parts, measure, repetition
 from rankgrpo.reward_terms import reward_terms
+from rankgrpo.rollouts.parts import Answer, load_parts, measure, repetition
 from rankgrpo.runtime.distributed import Means
 from rankgrpo.sampler.base import Rollout
 

@@ -7,8 +7,8 @@ or one number for the whole list:
         titles = [item.title or "" for item in answer.items[: answer.num_ranks]]
         return [float(title.isupper()) for title in titles] + [0.0] * (answer.num_ranks - len(titles))
 
-`rankgrpo.rollouts` turns what ranks earn into returns (Eq. 8, 9; DCG@K for the units token and list) and gives what the
-whole list earns to every rank of it.
+`rankgrpo.rollouts.score` turns what ranks earn into returns (Eq. 8, 9; DCG@K for the units token and list) and gives
+what the whole list earns to every rank of it.
 """
 
 # Shape letters: P prompts, G lists a prompt, B = P*G, K ranks.
