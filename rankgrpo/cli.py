@@ -143,7 +143,7 @@ def evaluate(
       rankgrpo evaluate runs/tiny-demo --set eval.draws=16
       rankgrpo evaluate runs/a/sft/final runs/a/rl/best --data path/to/redial --split validation --out results
     """
-    from rankgrpo.compare import evaluate_models
+    from rankgrpo.evaluation.compare import evaluate_models
 
     if lists < 1:
         raise ValueError(f"--lists must be at least 1, got {lists}")
@@ -191,7 +191,7 @@ def recommend(
       printf 'User: I loved Alien (1979)\\nAssistant: More space?\\nUser: Yes, and scary' | rankgrpo recommend
       rankgrpo recommend --model runs/tiny-demo --batch requests.jsonl
     """
-    from rankgrpo.compare import recommend_from
+    from rankgrpo.evaluation.compare import recommend_from
 
     recommend_from(model, data, conversation, batch)
 
@@ -306,7 +306,7 @@ def check(
       rankgrpo data check path/to/redial
     """
     from rankgrpo.data.samples import load_dataset
-    from rankgrpo.health import check_dataset
+    from rankgrpo.evaluation.health import check_dataset
 
     print(check_dataset(load_dataset(path, num_train=num_train or None)))
 

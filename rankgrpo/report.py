@@ -18,13 +18,13 @@ import jinja2
 import numpy as np
 
 from rankgrpo.config_file import read_toml
-from rankgrpo.evaluate import read_evaluation, read_lists
+from rankgrpo.evaluation.evaluate import read_evaluation, read_lists
+from rankgrpo.evaluation.tables import model_label
 from rankgrpo.files.atomic import write_lines
 from rankgrpo.report_figures import Curves, RunCurves
 from rankgrpo.report_page import MODEL_ORDER, STAGES, Run, last_step, page_context
 from rankgrpo.report_plots import draw_plots
 from rankgrpo.runtime.tracker import read_metrics
-from rankgrpo.tables import model_label
 
 
 def build_report(run_dir: str | Path) -> Path:

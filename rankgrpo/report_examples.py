@@ -9,8 +9,8 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rankgrpo.evaluate import Evaluation
-from rankgrpo.tables import format_value, in_sentence, main_metric, metric_label, model_label
+from rankgrpo.evaluation.evaluate import Evaluation
+from rankgrpo.evaluation.tables import format_value, in_sentence, main_metric, metric_label, model_label
 
 EXAMPLES_PER_KIND = 2
 

@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from rankgrpo.tables import MODEL_LABELS, model_label
+from rankgrpo.evaluation.tables import MODEL_LABELS, model_label
 
 Curves = dict[str, tuple[np.ndarray, np.ndarray]]  # metric key -> (steps, values), steps ascending
 

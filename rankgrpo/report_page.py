@@ -12,11 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from rankgrpo.evaluate import Evaluation, compare
-from rankgrpo.report_examples import examples_context
-from rankgrpo.report_figures import Curves, RunCurves, phase_seconds
-from rankgrpo.report_plots import DrawnPlot
-from rankgrpo.tables import (
+from rankgrpo.evaluation.evaluate import Evaluation, compare
+from rankgrpo.evaluation.tables import (
     format_interval,
     format_value,
     in_sentence,
@@ -25,6 +22,9 @@ from rankgrpo.tables import (
     metric_label,
     model_label,
 )
+from rankgrpo.report_examples import examples_context
+from rankgrpo.report_figures import Curves, RunCurves, phase_seconds
+from rankgrpo.report_plots import DrawnPlot
 
 STAGES = ("before", "sft", "rank-grpo")
 MODEL_ORDER = (*STAGES, "ease", "popularity")

@@ -10,13 +10,13 @@ import torch
 from rankgrpo.config import Config
 from rankgrpo.data.prompt import encode_prompts
 from rankgrpo.data.samples import BatchOrder, Dataset, Sample
+from rankgrpo.evaluation.validate import validate
 from rankgrpo.model.packing import Group, plan_micro_batches
 from rankgrpo.model.policy import Policy, open_policy
 from rankgrpo.runtime.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from rankgrpo.runtime.distributed import Means, Parallel, make_sharding, sum_gradients, wait_for_all
 from rankgrpo.runtime.optim import check_finite, learning_rate, make_optimizer, optimizer_step
 from rankgrpo.runtime.tracker import MetricsLog
-from rankgrpo.validate import validate
 
 
 def train_sft(

@@ -19,6 +19,7 @@ from torch import Tensor
 from rankgrpo.config import Config, RlConfig
 from rankgrpo.data.prompt import encode_prompts
 from rankgrpo.data.samples import BatchOrder, Dataset
+from rankgrpo.evaluation.validate import validate
 from rankgrpo.files.atomic import point_link
 from rankgrpo.loss import rank_grpo_loss
 from rankgrpo.model.packing import Group, Pack, plan_micro_batches
@@ -34,7 +35,6 @@ from rankgrpo.sampler.base import Sampler, prompt_seed
 from rankgrpo.sampler.choose import open_sampler
 from rankgrpo.sampler.sync import explain_mismatch, sync_weights
 from rankgrpo.units import Units, make_units
-from rankgrpo.validate import validate
 
 
 @dataclass

@@ -4,8 +4,8 @@ import sys
 import pytest
 
 from rankgrpo.cli import default_run_dir
-from rankgrpo.compare import list_sources
 from rankgrpo.config import ConfigError
+from rankgrpo.evaluation.compare import list_sources
 
 
 def command(*words, **settings):

@@ -6,11 +6,11 @@ import torch
 from test_evaluate import CATALOG, letters, sample
 from tiny_world import ALONE, taught_dataset, tiny_config, tiny_dataset
 
-from rankgrpo.compare import Source, describe_source, draw_lists, score_source
 from rankgrpo.config_file import load_config
-from rankgrpo.diversity import describe_lists, read_diversity, summarise_lists, union_sizes, write_diversity
-from rankgrpo.evaluate import score_completions
-from rankgrpo.tables import format_table
+from rankgrpo.evaluation.compare import Source, describe_source, draw_lists, score_source
+from rankgrpo.evaluation.diversity import describe_lists, read_diversity, summarise_lists, union_sizes, write_diversity
+from rankgrpo.evaluation.evaluate import score_completions
+from rankgrpo.evaluation.tables import format_table
 
 POPULARITY_N = torch.arange(26).float()  # A 0, B 1, ... Z 25
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from rankgrpo.data.samples import Sample, Turn
-from rankgrpo.evaluate import (
+from rankgrpo.evaluation.evaluate import (
     compare,
     format_table,
     mean_evaluation,
@@ -16,9 +16,9 @@ from rankgrpo.evaluate import (
     summarise,
     write_evaluation,
 )
+from rankgrpo.evaluation.tables import format_interval, format_value
 from rankgrpo.items.catalog import Catalog, Item
 from rankgrpo.metrics import bootstrap_interval, ndcg_at_k, paired_bootstrap, recall_at_k
-from rankgrpo.tables import format_interval, format_value
 
 CATALOG = Catalog([Item(title, 2000 + place) for place, title in enumerate("ABCDEFGHIJKLMNOPQRSTUVWXYZ")])
 

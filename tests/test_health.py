@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from rankgrpo.data.samples import Dataset, Sample, Turn, load_dataset
-from rankgrpo.health import PROBLEM_KINDS, Spread, check_dataset
+from rankgrpo.evaluation.health import PROBLEM_KINDS, Spread, check_dataset
 from rankgrpo.items.catalog import Catalog, Item
 
 REDIAL = Path(os.environ.get("RANKGRPO_REDIAL", Path(__file__).parents[2] / "shared" / "data" / "redial"))

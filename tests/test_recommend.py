@@ -1,8 +1,8 @@
 import pytest
 
 from rankgrpo.data.samples import DataError, Turn
+from rankgrpo.evaluation.recommend import format_list, read_conversation
 from rankgrpo.items.catalog import Catalog, Item
-from rankgrpo.recommend import format_list, read_conversation
 
 
 def test_plain_text_is_one_user_turn():

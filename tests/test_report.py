@@ -10,7 +10,7 @@ import pytest
 
 from rankgrpo import report_figures
 from rankgrpo.data.samples import Sample, Turn
-from rankgrpo.evaluate import (
+from rankgrpo.evaluation.evaluate import (
     compare,
     read_evaluation,
     read_lists,
@@ -18,13 +18,13 @@ from rankgrpo.evaluate import (
     score_items,
     write_evaluation,
 )
+from rankgrpo.evaluation.tables import format_interval, format_value
 from rankgrpo.items.catalog import Catalog, Item
 from rankgrpo.report import build_report, read_curves, read_run
 from rankgrpo.report_examples import choose_examples
 from rankgrpo.report_figures import TEXT, RunCurves, curve_matrix, smooth, thin
 from rankgrpo.report_page import flatten
 from rankgrpo.report_plots import PLOTS, darken
-from rankgrpo.tables import format_interval, format_value
 
 TITLES = (
     "Alien|Aliens|Amélie|Arrival|Blade Runner|Brazil|Casablanca|Chinatown|Collateral|Contact|Dark City|Drive|Dune|"

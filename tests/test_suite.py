@@ -10,8 +10,8 @@ from test_evaluate import CATALOG, letters, sample
 
 from rankgrpo.config import ConfigError, with_steps
 from rankgrpo.config_file import presets_dir, to_toml
-from rankgrpo.diversity import describe_lists, write_diversity
-from rankgrpo.evaluate import score_completions, write_evaluation
+from rankgrpo.evaluation.diversity import describe_lists, write_diversity
+from rankgrpo.evaluation.evaluate import score_completions, write_evaluation
 from rankgrpo.files.atomic import write_lines
 from rankgrpo.model.presets import ModelError
 from rankgrpo.suite import page

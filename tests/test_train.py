@@ -82,8 +82,8 @@ def test_metrics_of_a_run(warm, tmp_path):
 
 
 def test_lists_for_evaluation_are_greedy_or_drawn_by_seed_and_sample(warm):
+    from rankgrpo.evaluation.validate import recommend_lists
     from rankgrpo.model.policy import open_policy
-    from rankgrpo.validate import recommend_lists
 
     samples = tiny_dataset().validation
 
@@ -113,14 +113,14 @@ def test_the_last_model_within_the_noise_of_the_best_is_kept(warm, tmp_path, mon
 
 
 def test_the_standard_error_of_validation(monkeypatch):
-    from rankgrpo.validate import validate
+    from rankgrpo.evaluation.validate import validate
 
     dataset = tiny_dataset()
     samples = dataset.validation[:4]  # one of four is answered with its first ground truth alone
     (title, year), *others = samples[1].groundtruth
     ideal = sum(1 / math.log2(rank + 2) for rank in range(min(1 + len(others), 5)))
     texts = ["nothing", f"{title} ({year})", "nothing", "nothing"]
-    monkeypatch.setattr("rankgrpo.validate.recommend_lists", lambda *_, **__: texts)
+    monkeypatch.setattr("rankgrpo.evaluation.validate.recommend_lists", lambda *_, **__: texts)
     metrics = validate(None, samples, dataset.catalog, tiny_config(), ALONE)
     assert metrics["eval/ndcg@5"] == pytest.approx(0.25 / ideal)
     assert metrics["eval/se_ndcg@5"] == pytest.approx((0.25 * 0.75) ** 0.5 / ideal / 2)

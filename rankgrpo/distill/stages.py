@@ -44,11 +44,11 @@ from rankgrpo.distill.metadata import ask_metadata, catalog_text, estimate_metad
 from rankgrpo.distill.reflect import Judge, ReflectScores
 from rankgrpo.distill.remap import HeldScores, RemapScores, Scores, SelectedScores, rank_samples
 from rankgrpo.distill.settings import EASE, STELLA, DistillConfig, content_key, is_address
-from rankgrpo.evaluate import score_completions, summarise
+from rankgrpo.evaluation.evaluate import score_completions, summarise
+from rankgrpo.evaluation.tables import format_table, format_value, metric_label
 from rankgrpo.files.atomic import only_one, write_lines
 from rankgrpo.items.catalog import Item
 from rankgrpo.items.match import TitleMatcher
-from rankgrpo.tables import format_table, format_value, metric_label
 
 HELD_BYTES = 2 << 30
 """Scores of the training conversations up to this size are kept in memory while w and b are fitted."""

@@ -19,10 +19,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 from PIL import Image
 
+from rankgrpo.evaluation.tables import main_metric, model_label
 from rankgrpo.report_figures import GREY, RANK_COLOURS, SHOWN_RANKS, smooth
 from rankgrpo.report_plots import STYLE
 from rankgrpo.suite.spec import OWN_START
-from rankgrpo.tables import main_metric, model_label
 
 Board = dict[str, Any]
 Result = dict[str, Any]

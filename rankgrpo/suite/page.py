@@ -8,11 +8,11 @@ from typing import Any
 
 from rankgrpo.config import ConfigError
 from rankgrpo.config_file import presets_dir, read_toml
+from rankgrpo.evaluation.tables import format_interval, format_value, main_metric, metric_label, model_label
 from rankgrpo.files.atomic import write_lines
 from rankgrpo.suite.figures import Board, Result, base_label, base_of, draw_figures, find_row
 from rankgrpo.suite.results import read_results
 from rankgrpo.suite.spec import BASELINE_ROWS
-from rankgrpo.tables import format_interval, format_value, main_metric, metric_label, model_label
 
 HEAD = """# Experiments
 
@@ -35,7 +35,7 @@ the suites, [methods/](methods) the methods, one TOML each; `SUITE=path/to/mine.
 ([spec.py](../rankgrpo/suite/spec.py) explains the keys). A row is the mean over its seeds. Intervals are 95 %
 bootstrap intervals over conversations, those of differences paired by conversation; they say nothing about further
 seeds, for which the scores of the single seeds stand beside them. Recall, NDCG and the other columns are defined in
-[evaluate.py](../rankgrpo/evaluate.py) and [diversity.py](../rankgrpo/diversity.py).
+[evaluate.py](../rankgrpo/evaluation/evaluate.py) and [diversity.py](../rankgrpo/evaluation/diversity.py).
 """
 CUTOFFS = (5, 10, 15, 20)
 COMPARED_UNIONS = ("_of_1", "_of_4", "_of_16")

@@ -12,10 +12,10 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-from rankgrpo.compare import BASELINES, evaluation_path
 from rankgrpo.config import Config, ConfigError
 from rankgrpo.config_file import changed_keys, load_config
-from rankgrpo.diversity import diversity_path
+from rankgrpo.evaluation.compare import BASELINES, evaluation_path
+from rankgrpo.evaluation.diversity import diversity_path
 from rankgrpo.model.presets import resolve_model
 from rankgrpo.runtime.tracker import read_metrics
 from rankgrpo.suite.spec import NO_START, Row, Suite, row_config

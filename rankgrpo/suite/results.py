@@ -21,8 +21,8 @@ from tqdm import tqdm
 
 from rankgrpo.config import ConfigError
 from rankgrpo.config_file import own_keys
-from rankgrpo.diversity import Diversity, read_diversity, summarise_lists
-from rankgrpo.evaluate import Evaluation, compare, mean_evaluation, read_lists, summarise
+from rankgrpo.evaluation.diversity import Diversity, read_diversity, summarise_lists
+from rankgrpo.evaluation.evaluate import Evaluation, compare, mean_evaluation, read_lists, summarise
 from rankgrpo.files.atomic import write_lines
 from rankgrpo.metrics import paired_bootstrap
 from rankgrpo.report import read_curves

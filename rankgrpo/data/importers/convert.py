@@ -16,8 +16,8 @@ from rankgrpo.data.importers.redial import Choice, is_redial, read_redial
 from rankgrpo.data.importers.saved import find_saved, read_saved
 from rankgrpo.data.importers.tables import find_tables, read_tables
 from rankgrpo.data.samples import SPLITS, Dataset, Sample, load_dataset, write_samples
+from rankgrpo.evaluation.health import headline
 from rankgrpo.files.atomic import atomic_folder
-from rankgrpo.health import headline
 from rankgrpo.items.catalog import Catalog, DataError, Item, normalise_title
 
 Format = Literal["auto", "redial", "saved", "table"]

@@ -10,7 +10,7 @@ from tqdm import tqdm
 from rankgrpo.config import Config
 from rankgrpo.data.prompt import encode_prompts
 from rankgrpo.data.samples import Sample
-from rankgrpo.evaluate import score_completions
+from rankgrpo.evaluation.evaluate import score_completions
 from rankgrpo.items.catalog import Catalog
 from rankgrpo.model.policy import Policy
 from rankgrpo.runtime.distributed import Means, Parallel

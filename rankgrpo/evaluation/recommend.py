@@ -8,10 +8,10 @@ from pathlib import Path
 
 from rankgrpo.config import Config
 from rankgrpo.data.samples import DataError, Sample, Turn, read_samples
+from rankgrpo.evaluation.validate import recommend_lists
 from rankgrpo.items.catalog import Catalog
 from rankgrpo.model.policy import Policy
 from rankgrpo.parse import parse_list
-from rankgrpo.validate import recommend_lists
 
 SPEAKERS = {"user": "user", "you": "user", "assistant": "assistant", "system": "assistant"}
 

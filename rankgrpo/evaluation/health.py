@@ -15,10 +15,10 @@ import numpy as np
 
 from rankgrpo.baselines.ease import EaseTeacher, dialog_ids, named_items, popularity_lists
 from rankgrpo.data.samples import SPLITS, Dataset, Sample
-from rankgrpo.evaluate import score_items, summarise
+from rankgrpo.evaluation.evaluate import score_items, summarise
+from rankgrpo.evaluation.tables import format_table
 from rankgrpo.items.catalog import Catalog
 from rankgrpo.parse import parse_list
-from rankgrpo.tables import format_table
 
 BASELINE_METRICS = tuple(f"{name}@{k}" for name in ("recall", "ndcg") for k in (5, 10, 20))
 MAX_SHOWN_A_KIND = 3
@@ -86,7 +86,7 @@ class HealthReport:
     """Facts about the catalog, ready to print."""
     splits: dict[str, SplitHealth]
     baselines: dict[str, list[dict[str, Any]]]
-    """By split, the summaries of `rankgrpo.evaluate.summarise` for popularity, ease and (demo) oracle."""
+    """By split, the summaries of `rankgrpo.evaluation.evaluate.summarise` for popularity, ease and (demo) oracle."""
     warnings: list[str]
     """What would make results wrong or meaningless."""
     problems: list[str]

@@ -16,8 +16,8 @@ from rankgrpo.baselines.ease import EaseTeacher, popularity_counts, popularity_l
 from rankgrpo.config import Config, ConfigError
 from rankgrpo.config_file import load_config
 from rankgrpo.data.samples import Dataset, Sample, load_dataset
-from rankgrpo.diversity import Diversity, describe_lists, diversity_path, summarise_lists, write_diversity
-from rankgrpo.evaluate import (
+from rankgrpo.evaluation.diversity import Diversity, describe_lists, diversity_path, summarise_lists, write_diversity
+from rankgrpo.evaluation.evaluate import (
     Evaluation,
     compare,
     mean_evaluation,
@@ -28,12 +28,12 @@ from rankgrpo.evaluate import (
     summarise,
     write_evaluation,
 )
+from rankgrpo.evaluation.recommend import recommend
+from rankgrpo.evaluation.tables import format_table
+from rankgrpo.evaluation.validate import sample_lists
 from rankgrpo.model.policy import open_policy
 from rankgrpo.model.presets import resolve_model
-from rankgrpo.recommend import recommend
 from rankgrpo.runtime.distributed import Parallel, start_parallel, wait_for_all
-from rankgrpo.tables import format_table
-from rankgrpo.validate import sample_lists
 
 BASELINES = ("popularity", "ease")
 DEFAULT_RUN = "runs/tiny-demo"

@@ -1,0 +1,1 @@
+"""Scores of lists, during training and after it; tables; lists for people."""
