@@ -203,7 +203,7 @@ def report(run: Positional[RunDir] = Path("runs/tiny-demo")) -> None:
     Try:
       rankgrpo report runs/tiny-demo
     """
-    from rankgrpo.report import build_report
+    from rankgrpo.report.build import build_report
 
     print(build_report(run))
 

@@ -95,7 +95,9 @@ def run_stages(
         return
     evaluate_run(config, dataset, run_dir, stages, parallel)
     if parallel.is_main:
-        from rankgrpo.report import build_report  # matplotlib takes seconds, of one process and not of every worker
+        from rankgrpo.report.build import (
+            build_report,  # matplotlib takes seconds, of one process and not of every worker
+        )
 
         print(results_table(run_dir, config.eval.split, stages))
         print(f"\nreport: {build_report(run_dir)}")

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rankgrpo import report_figures
 from rankgrpo.data.samples import Sample, Turn
 from rankgrpo.evaluation.evaluate import (
     compare,
@@ -20,11 +19,12 @@ from rankgrpo.evaluation.evaluate import (
 )
 from rankgrpo.evaluation.tables import format_interval, format_value
 from rankgrpo.items.catalog import Catalog, Item
-from rankgrpo.report import build_report, read_curves, read_run
-from rankgrpo.report_examples import choose_examples
-from rankgrpo.report_figures import TEXT, RunCurves, curve_matrix, smooth, thin
-from rankgrpo.report_page import flatten
-from rankgrpo.report_plots import PLOTS, darken
+from rankgrpo.report import figures as report_figures
+from rankgrpo.report.build import build_report, read_curves, read_run
+from rankgrpo.report.examples import choose_examples
+from rankgrpo.report.figures import TEXT, RunCurves, curve_matrix, smooth, thin
+from rankgrpo.report.page import flatten
+from rankgrpo.report.plots import PLOTS, darken
 
 TITLES = (
     "Alien|Aliens|Amélie|Arrival|Blade Runner|Brazil|Casablanca|Chinatown|Collateral|Contact|Dark City|Drive|Dune|"
@@ -154,7 +154,7 @@ def run_dir(tmp_path_factory) -> Path:
 @pytest.fixture
 def copied_run(run_dir, tmp_path, monkeypatch) -> Path:
     """A run to break, without report; figures are off, for speed."""
-    monkeypatch.setattr("rankgrpo.report_plots.PLOTS", ())
+    monkeypatch.setattr("rankgrpo.report.plots.PLOTS", ())
     return Path(shutil.copytree(run_dir, tmp_path / "run", ignore=shutil.ignore_patterns("report.html", "plots")))
 
 
@@ -244,7 +244,7 @@ def test_every_figure_is_a_png_and_drawn_for_both_pages(run_dir):
 
 
 def test_the_report_is_a_function_of_the_run(copied_run, monkeypatch):
-    monkeypatch.setattr("rankgrpo.report_plots.PLOTS", PLOTS[:3])
+    monkeypatch.setattr("rankgrpo.report.plots.PLOTS", PLOTS[:3])
     first = page_of(copied_run)
     assert len(decoded_figures(first)) == 6
     assert page_of(copied_run) == first

@@ -20,8 +20,8 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLoca
 from PIL import Image
 
 from rankgrpo.evaluation.tables import main_metric, model_label
-from rankgrpo.report_figures import GREY, RANK_COLOURS, SHOWN_RANKS, smooth
-from rankgrpo.report_plots import STYLE
+from rankgrpo.report.figures import GREY, RANK_COLOURS, SHOWN_RANKS, smooth
+from rankgrpo.report.plots import STYLE
 from rankgrpo.suite.spec import OWN_START
 
 Board = dict[str, Any]

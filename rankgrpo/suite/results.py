@@ -25,8 +25,8 @@ from rankgrpo.evaluation.diversity import Diversity, read_diversity, summarise_l
 from rankgrpo.evaluation.evaluate import Evaluation, compare, mean_evaluation, read_lists, summarise
 from rankgrpo.files.atomic import write_lines
 from rankgrpo.metrics import paired_bootstrap
-from rankgrpo.report import read_curves
-from rankgrpo.report_figures import Curves, curve_matrix, rank_keys, thin
+from rankgrpo.report.build import read_curves
+from rankgrpo.report.figures import Curves, curve_matrix, rank_keys, thin
 from rankgrpo.suite.plan import Run, machine_of
 from rankgrpo.suite.spec import BASELINE_ROWS, NO_START, OWN_START, Row, Suite, row_config
 

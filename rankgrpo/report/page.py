@@ -22,9 +22,9 @@ from rankgrpo.evaluation.tables import (
     metric_label,
     model_label,
 )
-from rankgrpo.report_examples import examples_context
-from rankgrpo.report_figures import Curves, RunCurves, phase_seconds
-from rankgrpo.report_plots import DrawnPlot
+from rankgrpo.report.examples import examples_context
+from rankgrpo.report.figures import Curves, RunCurves, phase_seconds
+from rankgrpo.report.plots import DrawnPlot
 
 STAGES = ("before", "sft", "rank-grpo")
 MODEL_ORDER = (*STAGES, "ease", "popularity")

@@ -16,8 +16,8 @@ from pathlib import Path
 import matplotlib
 from matplotlib.figure import Figure
 
-from rankgrpo import report_figures as figures
-from rankgrpo.report_figures import BLUE, GREEN, GREY, GRID, ORANGE, PURPLE, RANK_COLOURS, SKY, TEXT, RunCurves
+from rankgrpo.report import figures as figures
+from rankgrpo.report.figures import BLUE, GREEN, GREY, GRID, ORANGE, PURPLE, RANK_COLOURS, SKY, TEXT, RunCurves
 
 DARK = {
     TEXT: "#e6edf3", GRID: "#3a424c", GREY: "#9aa4af",

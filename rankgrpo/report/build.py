@@ -4,7 +4,7 @@ Works on an unfinished run: what is missing is left out and named on the page. E
 (escaped), the figures are embedded, and the page loads nothing, so it opens offline and can be sent as one file.
 
 This module reads the folder; `report_plots.py` makes the figures, `report_page.py` says what stands on the page, and
-`report_template.html` how it looks. None of them evaluates, trains or changes anything else in the folder.
+`template.html` how it looks. None of them evaluates, trains or changes anything else in the folder.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from rankgrpo.config_file import read_toml
 from rankgrpo.evaluation.evaluate import read_evaluation, read_lists
 from rankgrpo.evaluation.tables import model_label
 from rankgrpo.files.atomic import write_lines
-from rankgrpo.report_figures import Curves, RunCurves
-from rankgrpo.report_page import MODEL_ORDER, STAGES, Run, last_step, page_context
-from rankgrpo.report_plots import draw_plots
+from rankgrpo.report.figures import Curves, RunCurves
+from rankgrpo.report.page import MODEL_ORDER, STAGES, Run, last_step, page_context
+from rankgrpo.report.plots import draw_plots
 from rankgrpo.runtime.tracker import read_metrics
 
 
@@ -39,7 +39,7 @@ def build_report(run_dir: str | Path) -> Path:
     notes = run.notes + _left_out_notes(run, [f"{plot.title} (needs {plot.needs})" for plot in left_out])
     folder = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(loader=folder, autoescape=True, undefined=jinja2.StrictUndefined)
-    page = environment.get_template("report_template.html").render(page_context(run, drawn, notes))
+    page = environment.get_template("template.html").render(page_context(run, drawn, notes))
     path = run_dir / "report.html"
     write_lines(path, [page])
     return path
