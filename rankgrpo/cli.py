@@ -282,10 +282,10 @@ def plan(
       rankgrpo plan llama3.2-3b --gpus 4 --gpu-memory 141 --num-train 383013 --rates train_mfu=0.3 list_tokens=200
       rankgrpo plan path/to/model --gpus 1 --gpu-memory 24 --set rl.token_budget=8192 rl.group_size=4
     """
-    from rankgrpo.architecture import find_architecture
     from rankgrpo.config import with_steps
     from rankgrpo.config_file import load_config
-    from rankgrpo.plan import Machine, make_plan, parse_rates, render
+    from rankgrpo.sizing.architecture import find_architecture
+    from rankgrpo.sizing.plan import Machine, make_plan, parse_rates, render
 
     settings = load_config(config or _preset_file(model), set, model__name=model)
     arch = find_architecture(model, settings.model)

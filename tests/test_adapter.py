@@ -7,7 +7,6 @@ from tiny_world import ALONE, taught_dataset, tiny_config, tiny_dataset, tiny_de
 from transformers import AutoModelForCausalLM
 
 import rankgrpo.model.policy
-from rankgrpo.architecture import find_architecture
 from rankgrpo.config import AdapterConfig, ConfigError
 from rankgrpo.config_file import load_config
 from rankgrpo.model.adapter import adapters_off, has_adapters, merged_parameters, merged_weight, target_names
@@ -18,6 +17,7 @@ from rankgrpo.model.tiny import TinyConfig
 from rankgrpo.runtime.tracker import read_metrics
 from rankgrpo.sampler.sync import different_tensors, sync_weights
 from rankgrpo.sft import train_sft
+from rankgrpo.sizing.architecture import find_architecture
 from rankgrpo.train import train
 
 KINDS = {

@@ -5,13 +5,13 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from rankgrpo.architecture import PRESETS, Architecture, find_architecture
 from rankgrpo.config import AdapterConfig, Config, ConfigError, ModelConfig, ParallelConfig, RlConfig
 from rankgrpo.config_file import load_config, presets_dir
 from rankgrpo.logprob import pack_logprobs
 from rankgrpo.model.attention import use_shared_prefix
 from rankgrpo.model.packing import Group, build_pack
-from rankgrpo.plan import (
+from rankgrpo.sizing.architecture import PRESETS, Architecture, find_architecture
+from rankgrpo.sizing.plan import (
     Machine,
     Rates,
     activation_bytes,

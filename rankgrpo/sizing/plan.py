@@ -12,8 +12,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 
-from rankgrpo.architecture import Architecture
 from rankgrpo.config import Config
+from rankgrpo.sizing.architecture import Architecture
 
 GB = 1e9
 RESERVED = 4 * GB

@@ -1,0 +1,1 @@
+"""Memory and seconds of a run by arithmetic, before anything is loaded."""
