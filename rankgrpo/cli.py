@@ -15,6 +15,7 @@ import tyro
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from rankgrpo.distill.settings import DistillConfig
+from rankgrpo.errors import UserError
 
 Set = Annotated[
     list[str],
@@ -305,7 +306,7 @@ def check(
     Try:
       rankgrpo data check path/to/redial
     """
-    from rankgrpo.data.samples import load_dataset
+    from rankgrpo.data.load import load_dataset
     from rankgrpo.evaluation.health import check_dataset
 
     print(check_dataset(load_dataset(path, num_train=num_train or None)))
@@ -414,15 +415,10 @@ def _settings(
 
 def message_of(error: Exception) -> str | None:
     """What to tell the user of an error that a run can meet; None for one that is a defect of the program."""
-    from rankgrpo.files.atomic import BusyError, SaveError
-    from rankgrpo.runtime.checkpoint import CheckpointError
-    from rankgrpo.runtime.distributed import ParallelError, lost_contact
-    from rankgrpo.runtime.optim import TrainingError
-    from rankgrpo.sampler.base import SamplingError
-
-    expected = (ValueError, CheckpointError, SaveError, BusyError, ParallelError, TrainingError, SamplingError)
-    if isinstance(error, expected):
+    if isinstance(error, UserError | ValueError):
         return str(error)
+    from rankgrpo.runtime.distributed import lost_contact
+
     if lost_contact(error):
         return (
             f"another process of this run has died, so this one stops; look for its message, or in dmesg for memory "

@@ -9,11 +9,8 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from rankgrpo.errors import ConfigError
 from rankgrpo.reward_terms import reward_terms
-
-
-class ConfigError(ValueError):
-    """A configuration that cannot be used; the message names the source, the key and the choices."""
 
 
 def _require(condition: bool, key: str, message: str) -> None:

@@ -15,7 +15,8 @@ import typing
 from pathlib import Path
 from typing import Any, Literal
 
-from rankgrpo.config import Config, ConfigError
+from rankgrpo.config import Config
+from rankgrpo.errors import ConfigError
 
 # Keys that change how a run is watched, kept and shared out, not what it computes: a run may resume with other values.
 FREE_KEYS = frozenset(

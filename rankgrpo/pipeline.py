@@ -20,11 +20,13 @@ from typing import Literal
 
 import torch
 
-from rankgrpo.baselines.ease import make_demonstrations, share_of_dialogs
-from rankgrpo.config import Config, ConfigError, with_steps
+from rankgrpo.config import Config, with_steps
 from rankgrpo.config_file import changed_keys, load_config, to_toml
+from rankgrpo.data.dialogs import share_of_dialogs
 from rankgrpo.data.samples import Dataset, Sample, read_samples, write_samples
 from rankgrpo.distill.augment import short_demonstrations
+from rankgrpo.distill.demonstrations import make_demonstrations
+from rankgrpo.errors import ConfigError
 from rankgrpo.evaluation.compare import evaluate_run, fit_teacher, load_config_dataset, results_table
 from rankgrpo.files.atomic import only_one, write_lines
 from rankgrpo.model.presets import make_init

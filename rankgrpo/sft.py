@@ -8,15 +8,18 @@ from pathlib import Path
 import torch
 
 from rankgrpo.config import Config
+from rankgrpo.data.order import BatchOrder
 from rankgrpo.data.prompt import encode_prompts
-from rankgrpo.data.samples import BatchOrder, Dataset, Sample
+from rankgrpo.data.samples import Dataset, Sample
 from rankgrpo.evaluation.validate import validate
 from rankgrpo.model.packing import Group, plan_micro_batches
 from rankgrpo.model.policy import Policy, open_policy
 from rankgrpo.runtime.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
-from rankgrpo.runtime.distributed import Means, Parallel, make_sharding, sum_gradients, wait_for_all
+from rankgrpo.runtime.distributed import Parallel, make_sharding, sum_gradients, wait_for_all
+from rankgrpo.runtime.means import Means
 from rankgrpo.runtime.optim import check_finite, learning_rate, make_optimizer, optimizer_step
 from rankgrpo.runtime.tracker import MetricsLog
+from rankgrpo.sampler.choose import ready_sampler
 
 
 def train_sft(
@@ -78,7 +81,9 @@ def train_sft(
         finished = step + 1
         if finished % sft.eval_every == 0 or finished == sft.num_steps:
             metrics |= validation_nll(policy, val_groups[: sft.eval_samples], sft.token_budget)
-            metrics |= validate(policy, dataset.validation[: sft.eval_samples], dataset.catalog, config, parallel)
+            with ready_sampler(policy, config, parallel) as sampler:
+                samples = dataset.validation[: sft.eval_samples]
+                metrics |= validate(policy, sampler, samples, dataset.catalog, config, parallel)
         metrics["time/total_s"] = time.perf_counter() - began
         if log is not None:
             log.write(finished, metrics)

@@ -17,8 +17,10 @@ import torch
 from torch import Tensor
 
 from rankgrpo.config import Config, RlConfig
+from rankgrpo.data.order import BatchOrder
 from rankgrpo.data.prompt import encode_prompts
-from rankgrpo.data.samples import BatchOrder, Dataset
+from rankgrpo.data.samples import Dataset
+from rankgrpo.errors import TrainingError
 from rankgrpo.evaluation.validate import validate
 from rankgrpo.files.atomic import point_link
 from rankgrpo.loss import rank_grpo_loss
@@ -28,8 +30,9 @@ from rankgrpo.parse import RankSegmenter
 from rankgrpo.rollouts import mismatch
 from rankgrpo.rollouts.score import score_groups
 from rankgrpo.runtime.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
-from rankgrpo.runtime.distributed import Means, Parallel, make_sharding, sum_gradients, wait_for_all
-from rankgrpo.runtime.optim import TrainingError, check_finite, learning_rate, make_optimizer, optimizer_step
+from rankgrpo.runtime.distributed import Parallel, make_sharding, sum_gradients, wait_for_all
+from rankgrpo.runtime.means import Means
+from rankgrpo.runtime.optim import check_finite, learning_rate, make_optimizer, optimizer_step
 from rankgrpo.runtime.tracker import MetricsLog
 from rankgrpo.sampler.base import Sampler, prompt_seed
 from rankgrpo.sampler.choose import open_sampler
@@ -186,7 +189,7 @@ def train(config: Config, dataset: Dataset, start: str | Path, out: Path, parall
 
     def validate_and_keep_best(finished: int) -> dict[str, float]:
         nonlocal best
-        metrics = validate(policy, val_samples, dataset.catalog, config, parallel, sampler)
+        metrics = validate(policy, sampler, val_samples, dataset.catalog, config, parallel)
         ndcg = metrics[f"eval/ndcg@{num_ranks}"]
         # The highest of many noisy scores is mostly luck, and the last steps have the lowest learning rate.
         if ndcg >= best["ndcg"] - best["se"]:

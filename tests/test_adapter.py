@@ -7,14 +7,16 @@ from tiny_world import ALONE, taught_dataset, tiny_config, tiny_dataset, tiny_de
 from transformers import AutoModelForCausalLM
 
 import rankgrpo.model.policy
-from rankgrpo.config import AdapterConfig, ConfigError
+from rankgrpo.config import AdapterConfig
 from rankgrpo.config_file import load_config
+from rankgrpo.errors import ConfigError
 from rankgrpo.model.adapter import adapters_off, has_adapters, merged_parameters, merged_weight, target_names
 from rankgrpo.model.packing import Group
 from rankgrpo.model.policy import open_policy, open_reference
 from rankgrpo.model.presets import load_policy, make_init
 from rankgrpo.model.tiny import TinyConfig
 from rankgrpo.runtime.tracker import read_metrics
+from rankgrpo.sampler.choose import hf_sampler
 from rankgrpo.sampler.sync import different_tensors, sync_weights
 from rankgrpo.sft import train_sft
 from rankgrpo.sizing.architecture import find_architecture
@@ -94,7 +96,7 @@ def test_merged_is_unmerged(start, tmp_path, kind):
     assert dict(model.named_parameters()).keys() == dict(plain.model.named_parameters()).keys()
     assert sorted(path.suffix for path in (tmp_path / "export").glob("adapter*")) == []
 
-    (rollouts,) = policy.sampler().sample([[5, 9, 11, 4]], group_size=3, seeds=[3], max_new_tokens=6)
+    (rollouts,) = hf_sampler(policy).sample([[5, 9, 11, 4]], group_size=3, seeds=[3], max_new_tokens=6)
     _, again_BT = policy.logprobs([Group([5, 9, 11, 4], [rollout.token_ids for rollout in rollouts])])
     for rollout, logp_T in zip(rollouts, again_BT.tolist(), strict=True):
         assert rollout.logp == pytest.approx(logp_T[: len(rollout.logp)], abs=1e-5)

@@ -6,7 +6,6 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from rankgrpo.logprob import pack_logprobs
 from rankgrpo.model import attention
 from rankgrpo.model.attention import (
     ORDINARY,
@@ -17,6 +16,7 @@ from rankgrpo.model.attention import (
     use_shared_prefix,
     uses_shared_prefix,
 )
+from rankgrpo.model.forward import pack_logprobs
 from rankgrpo.model.packing import Group, build_pack
 
 LAYOUTS = {

@@ -2,9 +2,11 @@ from dataclasses import replace
 
 from tiny_world import tiny_dataset
 
-from rankgrpo.baselines.ease import EaseTeacher, make_demonstrations, named_items
+from rankgrpo.baselines.ease import EaseTeacher
+from rankgrpo.data.dialogs import named_items
 from rankgrpo.data.samples import Sample, Turn
 from rankgrpo.distill.augment import MAX_NAMED, short_demonstrations, similar_items
+from rankgrpo.distill.demonstrations import make_demonstrations
 from rankgrpo.parse import parse_list
 
 

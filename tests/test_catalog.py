@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rankgrpo.items.catalog import Catalog, DataError, Item, normalise_title, read_catalog
+from rankgrpo.errors import DataError
+from rankgrpo.items.catalog import Catalog, Item, normalise_title, read_catalog
 
 THING = [Item("The Thing", 1951), Item("The Thing", 1982), Item("The Thing", 2011), Item("Heat", 1995)]
 

@@ -7,7 +7,8 @@ import torch
 from tiny_world import ALONE
 from torch import nn
 
-from rankgrpo.files.atomic import TEMPORARY, SaveError
+from rankgrpo.errors import SaveError
+from rankgrpo.files.atomic import TEMPORARY
 from rankgrpo.runtime import checkpoint as ckpt
 from rankgrpo.runtime.optim import make_optimizer
 

@@ -4,7 +4,7 @@ import sys
 import pytest
 
 from rankgrpo.cli import default_run_dir
-from rankgrpo.config import ConfigError
+from rankgrpo.errors import ConfigError
 from rankgrpo.evaluation.compare import list_sources
 
 

@@ -2,8 +2,9 @@ import dataclasses
 
 import pytest
 
-from rankgrpo.config import Config, ConfigError, with_steps
+from rankgrpo.config import Config, with_steps
 from rankgrpo.config_file import changed_keys, flatten, load_config, presets_dir, to_toml
+from rankgrpo.errors import ConfigError
 
 
 def test_defaults_are_the_papers_settings_of_the_loss():

@@ -14,7 +14,8 @@ import pytest
 from rankgrpo.data import demo
 from rankgrpo.data.demo import words
 from rankgrpo.data.demo.world import CATALOG_PATH
-from rankgrpo.data.samples import SPLITS, load_dataset
+from rankgrpo.data.load import load_dataset
+from rankgrpo.data.samples import SPLITS
 from rankgrpo.items.catalog import Catalog
 from rankgrpo.parse import parse_list
 
@@ -137,7 +138,7 @@ def test_splits_and_seeds_are_different_users():
 
 def test_other_processes_make_the_same_data():
     """Sets of strings iterate in another order in every process; nothing may depend on it."""
-    script = "from rankgrpo import demo; print([demo.make_sample(5, 'train', i) for i in range(20)])"
+    script = "from rankgrpo.data import demo; print([demo.make_sample(5, 'train', i) for i in range(20)])"
     outputs = {
         subprocess.run(
             [sys.executable, "-c", script],

@@ -12,9 +12,9 @@ import torch
 from fake_openai import LIST, FakeServer
 from tiny_world import ALONE, tiny_dataset
 
-from rankgrpo.baselines.ease import named_items
-from rankgrpo.config import ConfigError, with_steps
+from rankgrpo.config import with_steps
 from rankgrpo.config_file import load_config
+from rankgrpo.data.dialogs import named_items
 from rankgrpo.data.samples import Sample, Turn, read_samples, write_samples
 from rankgrpo.distill import llm, stages
 from rankgrpo.distill.corpus import make_corpus
@@ -23,6 +23,7 @@ from rankgrpo.distill.metadata import catalog_text, metadata_prompt, read_metada
 from rankgrpo.distill.reflect import judge_prompt, read_ratings
 from rankgrpo.distill.settings import DistillConfig
 from rankgrpo.distill.stages import distill
+from rankgrpo.errors import ConfigError
 from rankgrpo.items.catalog import Catalog, Item
 from rankgrpo.items.match import TitleMatcher
 from rankgrpo.parse import parse_list

@@ -4,8 +4,9 @@ import shutil
 
 import pytest
 
+from rankgrpo.errors import SaveError
 from rankgrpo.files import atomic as files
-from rankgrpo.files.atomic import TEMPORARY, SaveError, atomic_folder, point_link, write_lines
+from rankgrpo.files.atomic import TEMPORARY, atomic_folder, point_link, write_lines
 
 
 def test_lines_are_written_with_one_line_break_each(tmp_path):

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from rankgrpo.data.samples import Dataset, Sample, Turn, load_dataset
+from rankgrpo.data.load import load_dataset
+from rankgrpo.data.samples import Dataset, Sample, Turn
 from rankgrpo.evaluation.health import PROBLEM_KINDS, Spread, check_dataset
 from rankgrpo.items.catalog import Catalog, Item
 

@@ -19,9 +19,10 @@ from rankgrpo.data.importers.download import download, fetch_if_url
 from rankgrpo.data.importers.redial import read_redial
 from rankgrpo.data.importers.saved import parse_prompt, read_saved
 from rankgrpo.data.importers.tables import read_tables
+from rankgrpo.data.load import load_dataset
 from rankgrpo.data.prompt import format_prompt
-from rankgrpo.data.samples import Turn, load_dataset
-from rankgrpo.items.catalog import DataError
+from rankgrpo.data.samples import Turn
+from rankgrpo.errors import DataError
 
 # ----------------------------------------------------------------------------------------------------------------------
 # ReDial. The conversation is made up; the fields are those of the release.

@@ -5,7 +5,8 @@ import pytest
 from fake_openai import LIST, FakeServer
 
 from rankgrpo.distill import llm
-from rankgrpo.distill.llm import Endpoint, EndpointError, ReplyLog, ask_all, estimate_calls
+from rankgrpo.distill.llm import Endpoint, ReplyLog, ask_all, estimate_calls
+from rankgrpo.errors import EndpointError
 
 
 def ask(server, tmp_path, prompts, *, is_readable=lambda prompt, reply: reply != "As an AI", **settings):

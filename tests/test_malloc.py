@@ -45,7 +45,7 @@ def test_settings_of_the_user_stay():
 
 
 def test_a_run_on_a_cpu_does_it():
-    script = "from rankgrpo import distributed; distributed.keep_freed_memory = lambda: print('kept')\n"
+    script = "from rankgrpo.runtime import distributed; distributed.keep_freed_memory = lambda: print('kept')\n"
     script += "print(distributed.start_parallel().device)"
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)

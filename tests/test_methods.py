@@ -10,14 +10,14 @@ from tiny_world import ALONE, WORDS, tiny_config
 
 import rankgrpo.train
 from rankgrpo.cli import default_run_dir
-from rankgrpo.config import ConfigError
 from rankgrpo.config_file import flatten, load_config, method_files, presets_dir
 from rankgrpo.data.samples import Sample, Turn
+from rankgrpo.errors import ConfigError
 from rankgrpo.items.catalog import Catalog, Item
 from rankgrpo.model.packing import Group
 from rankgrpo.pipeline import run_pipeline
 from rankgrpo.rollouts.score import score_groups
-from rankgrpo.runtime.distributed import Means
+from rankgrpo.runtime.means import Means
 from rankgrpo.sampler.base import Rollout
 from rankgrpo.train import MicroBatch, Updater, step_denominator
 

@@ -4,11 +4,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from rankgrpo.config import ConfigError, RlConfig
+from rankgrpo.config import RlConfig
 from rankgrpo.config_file import load_config
+from rankgrpo.errors import ConfigError
 from rankgrpo.loss import rank_grpo_loss
 from rankgrpo.rollouts.mismatch import as_padded, correct_units, describe_mismatch, mismatch_weight
-from rankgrpo.runtime.distributed import Means
+from rankgrpo.runtime.means import Means
 from rankgrpo.units import Units
 
 

@@ -16,11 +16,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rankgrpo.data.prompt import encode_prompt, format_prompt
 from rankgrpo.data.samples import Dataset, Sample, Turn
+from rankgrpo.errors import ModelError
 from rankgrpo.items.catalog import Catalog, Item
 from rankgrpo.model import smollm2
 from rankgrpo.model.presets import (
     PRESETS,
-    ModelError,
     count_parameters,
     load_policy,
     make_init,

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from rankgrpo.runtime.optim import TrainingError, check_finite, learning_rate, make_optimizer, optimizer_step
+from rankgrpo.errors import TrainingError
+from rankgrpo.runtime.optim import check_finite, learning_rate, make_optimizer, optimizer_step
 
 
 def test_cosine_with_warmup_literals():

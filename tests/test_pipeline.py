@@ -1,6 +1,6 @@
 import pytest
 
-from rankgrpo.config import ConfigError
+from rankgrpo.errors import ConfigError
 from rankgrpo.pipeline import keep_start
 
 

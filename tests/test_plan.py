@@ -5,10 +5,11 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from rankgrpo.config import AdapterConfig, Config, ConfigError, ModelConfig, ParallelConfig, RlConfig
+from rankgrpo.config import AdapterConfig, Config, ModelConfig, ParallelConfig, RlConfig
 from rankgrpo.config_file import load_config, presets_dir
-from rankgrpo.logprob import pack_logprobs
+from rankgrpo.errors import ConfigError
 from rankgrpo.model.attention import use_shared_prefix
+from rankgrpo.model.forward import pack_logprobs
 from rankgrpo.model.packing import Group, build_pack
 from rankgrpo.sizing.architecture import PRESETS, Architecture, find_architecture
 from rankgrpo.sizing.plan import (

@@ -1,7 +1,8 @@
 import pytest
 
+from rankgrpo.data.conversation import read_conversation
 from rankgrpo.data.samples import DataError, Turn
-from rankgrpo.evaluation.recommend import format_list, read_conversation
+from rankgrpo.evaluation.recommend import format_list
 from rankgrpo.items.catalog import Catalog, Item
 
 

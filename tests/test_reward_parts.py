@@ -4,15 +4,16 @@ import sys
 import pytest
 import torch
 
-from rankgrpo.config import ConfigError, RlConfig
+from rankgrpo.config import RlConfig
 from rankgrpo.config_file import load_config
 from rankgrpo.data.samples import Sample, Turn
+from rankgrpo.errors import ConfigError, TrainingError
 from rankgrpo.items.catalog import Catalog, Item
 from rankgrpo.reward_terms import PARTS, reward_terms
 from rankgrpo.rollouts.parts import _OWN, Answer, load_parts, measure
 from rankgrpo.rollouts.score import score_groups
-from rankgrpo.runtime.distributed import Means, Parallel
-from rankgrpo.runtime.optim import TrainingError
+from rankgrpo.runtime.distributed import Parallel
+from rankgrpo.runtime.means import Means
 from rankgrpo.sampler.base import Rollout
 
 # Shape letters: P prompts, G lists a prompt, K ranks.

@@ -5,7 +5,8 @@ from rankgrpo.config import RlConfig
 from rankgrpo.data.samples import Sample, Turn
 from rankgrpo.items.catalog import Catalog, Item
 from rankgrpo.rollouts.score import score_groups
-from rankgrpo.runtime.distributed import Means, Parallel
+from rankgrpo.runtime.distributed import Parallel
+from rankgrpo.runtime.means import Means
 from rankgrpo.sampler.base import Rollout
 
 CATALOG = Catalog([Item("Heat", 1995), Item("Ronin", 1998), Item("Thief", 1981), Item("Alien", 1979)])

@@ -8,12 +8,12 @@ import pytest
 import torch
 from test_evaluate import CATALOG, letters, sample
 
-from rankgrpo.config import ConfigError, with_steps
+from rankgrpo.config import with_steps
 from rankgrpo.config_file import presets_dir, to_toml
+from rankgrpo.errors import ConfigError, ModelError
 from rankgrpo.evaluation.diversity import describe_lists, write_diversity
 from rankgrpo.evaluation.evaluate import score_completions, write_evaluation
 from rankgrpo.files.atomic import write_lines
-from rankgrpo.model.presets import ModelError
 from rankgrpo.suite import page
 from rankgrpo.suite.command import list_suite, open_suite, rebuild_page
 from rankgrpo.suite.figures import FIGURES, draw_figures

@@ -13,7 +13,7 @@ import pytest
 from test_suite import SUITE
 from tiny_world import WORDS
 
-from rankgrpo.config import ConfigError
+from rankgrpo.errors import ConfigError
 from rankgrpo.files.atomic import only_one
 from rankgrpo.runtime.checkpoint import list_checkpoints
 from rankgrpo.suite import runner

@@ -8,12 +8,13 @@ from tiny_world import ALONE, taught_dataset, tiny_config, tiny_dataset
 from torch import nn
 
 import rankgrpo.train as train_module
+from rankgrpo.errors import SamplingError, TrainingError
 from rankgrpo.model.policy import open_policy
 from rankgrpo.model.presets import make_init
 from rankgrpo.model.tiny import TinyConfig
-from rankgrpo.runtime.optim import TrainingError
 from rankgrpo.runtime.tracker import read_metrics
-from rankgrpo.sampler.base import FINGERPRINT_FACTOR, SamplingError, fingerprint
+from rankgrpo.sampler.base import FINGERPRINT_FACTOR, fingerprint
+from rankgrpo.sampler.choose import hf_sampler
 from rankgrpo.sampler.hf import HFSampler
 from rankgrpo.sampler.sync import OTHERS, different_tensors, sync_weights
 from rankgrpo.train import Updater, train
@@ -137,7 +138,7 @@ def test_fingerprints_add_up_and_see_every_bit(dtype):
 
 
 def test_the_hf_sampler_needs_no_sync(policy):
-    sampler = policy.sampler()
+    sampler = hf_sampler(policy)
     before = fingerprint(policy.model.get_input_embeddings().weight)
     sync_weights(sampler, policy.model)
     assert different_tensors(sampler, policy.model) == []

@@ -4,17 +4,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rankgrpo.baselines.ease import (
-    EaseTeacher,
-    _Ease,
-    dialog_ids,
-    make_demonstrations,
-    named_items,
-    popularity_counts,
-    popularity_lists,
-    share_of_dialogs,
-)
+from rankgrpo.baselines.ease import EaseTeacher, _Ease
+from rankgrpo.baselines.popularity import popularity_counts, popularity_lists
+from rankgrpo.data.dialogs import dialog_ids, named_items, share_of_dialogs
 from rankgrpo.data.samples import Sample, Turn
+from rankgrpo.distill.demonstrations import make_demonstrations
 from rankgrpo.items.catalog import Catalog, Item
 
 # Item n is "<letter> (2000)"; "A" also exists as a remake of 2020, which is item 12.

@@ -10,13 +10,12 @@ from tiny_world import ALONE, WORDS, taught_dataset, tiny_config, tiny_dataset, 
 from transformers import AutoModelForCausalLM
 
 from rankgrpo.config_file import load_config
+from rankgrpo.errors import SamplingError, TrainingError
 from rankgrpo.model.policy import choose_impl
 from rankgrpo.model.presets import make_init
 from rankgrpo.model.tiny import TinyConfig
 from rankgrpo.runtime.distributed import Parallel
-from rankgrpo.runtime.optim import TrainingError
 from rankgrpo.runtime.tracker import read_metrics
-from rankgrpo.sampler.base import SamplingError
 from rankgrpo.sft import demonstration_groups, train_sft
 from rankgrpo.train import step_denominator, train
 
@@ -84,12 +83,14 @@ def test_metrics_of_a_run(warm, tmp_path):
 def test_lists_for_evaluation_are_greedy_or_drawn_by_seed_and_sample(warm):
     from rankgrpo.evaluation.validate import recommend_lists
     from rankgrpo.model.policy import open_policy
+    from rankgrpo.sampler.choose import hf_sampler
 
     samples = tiny_dataset().validation
 
     def lists(*words, of=samples):
         config = tiny_config(*words)
-        return recommend_lists(open_policy(warm[0], config.model, ALONE.device, trainable=False), of, config)
+        policy = open_policy(warm[0], config.model, ALONE.device, trainable=False)
+        return recommend_lists(policy, hf_sampler(policy), of, config)
 
     assert lists() == lists("seed=1")
     drawn = lists("eval.temperature=1.0")
@@ -121,7 +122,7 @@ def test_the_standard_error_of_validation(monkeypatch):
     ideal = sum(1 / math.log2(rank + 2) for rank in range(min(1 + len(others), 5)))
     texts = ["nothing", f"{title} ({year})", "nothing", "nothing"]
     monkeypatch.setattr("rankgrpo.evaluation.validate.recommend_lists", lambda *_, **__: texts)
-    metrics = validate(None, samples, dataset.catalog, tiny_config(), ALONE)
+    metrics = validate(None, None, samples, dataset.catalog, tiny_config(), ALONE)
     assert metrics["eval/ndcg@5"] == pytest.approx(0.25 / ideal)
     assert metrics["eval/se_ndcg@5"] == pytest.approx((0.25 * 0.75) ** 0.5 / ideal / 2)
 

@@ -9,7 +9,7 @@ from transformers import Qwen2Config
 
 import rankgrpo.sampler.vllm as vllm_module
 from rankgrpo.cli import main
-from rankgrpo.sampler.base import SamplingError
+from rankgrpo.errors import SamplingError
 from rankgrpo.sampler.choose import choose_sampler
 from rankgrpo.sampler.vllm import GIB, EngineConfig, cache_bytes_a_list, explain_start, import_vllm, vllm_installed
 

@@ -7,11 +7,12 @@ from functools import cache
 
 import torch
 
-from rankgrpo.baselines.ease import EaseTeacher, make_demonstrations
+from rankgrpo.baselines.ease import EaseTeacher
 from rankgrpo.config import Config
 from rankgrpo.config_file import load_config
 from rankgrpo.data.demo import make_demo
 from rankgrpo.data.samples import Dataset, Sample
+from rankgrpo.distill.demonstrations import make_demonstrations
 from rankgrpo.runtime.distributed import Parallel
 
 ALONE = Parallel(0, 1, torch.device("cpu"))

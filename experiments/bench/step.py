@@ -27,8 +27,10 @@ from rankgrpo.model.policy import Policy
 from rankgrpo.model.presets import count_parameters, valid_token_mask
 from rankgrpo.model.tiny import TinyConfig, init_model, train_tokenizer
 from rankgrpo.rollouts.score import score_groups
-from rankgrpo.runtime.distributed import Means, start_parallel
+from rankgrpo.runtime.distributed import start_parallel
+from rankgrpo.runtime.means import Means
 from rankgrpo.runtime.optim import make_optimizer
+from rankgrpo.sampler.choose import hf_sampler
 from rankgrpo.train import MicroBatch, Updater
 from rankgrpo_kernels.bench.common import print_table, record, write_json
 
@@ -61,7 +63,7 @@ class Bench:
         self.policy = Policy(model, tokenizer, valid_token_mask(model, tokenizer).to(self.parallel.device), False)
         self.config = replace(Config(), rl=RlConfig(kl_coef=0.0, token_budget=args.token_budget))
         optimizer = make_optimizer(model, lr=1e-6, betas=(0.9, 0.99), weight_decay=0.0)
-        self.sampler = self.policy.sampler()
+        self.sampler = hf_sampler(self.policy)
         self.updater = Updater(self.policy, None, self.sampler, optimizer, self.config, self.parallel)
 
     def step(self, prompt_tokens: int, group_size: int, seed: int) -> dict[str, float]:

@@ -36,8 +36,9 @@ from torch import Tensor
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from rankgrpo.files.malloc import keep_freed_memory
-from rankgrpo.logprob import pack_logprobs, token_logprobs
+from rankgrpo.logprob import token_logprobs
 from rankgrpo.model.attention import ordinary_attention, use_shared_prefix
+from rankgrpo.model.forward import pack_logprobs
 from rankgrpo.model.packing import Group, build_pack, plan_micro_batches
 from rankgrpo_kernels.bench.common import peak_extra_bytes, print_table, record, write_json
 

@@ -9,26 +9,16 @@ DataError naming every bad line; what merely looks wrong (an unknown title, an e
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from rankgrpo.errors import DataError
 from rankgrpo.files.atomic import write_lines
-from rankgrpo.items.catalog import (
-    Catalog,
-    DataError,
-    parse_title,
-    parse_year,
-    read_catalog,
-    read_jsonl,
-    type_name,
-)
+from rankgrpo.files.rows import read_jsonl, type_name
+from rankgrpo.items.catalog import Catalog, parse_title, parse_year
 
 SPLITS = ("train", "validation", "test")
 ROLES = ("user", "assistant")
@@ -98,7 +88,7 @@ def read_samples(path: str | os.PathLike[str], *, catalog: Catalog | None = None
     Raises DataError listing every line with broken JSON, a missing or wrongly typed field, a bad role, an empty
     conversation or an id seen before.
     """
-    samples, errors, problems = _scan_samples(Path(path), catalog)
+    samples, errors, problems = scan_samples(Path(path), catalog)
     if errors:
         raise DataError(f"{path}: {len(errors)} bad line(s):", errors)
     return samples, problems
@@ -109,86 +99,10 @@ def write_samples(path: str | os.PathLike[str], samples: Sequence[Sample]) -> No
     write_lines(path, (json.dumps(_to_row(sample), ensure_ascii=False) for sample in samples))
 
 
-def load_dataset(source: str | os.PathLike[str], *, num_train: int | None = None, seed: int = 0) -> Dataset:
-    """Load a folder, or make the built-in demo when `source` is "demo" (write "./demo" for a folder of that name).
-
-    `num_train` is the size of the demo's training split; of a folder's it takes that many samples, drawn by `seed`, in
-    file order. Samples without ground truth are left out and counted in `Dataset.num_dropped`. Raises DataError, with
-    every bad line of all files, when the folder cannot be used.
-    """
-    if num_train is not None and num_train < 1:
-        raise ValueError(f"num_train must be at least 1, got {num_train}")
-    if source == "demo":
-        from rankgrpo.data.demo import make_demo  # its catalog is read only when asked for
-
-        return make_demo(seed=seed) if num_train is None else make_demo(num_train=num_train, seed=seed)
-    folder = Path(source)
-    catalog_path = _check_folder(folder)
-    catalog, problems = read_catalog(catalog_path)
-    splits: dict[str, list[Sample]] = {}
-    num_dropped: dict[str, int] = {}
-    errors: list[str] = []
-    for name in SPLITS:
-        samples, split_errors, split_problems = _scan_samples(folder / f"{name}.jsonl", catalog)
-        splits[name] = [sample for sample in samples if sample.groundtruth]
-        num_dropped[name] = len(samples) - len(splits[name])
-        errors += split_errors
-        problems += split_problems
-    if errors:
-        raise DataError(f"{folder}: {len(errors)} bad line(s):", errors)
-    _check_usable(folder, splits, num_dropped, catalog, catalog_path)
-    if num_train is not None:
-        splits["train"] = _subset(folder, splits["train"], num_train, seed)
-    return Dataset(folder.resolve().name, **splits, catalog=catalog, problems=problems, num_dropped=num_dropped)
-
-
-def _check_folder(folder: Path) -> Path:
-    """Path of the folder's catalog; DataError when a file is missing."""
-    layout = "a data set is a folder with train.jsonl, validation.jsonl, test.jsonl and catalog.jsonl or catalog.csv"
-    if not folder.is_dir():
-        what = "is a file" if folder.exists() else "does not exist"
-        raise DataError(f"{folder} {what}; {layout}, or the word demo for the built-in one")
-    missing = [f"{name}.jsonl" for name in SPLITS if not (folder / f"{name}.jsonl").is_file()]
-    catalogs = [folder / name for name in ("catalog.jsonl", "catalog.csv") if (folder / name).is_file()]
-    if not catalogs:
-        missing.append("catalog.jsonl or catalog.csv")
-    if missing:
-        there = sorted(path.name for path in folder.iterdir())[:10]
-        raise DataError(f"{folder}: missing {', '.join(missing)}; there is {', '.join(there) or 'nothing'}; {layout}")
-    if len(catalogs) > 1:
-        raise DataError(f"{folder}: both catalog.jsonl and catalog.csv are there; keep the one that counts")
-    return catalogs[0]
-
-
-def _check_usable(
-    folder: Path, splits: Mapping[str, list[Sample]], num_dropped: Mapping[str, int], catalog: Catalog, path: Path
-) -> None:
-    for name, samples in splits.items():
-        if not samples:
-            dropped = f" ({num_dropped[name]} have an empty ground truth)" if num_dropped[name] else ""
-            raise DataError(f"{folder / name}.jsonl: no usable sample{dropped}; every split needs at least one")
-    wanted = [item for name in SPLITS for sample in splits[name] for item in sample.groundtruth]
-    if any(item in catalog for item in wanted):
-        return
-    examples = ", ".join(f"{title} ({year})" for title, year in wanted[:3])
-    known = ", ".join(f"{item.title} ({item.year})" for item in catalog.items[:3])
-    raise DataError(
-        f"{path}: none of the {len(wanted)} ground-truth items of {folder} is in this catalog, so every reward would "
-        f"be 0. Ground truth: {examples}, ... Catalog: {known}, ... Check that both come from the same source and that "
-        "titles are written alike, without the year in the title"
-    )
-
-
-def _subset(folder: Path, samples: list[Sample], num_samples: int, seed: int) -> list[Sample]:
-    if num_samples > len(samples):
-        raise DataError(f"{folder}: num_train is {num_samples}, but there are {len(samples)} usable training samples")
-    return [samples[index] for index in sorted(_permutation(len(samples), seed, 0)[:num_samples].tolist())]
-
-
 _FIELDS = {"id", "conversation", "seen_titles", "groundtruth", "completion", "groundtruth_turn", "split"}
 
 
-def _scan_samples(path: Path, catalog: Catalog | None) -> tuple[list[Sample], list[str], list[str]]:
+def scan_samples(path: Path, catalog: Catalog | None) -> tuple[list[Sample], list[str], list[str]]:
     """(samples, errors, soft problems) of a file; see `read_samples`."""
     if not path.is_file():
         raise DataError(f"{path}: no such file; samples are JSONL, one conversation a line")
@@ -310,62 +224,3 @@ def _to_row(sample: Sample) -> dict[str, Any]:
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The order of batches
-
-
-@lru_cache(maxsize=4)
-def _permutation(num_samples: int, seed: int, epoch: int) -> np.ndarray:
-    # Raw Philox words and a stable sort: numpy guarantees the stream of a bit generator across versions, and not that
-    # of Generator.permutation.
-    words = np.random.Philox(np.random.SeedSequence([seed, epoch])).random_raw(num_samples)
-    order = np.argsort(words, kind="stable")
-    order.flags.writeable = False  # shared by the cache
-    return order
-
-
-@dataclass(frozen=True, slots=True)
-class BatchOrder:
-    """Which samples step s trains on: a function of (seed, step), so any step can be resumed without history.
-
-    Each epoch goes through all samples once in an order of its own; batches run on over the end of an epoch, so none is
-    short. Process `dp_rank` of `dp_world` takes its contiguous share of each batch: shares in process order are the
-    batch of a single process, and differ by one sample at most. Raises ValueError for impossible numbers.
-
-    Example: BatchOrder(9638, 48, seed=1, dp_rank=0, dp_world=2).indices(step=7) -> 24 sample indices
-    """
-
-    num_samples: int
-    batch_size: int
-    """Samples a step over all processes."""
-    seed: int
-    dp_rank: int = 0
-    dp_world: int = 1
-
-    def __post_init__(self) -> None:
-        if self.num_samples < 1 or self.batch_size < 1 or self.dp_world < 1 or self.seed < 0:
-            raise ValueError(f"num_samples, batch_size and dp_world must be at least 1 and seed at least 0, got {self}")
-        if not 0 <= self.dp_rank < self.dp_world:
-            raise ValueError(f"dp_rank must be in [0, {self.dp_world}), got {self.dp_rank}")
-        if self.batch_size < self.dp_world:
-            raise ValueError(f"batch_size {self.batch_size} must be at least the number of processes {self.dp_world}")
-
-    def global_indices(self, step: int) -> list[int]:
-        """Sample indices of the whole batch of `step` (counted from 0)."""
-        if step < 0:
-            raise ValueError(f"step must be >= 0, got {step}")
-        position, end = step * self.batch_size, (step + 1) * self.batch_size
-        indices: list[int] = []
-        while position < end:
-            epoch, offset = divmod(position, self.num_samples)
-            order = _permutation(self.num_samples, self.seed, epoch)
-            indices += order[offset : offset + end - position].tolist()
-            position = (epoch + 1) * self.num_samples
-        return indices
-
-    def indices(self, step: int) -> list[int]:
-        """This process's share of `global_indices(step)`."""
-        start, end = (rank * self.batch_size // self.dp_world for rank in (self.dp_rank, self.dp_rank + 1))
-        return self.global_indices(step)[start:end]
-
-    def num_steps(self, num_epochs: float) -> int:
-        """Steps after which every sample has been used at least `num_epochs` times over."""
-        return math.ceil(num_epochs * self.num_samples / self.batch_size)

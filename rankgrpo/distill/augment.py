@@ -16,8 +16,9 @@ from dataclasses import replace
 
 import numpy as np
 
-from rankgrpo.baselines.ease import Teacher, make_demonstrations, named_items
+from rankgrpo.data.dialogs import named_items
 from rankgrpo.data.samples import Sample, Turn
+from rankgrpo.distill.demonstrations import Teacher, make_demonstrations
 from rankgrpo.items.catalog import Catalog
 
 MAX_NAMED = 5

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from rankgrpo.files.atomic import write_lines, write_tensors
-from rankgrpo.items.catalog import read_jsonl
+from rankgrpo.files.rows import read_jsonl
 
 KEYS = "keys.json"
 

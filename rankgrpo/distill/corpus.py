@@ -8,14 +8,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 from torch import Tensor
 
-from rankgrpo.baselines.ease import (
-    EaseTeacher,
-    dialog_ids,
-    groundtruth_items,
-    named_items,
-    popularity_counts,
-    popularity_order,
-)
+from rankgrpo.baselines.ease import EaseTeacher
+from rankgrpo.baselines.popularity import popularity_counts, popularity_order
+from rankgrpo.data.dialogs import dialog_ids, groundtruth_items, named_items
 from rankgrpo.data.samples import Dataset, Sample
 from rankgrpo.distill.augment import request_id, short_requests
 from rankgrpo.distill.settings import DistillConfig, content_key

@@ -22,16 +22,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from rankgrpo.distill.settings import STELLA
+from rankgrpo.errors import EncoderError
 from rankgrpo.items.catalog import normalise_title
 
 MAX_TOKENS = 512
 ENCODED_AT_ONCE = 32
 SENT_AT_ONCE = 64
 _WORD = re.compile(r"[^\W_]+(?:'[^\W_]+)*")
-
-
-class EncoderError(ValueError):
-    """An encoder that cannot be used; the message says what to do."""
 
 
 # ------------------------------------------------------------------------------------------------------------- products

@@ -25,8 +25,8 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from rankgrpo.files.atomic import SaveError
-from rankgrpo.items.catalog import read_jsonl
+from rankgrpo.errors import EndpointError, SaveError
+from rankgrpo.files.rows import read_jsonl
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI
@@ -36,10 +36,6 @@ RETRY_TEMPERATURE = 0.7
 """Of a question whose answer could not be read: asked greedily again, it would get the same answer."""
 CHARS_PER_TOKEN = 4.0
 """English text, for the estimate of the cost."""
-
-
-class EndpointError(ValueError):
-    """The endpoint cannot be used as it is; the message says why and what to do."""
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,8 @@ import torch
 from torch import Tensor
 
 from rankgrpo.baselines.ease import EaseTeacher
-from rankgrpo.data.samples import Dataset, Sample, load_dataset, write_samples
+from rankgrpo.data.load import load_dataset
+from rankgrpo.data.samples import Dataset, Sample, write_samples
 from rankgrpo.distill.adjust import Candidates, candidate_likelihood, catalog_likelihood, fit_bias
 from rankgrpo.distill.cache import StageFiles, pack_rows, unpack_rows
 from rankgrpo.distill.corpus import Corpus, make_corpus, rank_with_ease

@@ -12,10 +12,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from rankgrpo.baselines.ease import EaseTeacher, popularity_counts, popularity_lists
-from rankgrpo.config import Config, ConfigError
+from rankgrpo.baselines.ease import EaseTeacher
+from rankgrpo.baselines.popularity import popularity_counts, popularity_lists
+from rankgrpo.config import Config
 from rankgrpo.config_file import load_config
-from rankgrpo.data.samples import Dataset, Sample, load_dataset
+from rankgrpo.data.load import load_catalog, load_dataset
+from rankgrpo.data.samples import Dataset, Sample
+from rankgrpo.errors import ConfigError
 from rankgrpo.evaluation.diversity import Diversity, describe_lists, diversity_path, summarise_lists, write_diversity
 from rankgrpo.evaluation.evaluate import (
     Evaluation,
@@ -34,6 +37,7 @@ from rankgrpo.evaluation.validate import sample_lists
 from rankgrpo.model.policy import open_policy
 from rankgrpo.model.presets import resolve_model
 from rankgrpo.runtime.distributed import Parallel, start_parallel, wait_for_all
+from rankgrpo.sampler.choose import ready_sampler
 
 BASELINES = ("popularity", "ease")
 DEFAULT_RUN = "runs/tiny-demo"
@@ -111,7 +115,10 @@ def draw_lists(
     """`num_lists` lists a sample of a model, as text; every process decodes its share of the samples and gets all."""
     policy = open_policy(source.location, source.config.model, parallel.device, trainable=False)
     mine = samples[parallel.dp_rank :: parallel.dp_world]
-    groups = sample_lists(policy, mine, source.config, num_lists=num_lists, temperature=temperature, title=title)
+    with ready_sampler(policy, source.config, parallel) as sampler:
+        groups = sample_lists(
+            policy, sampler, mine, source.config, num_lists=num_lists, temperature=temperature, title=title
+        )
     parts = parallel.gather([json.dumps(texts) for texts in groups])
     world = parallel.dp_world
     return [json.loads(parts[place % world][place // world]) for place in range(sum(map(len, parts)))]
@@ -248,8 +255,10 @@ def recommend_from(model: str, data: str | None, conversation: str | None, batch
         raise ConfigError(f"{model}: no such run; `make train` (or `rankgrpo run`) makes it, or name one with --model")
     if data is not None:
         config = replace(config, data=replace(config.data, path=data))
-    policy = open_policy(model, config.model, start_parallel().device, trainable=False)
-    recommend(policy, load_config_dataset(config).catalog, config, conversation=conversation, batch=batch)
+    parallel = start_parallel()
+    policy = open_policy(model, config.model, parallel.device, trainable=False)
+    with ready_sampler(policy, config, parallel) as sampler:
+        recommend(policy, sampler, load_catalog(config.data.path), config, conversation=conversation, batch=batch)
 
 
 def first_samples(dataset: Dataset, split: str, num_samples: int) -> list[Sample]:

@@ -27,7 +27,8 @@ from torch import Tensor
 from rankgrpo.data.samples import Sample
 from rankgrpo.evaluation.evaluate import count_groundtruth, score_completions
 from rankgrpo.files.atomic import write_lines
-from rankgrpo.items.catalog import Catalog, read_jsonl
+from rankgrpo.files.rows import read_jsonl
+from rankgrpo.items.catalog import Catalog
 from rankgrpo.metrics import bootstrap_interval, gini, union_chance, union_recall
 
 

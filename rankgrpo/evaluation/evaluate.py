@@ -35,7 +35,8 @@ from torch import Tensor
 from rankgrpo.data.samples import Sample
 from rankgrpo.evaluation.tables import LIST_METRICS, format_table, is_metric
 from rankgrpo.files.atomic import write_lines
-from rankgrpo.items.catalog import Catalog, read_jsonl
+from rankgrpo.files.rows import read_jsonl
+from rankgrpo.items.catalog import Catalog
 from rankgrpo.metrics import bootstrap_interval, hit_rate_by_rank, ndcg_at_k, paired_bootstrap, recall_at_k
 from rankgrpo.parse import ListedItem, parse_list
 from rankgrpo.reward import relevance

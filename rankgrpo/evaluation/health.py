@@ -13,7 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from rankgrpo.baselines.ease import EaseTeacher, dialog_ids, named_items, popularity_lists
+from rankgrpo.baselines.ease import EaseTeacher
+from rankgrpo.baselines.popularity import popularity_lists
+from rankgrpo.data.dialogs import dialog_ids, named_items
 from rankgrpo.data.samples import SPLITS, Dataset, Sample
 from rankgrpo.evaluation.evaluate import score_items, summarise
 from rankgrpo.evaluation.tables import format_table

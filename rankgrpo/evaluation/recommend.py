@@ -7,33 +7,13 @@ import sys
 from pathlib import Path
 
 from rankgrpo.config import Config
-from rankgrpo.data.samples import DataError, Sample, Turn, read_samples
+from rankgrpo.data.conversation import read_conversation
+from rankgrpo.data.samples import Sample, read_samples
 from rankgrpo.evaluation.validate import recommend_lists
 from rankgrpo.items.catalog import Catalog
 from rankgrpo.model.policy import Policy
 from rankgrpo.parse import parse_list
-
-SPEAKERS = {"user": "user", "you": "user", "assistant": "assistant", "system": "assistant"}
-
-
-def read_conversation(text: str) -> tuple[Turn, ...]:
-    """Turns from text: a line `User: ...` or `Assistant: ...` opens a turn, anything else continues it.
-
-    Text without such a line is one user turn. Raises DataError when there is no text.
-    """
-    turns: list[Turn] = []
-    for line in text.strip().splitlines():
-        speaker, separator, rest = line.partition(":")
-        role = SPEAKERS.get(speaker.strip().lower()) if separator else None
-        if role is not None:
-            turns.append(Turn(role, rest.strip()))
-        elif turns:
-            turns[-1] = Turn(turns[-1].role, f"{turns[-1].content} {line.strip()}".strip())
-        else:
-            turns.append(Turn("user", line.strip()))
-    if not any(turn.content for turn in turns):
-        raise DataError("no conversation: pass it as an argument, on standard input, or as --batch FILE.jsonl")
-    return tuple(turns)
+from rankgrpo.sampler.base import Sampler
 
 
 def format_list(text: str, catalog: Catalog) -> str:
@@ -49,16 +29,23 @@ def format_list(text: str, catalog: Catalog) -> str:
 
 
 def recommend(
-    policy: Policy, catalog: Catalog, config: Config, *, conversation: str | None, batch: Path | None
+    policy: Policy,
+    sampler: Sampler,
+    catalog: Catalog,
+    config: Config,
+    *,
+    conversation: str | None,
+    batch: Path | None,
 ) -> None:
     """Print one list for `conversation` (standard input when None), or a JSON line for every sample of `batch`."""
     if batch is None:
         turns = read_conversation(sys.stdin.read() if conversation is None else conversation)
-        (text,) = recommend_lists(policy, [Sample("command-line", turns, (), ())], config)
+        (text,) = recommend_lists(policy, sampler, [Sample("command-line", turns, (), ())], config)
         print(format_list(text, catalog))
         return
     samples, _ = read_samples(batch)
-    for sample, text in zip(samples, recommend_lists(policy, samples, config, title="recommend"), strict=True):
+    lists = recommend_lists(policy, sampler, samples, config, title="recommend")
+    for sample, text in zip(samples, lists, strict=True):
         items = [
             {"title": item.title, "year": item.year, "in_catalog": catalog.lookup(item.title, item.year) is not None}
             if item.title is not None

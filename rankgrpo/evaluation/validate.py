@@ -13,38 +13,39 @@ from rankgrpo.data.samples import Sample
 from rankgrpo.evaluation.evaluate import score_completions
 from rankgrpo.items.catalog import Catalog
 from rankgrpo.model.policy import Policy
-from rankgrpo.runtime.distributed import Means, Parallel
+from rankgrpo.runtime.distributed import Parallel
+from rankgrpo.runtime.means import Means
 from rankgrpo.sampler.base import Sampler, prompt_seed
 
 
 def recommend_lists(
-    policy: Policy, samples: list[Sample], config: Config, *, title: str | None = None, sampler: Sampler | None = None
+    policy: Policy, sampler: Sampler, samples: list[Sample], config: Config, *, title: str | None = None
 ) -> list[str]:
     """One list a sample at eval.temperature, as text; a progress bar named `title` unless it is None.
 
     With a temperature above 0 the draw depends on (config.seed, sample id) alone, so models meet the same luck.
-    `sampler` is one that has the policy's weights; without it one over the policy itself is made.
+    `sampler` has the policy's weights.
     """
     temperature = config.eval.temperature
-    groups = sample_lists(policy, samples, config, num_lists=1, temperature=temperature, title=title, sampler=sampler)
+    groups = sample_lists(policy, sampler, samples, config, num_lists=1, temperature=temperature, title=title)
     return [text for (text,) in groups]
 
 
 def sample_lists(
     policy: Policy,
+    sampler: Sampler,
     samples: list[Sample],
     config: Config,
     *,
     num_lists: int,
     temperature: float,
     title: str | None,
-    sampler: Sampler | None = None,
 ) -> list[list[str]]:
     """`num_lists` lists a sample, as text; otherwise as `recommend_lists`."""
     prompts = encode_prompts(policy.tokenizer, samples, config.data.max_prompt_tokens, quiet=title is None)
     unit = "list" if num_lists == 1 else "conversation"
     with tqdm(total=len(samples), desc=title, unit=unit, disable=title is None, dynamic_ncols=True) as bar:
-        groups = (sampler or policy.sampler(rows=128)).sample(
+        groups = sampler.sample(
             prompts,
             group_size=num_lists,
             seeds=[prompt_seed(config.seed, 0, sample.id) for sample in samples],
@@ -56,12 +57,7 @@ def sample_lists(
 
 
 def validate(
-    policy: Policy,
-    samples: list[Sample],
-    catalog: Catalog,
-    config: Config,
-    parallel: Parallel,
-    sampler: Sampler | None = None,
+    policy: Policy, sampler: Sampler, samples: list[Sample], catalog: Catalog, config: Config, parallel: Parallel
 ) -> dict[str, float]:
     """Means of the recommender metrics over `samples`, shared among the processes, as eval/* keys.
 
@@ -72,7 +68,7 @@ def validate(
     means = Means()
     evaluation = score_completions(
         mine,
-        recommend_lists(policy, mine, config, sampler=sampler),
+        recommend_lists(policy, sampler, mine, config),
         catalog,
         num_ranks=config.data.num_ranks,
         year_tolerance=config.rl.year_tolerance,

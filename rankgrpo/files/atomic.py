@@ -14,18 +14,12 @@ from typing import TYPE_CHECKING, TextIO
 
 from safetensors import SafetensorError
 
+from rankgrpo.errors import BusyError, SaveError
+
 if TYPE_CHECKING:
     from torch import Tensor
 
 TEMPORARY = ".incomplete-"
-
-
-class SaveError(RuntimeError):
-    """Something could not be written; what was saved before is untouched."""
-
-
-class BusyError(RuntimeError):
-    """Another process works where this one was to."""
 
 
 @contextmanager

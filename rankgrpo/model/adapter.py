@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rankgrpo.config import AdapterConfig, ConfigError
+from rankgrpo.config import AdapterConfig
+from rankgrpo.errors import ConfigError
 from rankgrpo.runtime.distributed import full_parameters
 
 NAME = "default"

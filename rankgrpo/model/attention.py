@@ -312,8 +312,9 @@ def _packed_forward(
     """What transformers calls in every layer: query (1, H, N, E), key and value (1, J, N, E); returns (1, N, H, E)."""
     if shared_prefix is None:
         raise ValueError(
-            "shared-prefix attention was called without a layout: run packs through rankgrpo.logprob.pack_logprobs, "
-            "and decoding or dense forwards inside rankgrpo.model.attention.ordinary_attention(model)"
+            "shared-prefix attention was called without a layout: run packs through "
+            "rankgrpo.model.forward.pack_logprobs, and decoding or dense forwards inside "
+            "rankgrpo.model.attention.ordinary_attention(model)"
         )
     _refuse_unsupported(query, attention_mask, dropout, sliding_window, shared_prefix, kwargs)
     query, key, value = in_autocast_type(query, key, value)

@@ -19,7 +19,6 @@ import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -113,42 +112,23 @@ class Pack:
     tokens_shared: int
     tokens_dense: int
 
-    @property
-    def saved_frac(self) -> float:
-        """Fraction of the dense path's tokens that sharing saved, in [0, 1)."""
-        return 1.0 - self.tokens_shared / self.tokens_dense
 
-
-def plan_micro_batches(
-    groups: Sequence[Group],
-    token_budget: int,
-    *,
-    at_least: int = 0,
-    oversize: Literal["alone", "error"] = "alone",
-) -> list[list[int]]:
+def plan_micro_batches(groups: Sequence[Group], token_budget: int) -> list[list[int]]:
     """Split groups into as few micro-batches of at most `token_budget` packed tokens as balancing them allows.
 
-    Longest first into the least loaded bin, with one bin more until every load fits; a group is never split. At least
-    `at_least` micro-batches come out, because data-parallel processes must all run the same number. The same groups
-    give the same plan on every machine; no groups give no micro-batch.
+    Longest first into the least loaded bin, with one bin more until every load fits; a group is never split, and one
+    larger than the budget gets a micro-batch of its own. The same groups give the same plan on every machine; no groups
+    give no micro-batch.
 
-    Returns lists of indices into `groups`, ascending inside a micro-batch. A group larger than the budget gets a
-    micro-batch of its own, or with oversize="error" raises ValueError.
+    Returns lists of indices into `groups`, ascending inside a micro-batch.
     """
     if token_budget < 1:
         raise ValueError(f"token_budget must be at least 1 token, got {token_budget}")
-    if len(groups) < at_least:
-        raise ValueError(f"cannot make {at_least} micro-batches of {len(groups)} groups: a group is never split")
     cost = [group.tokens_shared for group in groups]
     order = sorted(range(len(groups)), key=lambda i: (-cost[i], i))
     too_big = [i for i in order if cost[i] > token_budget]
-    if too_big and oversize == "error":
-        raise ValueError(
-            f"group {too_big[0]} has {cost[too_big[0]]} tokens, more than token_budget={token_budget}: "
-            "raise the budget, shorten prompts or lists, or allow it with oversize='alone'"
-        )
     rest = sum(cost) - sum(cost[i] for i in too_big)
-    num_bins = max(at_least, len(too_big) + -(-rest // token_budget))
+    num_bins = len(too_big) + -(-rest // token_budget)
     while True:
         bins = _least_loaded(order, cost, num_bins)
         if all(len(members) == 1 or sum(cost[i] for i in members) <= token_budget for members in bins):

@@ -20,13 +20,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rankgrpo.config import AdapterConfig, ModelConfig
 from rankgrpo.files.atomic import atomic_folder
-from rankgrpo.logprob import Impl, pack_logprobs
+from rankgrpo.logprob import Impl
 from rankgrpo.model.adapter import adapters_off, add_adapters, has_adapters, merged_parameters
 from rankgrpo.model.attention import use_shared_prefix
+from rankgrpo.model.forward import pack_logprobs
 from rankgrpo.model.packing import Group, Pack, build_pack
 from rankgrpo.model.presets import load_policy, save_policy, valid_token_mask
 from rankgrpo.runtime.distributed import Parallel, Sharding, shard_model
-from rankgrpo.sampler.hf import HFSampler
 
 Item = TypeVar("Item")
 
@@ -74,16 +74,6 @@ class Policy:
             _, logp_BT = self.logprobs([Group([eos], [[eos]])])
             if torch.is_grad_enabled():
                 (0.0 * logp_BT.sum()).backward()
-
-    def sampler(self, rows: int = 256) -> HFSampler:
-        """A sampler over these very weights, adapters merged. Of a split model all processes sample when one does."""
-        options = {"allowed_V": self.allowed_V, "rows": rows}
-        if self.sharding is None:
-            options["autocast"] = "bfloat16" if self.bfloat16 else None
-        if self.skeleton is None:
-            return HFSampler(self.model, self.tokenizer, **options)
-        dtype = torch.bfloat16 if self.bfloat16 and self.sharding is not None else None
-        return HFSampler(self.skeleton, self.tokenizer, weights=lambda: merged_parameters(self.model, dtype), **options)
 
     def export(self, folder: Path, parallel: Parallel) -> None:
         """Write the policy to `folder` in Hugging Face format, whole or not at all; every process takes part.

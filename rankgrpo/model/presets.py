@@ -29,6 +29,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 from transformers.utils import logging
 
 from rankgrpo.data.samples import Dataset
+from rankgrpo.errors import ModelError
 from rankgrpo.files.atomic import atomic_folder
 from rankgrpo.model.smollm2 import PACKAGE, convert_smollm2
 from rankgrpo.model.tiny import TinyConfig, corpus_lines, make_tiny, title_line
@@ -41,10 +42,6 @@ HUB_IGNORED = ["original/*", "onnx/*", "consolidated*"]  # the same weights in o
 PAD_TOKENS = ("<|finetune_right_pad_id|>", "<|endoftext|>", "<pad>", "[PAD]", "<unk>")
 FILE_BYTES = 2**32  # of one safetensors file of an export
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-class ModelError(ValueError):
-    """A model that is not known, not there or not usable; the message says how to name a right one."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rankgrpo.config import RlConfig
 from rankgrpo.loss import rank_log_ratio
-from rankgrpo.runtime.distributed import Means
+from rankgrpo.runtime.means import Means
 from rankgrpo.units import Units
 
 Correction = Literal["truncate", "mask"]

@@ -18,7 +18,7 @@ from rankgrpo.parse import RankSegmenter
 from rankgrpo.reward import list_return, rank_returns, unlikeliness_reward
 from rankgrpo.reward_terms import reward_terms
 from rankgrpo.rollouts.parts import Answer, load_parts, measure, repetition
-from rankgrpo.runtime.distributed import Means
+from rankgrpo.runtime.means import Means
 from rankgrpo.sampler.base import Rollout
 
 

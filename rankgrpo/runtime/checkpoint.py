@@ -26,14 +26,11 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from rankgrpo.files.atomic import SaveError, atomic_folder, explain, remove_folder, remove_leftovers, temporary_name
+from rankgrpo.errors import CheckpointError, SaveError
+from rankgrpo.files.atomic import atomic_folder, explain, remove_folder, remove_leftovers, temporary_name
 from rankgrpo.runtime.distributed import Parallel, split_parameters, wait_for_all
 
 STEP_FOLDER = re.compile(r"step-(\d{8})")
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be read."""
 
 
 def save_checkpoint(

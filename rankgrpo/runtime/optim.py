@@ -10,9 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-
-class TrainingError(RuntimeError):
-    """Training cannot go on; the message says where and what to do."""
+from rankgrpo.errors import TrainingError
 
 
 def make_optimizer(

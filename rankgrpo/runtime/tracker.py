@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from rankgrpo.items.catalog import read_jsonl
+from rankgrpo.files.rows import read_jsonl
 
 SHOWN = ("loss/nll", "reward/mean", "list/hit_frac", "loss/kl", "eval/ndcg@20", "grad/norm")
 

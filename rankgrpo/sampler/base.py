@@ -18,10 +18,6 @@ from torch import Tensor
 FINGERPRINT_FACTOR = 0x4C957F2E
 
 
-class SamplingError(RuntimeError):
-    """The model cannot be sampled from."""
-
-
 @dataclass(frozen=True, slots=True)
 class Rollout:
     """One sampled completion.

@@ -1,33 +1,84 @@
-"""Which sampler a run uses, opened."""
+"""Which sampler a run uses, opened over a policy.
+
+A process has one vLLM engine: it takes long to start and its memory cannot be had back whole. So the engine is kept,
+and every model of the same shape that is sampled from later (the warm start, the best model) is loaded into it.
+"""
 
 from __future__ import annotations
 
-import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 
 from rankgrpo.config import Config
+from rankgrpo.model.adapter import merged_parameters
 from rankgrpo.model.policy import Policy
 from rankgrpo.runtime.distributed import Parallel
 from rankgrpo.sampler.base import Sampler
+from rankgrpo.sampler.hf import HFSampler
+from rankgrpo.sampler.rows import engine_rows
+from rankgrpo.sampler.sync import sync_weights
 from rankgrpo.sampler.vllm import EngineConfig, VLLMSampler, vllm_installed
+
+
+@dataclass(frozen=True)
+class _Engine:
+    config: EngineConfig
+    shape: str
+    allowed: tuple[bool, ...]
+    sampler: VLLMSampler
+
+
+_engines: list[_Engine] = []
 
 
 def open_sampler(policy: Policy, config: Config, parallel: Parallel) -> Sampler:
     """The sampler that rl.sampler means here; one with a copy of the weights has none before `sync.sync_weights`."""
     rl = config.rl
     if choose_sampler(rl.sampler, parallel.device) == "hf":
-        return policy.sampler(rows=rl.sampler_rows)
-    lists = rl.vllm_tp * math.ceil(rl.prompts_per_step / parallel.dp_world) * rl.group_size
-    engine = EngineConfig(
+        return hf_sampler(policy, rows=rl.sampler_rows)
+    wanted = EngineConfig(
         max_tokens=config.data.max_prompt_tokens + rl.max_new_tokens,
-        rows=min(rl.sampler_rows, max(lists, rl.eval_samples)),
+        rows=engine_rows(config, parallel.dp_world),
         dtype=torch.bfloat16 if config.model.autocast == "bfloat16" else torch.float32,
         memory=rl.vllm_memory,
         tensor_parallel=rl.vllm_tp,
         sleep_level=rl.vllm_sleep,
     )
-    return VLLMSampler(policy.model, policy.tokenizer, engine, parallel, allowed_V=policy.allowed_V)
+    shape = {key: value for key, value in policy.model.config.to_dict().items() if not key.startswith("_")}
+    key = (wanted, repr(sorted(shape.items())), tuple(policy.allowed_V.tolist()))
+    for engine in _engines:
+        if (engine.config, engine.shape, engine.allowed) == key:
+            return engine.sampler
+    sampler = VLLMSampler(policy.model, policy.tokenizer, wanted, parallel, allowed_V=policy.allowed_V)
+    _engines.append(_Engine(*key, sampler))
+    return sampler
+
+
+@contextmanager
+def ready_sampler(policy: Policy, config: Config, parallel: Parallel) -> Iterator[Sampler]:
+    """The run's sampler with the policy's weights, awake inside the block and asleep after it."""
+    sampler = open_sampler(policy, config, parallel)
+    sync_weights(sampler, policy.model)
+    try:
+        yield sampler
+    finally:
+        sampler.sleep()
+
+
+def hf_sampler(policy: Policy, rows: int = 256) -> HFSampler:
+    """A sampler over these very weights, adapters merged. Of a split model all processes sample when one does."""
+    options = {"allowed_V": policy.allowed_V, "rows": rows}
+    if policy.sharding is None:
+        options["autocast"] = "bfloat16" if policy.bfloat16 else None
+    if policy.skeleton is None:
+        return HFSampler(policy.model, policy.tokenizer, **options)
+    dtype = torch.bfloat16 if policy.bfloat16 and policy.sharding is not None else None
+    return HFSampler(
+        policy.skeleton, policy.tokenizer, weights=lambda: merged_parameters(policy.model, dtype), **options
+    )
 
 
 def choose_sampler(name: str, device: torch.device) -> str:

@@ -19,8 +19,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 
+from rankgrpo.errors import SamplingError
 from rankgrpo.model.attention import in_autocast_type
-from rankgrpo.sampler.base import Rollout, SamplingError, check_prompts, eos_token_ids
+from rankgrpo.sampler.base import Rollout, check_prompts, eos_token_ids
 
 ATTENTION_NAME = "rankgrpo_decode"
 PROMPTS_READ = 8  # at a time

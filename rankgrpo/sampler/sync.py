@@ -11,8 +11,9 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor, nn
 
+from rankgrpo.errors import SamplingError
 from rankgrpo.model.adapter import merged_parameters
-from rankgrpo.sampler.base import CopySampler, Sampler, SamplingError, fingerprint
+from rankgrpo.sampler.base import CopySampler, Sampler, fingerprint
 
 OTHERS = "tensors whose place in the sampler is not known"
 

@@ -25,8 +25,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from rankgrpo.errors import SamplingError
 from rankgrpo.runtime.distributed import Parallel
-from rankgrpo.sampler.base import Rollout, SamplingError, check_prompts, eos_token_ids, fingerprint
+from rankgrpo.sampler.base import Rollout, check_prompts, eos_token_ids, fingerprint
 
 OLDEST, NEWEST = (0, 25), (0, 33)
 PINNED = "0.32.0"

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rankgrpo.config import AdapterConfig, ConfigError, ModelConfig
+from rankgrpo.config import AdapterConfig, ModelConfig
+from rankgrpo.errors import ConfigError
 
 KNOWN_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 
 from rankgrpo.config import Config
+from rankgrpo.sampler.rows import step_rows
 from rankgrpo.sizing.architecture import Architecture
 
 GB = 1e9
@@ -231,17 +232,11 @@ def head_bytes(arch: Architecture, weights: int, *, trained: bool) -> float:
     return weights * arch.vocab * arch.hidden * trained + 3 * 4 * TORCH_CHUNK_ELEMENTS
 
 
-def lists_at_once(config: Config, gpus: int) -> int:
-    """Lists that one engine decodes together."""
-    rl = config.rl
-    return min(rl.sampler_rows, rl.prompts_per_step * rl.group_size * rl.vllm_tp // gpus)
-
-
 def engine_bytes(arch: Architecture, config: Config, gpus: int) -> dict[str, float]:
     """vLLM's bfloat16 weights, and keys and values of all lists decoded at once at full length, prompts shared."""
     rl = config.rl
     compute = 2 if config.model.autocast == "bfloat16" else 4
-    lists = lists_at_once(config, gpus)
+    lists = step_rows(config, gpus)
     tokens = math.ceil(lists / rl.group_size) * config.data.max_prompt_tokens + lists * rl.max_new_tokens
     return {
         "weights": compute * arch.num_parameters / rl.vllm_tp,
@@ -318,7 +313,7 @@ def _engine_advice(plan: Plan) -> tuple[str, dict[str, float]] | None:
     if larger <= smaller:
         return f"vLLM needs {need / GB:.1f} GB, its share is {share / GB:.1f} GB", {"vllm_memory": larger}
     rl, cache = plan.config.rl, plan.engine["keys and values"]
-    lists = lists_at_once(plan.config, plan.machine.gpus)
+    lists = step_rows(plan.config, plan.machine.gpus)
     rows = math.floor(lists * (smaller * memory - need + cache) / cache) // rl.group_size * rl.group_size
     if rows > 0:
         return "keys and values of fewer lists at once", {"sampler_rows": rows, "vllm_memory": smaller}

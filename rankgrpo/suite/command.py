@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from rankgrpo.config import ConfigError
+from rankgrpo.errors import ConfigError
 from rankgrpo.suite.page import build_page
 from rankgrpo.suite.plan import Run, choose_runs, plan_runs
 from rankgrpo.suite.results import collect_results, read_results, write_results

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rankgrpo.config import ConfigError
 from rankgrpo.config_file import presets_dir, read_toml
+from rankgrpo.errors import ConfigError
 from rankgrpo.evaluation.tables import format_interval, format_value, main_metric, metric_label, model_label
 from rankgrpo.files.atomic import write_lines
 from rankgrpo.suite.figures import Board, Result, base_label, base_of, draw_figures, find_row

@@ -12,8 +12,9 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-from rankgrpo.config import Config, ConfigError
+from rankgrpo.config import Config
 from rankgrpo.config_file import changed_keys, load_config
+from rankgrpo.errors import ConfigError
 from rankgrpo.evaluation.compare import BASELINES, evaluation_path
 from rankgrpo.evaluation.diversity import diversity_path
 from rankgrpo.model.presets import resolve_model

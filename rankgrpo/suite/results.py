@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from rankgrpo.config import ConfigError
 from rankgrpo.config_file import own_keys
+from rankgrpo.errors import ConfigError
 from rankgrpo.evaluation.diversity import Diversity, read_diversity, summarise_lists
 from rankgrpo.evaluation.evaluate import Evaluation, compare, mean_evaluation, read_lists, summarise
 from rankgrpo.files.atomic import write_lines

@@ -34,8 +34,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from rankgrpo.config import Config, ConfigError
+from rankgrpo.config import Config
 from rankgrpo.config_file import load_config, presets_dir, read_toml
+from rankgrpo.errors import ConfigError
 
 BASELINE_ROWS = ("before", "popularity", "ease")
 NO_START = "none"

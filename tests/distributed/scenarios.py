@@ -16,13 +16,15 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 import rankgrpo.train as training
-from rankgrpo.files.atomic import SaveError
+from rankgrpo.errors import SaveError
 from rankgrpo.model.adapter import merged_parameters
 from rankgrpo.model.packing import Group, plan_micro_batches
 from rankgrpo.model.policy import Policy, open_policy, open_reference
 from rankgrpo.runtime.checkpoint import load_checkpoint, save_checkpoint
-from rankgrpo.runtime.distributed import Means, Parallel, full_parameters, make_sharding, start_parallel
+from rankgrpo.runtime.distributed import Parallel, full_parameters, make_sharding, start_parallel
+from rankgrpo.runtime.means import Means
 from rankgrpo.runtime.optim import make_optimizer
+from rankgrpo.sampler.choose import hf_sampler
 
 
 def play(num_processes: int, folder: Path, *scenarios: str) -> None:
@@ -96,7 +98,7 @@ def play_job(job: dict, folder: Path, parallel: Parallel) -> None:
     ref = open_reference(policy, job["model"], config.model, parallel.device, sharding)
     rl = config.rl
     optimizer = make_optimizer(policy.model, lr=rl.lr, betas=rl.betas, weight_decay=0.1, eps=rl.adam_eps)
-    updater = training.Updater(policy, ref if rl.kl_coef else None, policy.sampler(), optimizer, config, parallel)
+    updater = training.Updater(policy, ref if rl.kl_coef else None, hf_sampler(policy), optimizer, config, parallel)
     if "resume" in job:
         state = load_checkpoint(Path(job["resume"]), policy.model, optimizer)
         assert state["step"] == job["first"]
@@ -117,7 +119,7 @@ def play_job(job: dict, folder: Path, parallel: Parallel) -> None:
     if "save" in job:
         save_checkpoint(Path(job["save"]), job["last"], policy.model, optimizer, {}, 1, parallel)
     if "sample" in job:
-        lists = policy.sampler().sample(job["sample"], group_size=2, seeds=[1, 2, 3], max_new_tokens=12)
+        lists = hf_sampler(policy).sample(job["sample"], group_size=2, seeds=[1, 2, 3], max_new_tokens=12)
         results["sampled"] = [[rollout.token_ids for rollout in group] for group in lists]
         policy.export(folder / f"{job['name']}-export", parallel)
     parameters = {f"parameter/{name}": tensor.clone() for name, tensor in merged_parameters(policy.model)}

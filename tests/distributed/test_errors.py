@@ -6,9 +6,9 @@ import pytest
 import torch
 from tiny_world import ALONE, tiny_config
 
-from rankgrpo.config import ConfigError
-from rankgrpo.files.atomic import BusyError, only_one
-from rankgrpo.runtime.distributed import Parallel, ParallelError, make_sharding, start_parallel
+from rankgrpo.errors import BusyError, ConfigError, ParallelError
+from rankgrpo.files.atomic import only_one
+from rankgrpo.runtime.distributed import Parallel, make_sharding, start_parallel
 
 
 def test_a_port_in_use(monkeypatch):

@@ -10,9 +10,9 @@ from tiny_world import ALONE, taught_dataset, tiny_config, tiny_dataset
 import rankgrpo.train as train_module
 from rankgrpo.config_file import to_toml
 from rankgrpo.data.demo import write_demo
+from rankgrpo.errors import TrainingError
 from rankgrpo.model.presets import make_init
 from rankgrpo.model.tiny import TinyConfig
-from rankgrpo.runtime.optim import TrainingError
 from rankgrpo.runtime.tracker import read_metrics
 from rankgrpo.train import train
 

@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
 from rankgrpo.data.importers.common import Notes, parse_name
-from rankgrpo.items.catalog import DataError, Item, normalise_title, parse_item, read_csv, read_jsonl, type_name
+from rankgrpo.errors import DataError
+from rankgrpo.files.rows import read_csv, read_jsonl, type_name
+from rankgrpo.items.catalog import Item, normalise_title, parse_item
 
 
 def read_items(path: Path, notes: Notes, columns: Mapping[str, str] | None = None) -> list[Item]:

@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rankgrpo.data.samples import Sample
-from rankgrpo.items.catalog import Catalog, DataError, Item, parse_title, parse_year, type_name
+from rankgrpo.errors import DataError
+from rankgrpo.files.rows import type_name
+from rankgrpo.items.catalog import Catalog, Item, parse_title, parse_year
 
 SPLIT_NAMES = {
     **dict.fromkeys(("train", "training"), "train"),

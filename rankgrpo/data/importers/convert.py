@@ -15,10 +15,12 @@ from rankgrpo.data.importers.common import Imported, Notes
 from rankgrpo.data.importers.redial import Choice, is_redial, read_redial
 from rankgrpo.data.importers.saved import find_saved, read_saved
 from rankgrpo.data.importers.tables import find_tables, read_tables
-from rankgrpo.data.samples import SPLITS, Dataset, Sample, load_dataset, write_samples
+from rankgrpo.data.load import load_dataset
+from rankgrpo.data.samples import SPLITS, Dataset, Sample, write_samples
+from rankgrpo.errors import DataError
 from rankgrpo.evaluation.health import headline
 from rankgrpo.files.atomic import atomic_folder
-from rankgrpo.items.catalog import Catalog, DataError, Item, normalise_title
+from rankgrpo.items.catalog import Catalog, Item, normalise_title
 
 Format = Literal["auto", "redial", "saved", "table"]
 CATALOG_NAMES = ("catalog.jsonl", "catalog.csv", "gt_catalog.pkl", "catalog.pkl")

@@ -12,8 +12,8 @@ from urllib.parse import unquote, urlsplit
 
 from tqdm import tqdm
 
+from rankgrpo.errors import DataError
 from rankgrpo.files.atomic import TEMPORARY, sync
-from rankgrpo.items.catalog import DataError
 
 CHUNK = 1 << 20
 TIMEOUT_S = 60

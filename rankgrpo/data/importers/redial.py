@@ -27,7 +27,9 @@ from tqdm import tqdm
 
 from rankgrpo.data.importers.common import Imported, Notes, parse_name
 from rankgrpo.data.samples import Sample, Turn
-from rankgrpo.items.catalog import DataError, Item, normalise_title, parse_csv, parse_jsonl, type_name
+from rankgrpo.errors import DataError
+from rankgrpo.files.rows import parse_csv, parse_jsonl, type_name
+from rankgrpo.items.catalog import Item, normalise_title
 
 FILES = {"train": "train_data.jsonl", "test": "test_data.jsonl"}
 NAMES = "movies_with_mentions.csv"

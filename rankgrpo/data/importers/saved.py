@@ -21,7 +21,8 @@ from tqdm import tqdm
 
 from rankgrpo.data.importers.common import Imported, Notes, parse_groundtruth, parse_seen, split_name
 from rankgrpo.data.samples import Sample, Turn
-from rankgrpo.items.catalog import Catalog, DataError
+from rankgrpo.errors import DataError
+from rankgrpo.items.catalog import Catalog
 
 STATE = "state.json"
 MARK = "Here is the conversation:"

@@ -13,10 +13,12 @@ from typing import Any
 
 from tqdm import tqdm
 
+from rankgrpo.data.conversation import read_conversation
 from rankgrpo.data.importers.common import SPLIT_NAMES, Imported, Notes, parse_groundtruth, parse_seen, split_name
 from rankgrpo.data.samples import Sample, Turn
-from rankgrpo.evaluation.recommend import read_conversation
-from rankgrpo.items.catalog import Catalog, DataError, read_csv, read_jsonl, type_name
+from rankgrpo.errors import DataError
+from rankgrpo.files.rows import read_csv, read_jsonl, type_name
+from rankgrpo.items.catalog import Catalog
 
 FIELDS = ("id", "conversation", "seen_titles", "groundtruth", "completion", "split")
 SUFFIXES = (".jsonl", ".csv")

@@ -1,0 +1,63 @@
+"""What samples name, as catalog items, and which of them are cuts of one dialog."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from rankgrpo.data.samples import Sample, Turn
+from rankgrpo.items.catalog import Catalog
+
+
+def named_items(sample: Sample, catalog: Catalog) -> list[int]:
+    """Catalog indices of what a conversation has named, without repeats: the input of EASE, and what it may not return.
+
+    These are the items written as `Title (Year)` anywhere in the text, and the seen titles. A seen title with remakes
+    means those of them that the text names with their year, or all of them when it names none.
+    """
+    mentioned = dict.fromkeys(index for turn in sample.conversation for index in catalog.find_mentions(turn.content))
+    named = dict(mentioned)
+    for title in sample.seen_titles:
+        remakes = catalog.title_indices(title)
+        if not any(index in mentioned for index in remakes):
+            named |= dict.fromkeys(remakes)
+    return list(named)
+
+
+def groundtruth_items(sample: Sample, catalog: Catalog) -> list[int]:
+    """Catalog indices of a sample's ground truth, without repeats and without what the catalog does not hold."""
+    indices = dict.fromkeys(catalog.lookup(title, year) for title, year in sample.groundtruth)
+    return [index for index in indices if index is not None]
+
+
+def dialog_ids(samples: Sequence[Sample]) -> list[int]:
+    """For every sample the number of its dialog, counted from 0 in order of first appearance.
+
+    One dialog often gives several samples, each a longer cut of it. Two samples belong together when their ids agree up
+    to the last "-" (`redial-391-3`, `redial-391-7`) and one conversation begins with the other; the second condition
+    keeps apart ids that merely number unrelated samples (`demo-1`, `demo-2`).
+    """
+    dialog_of: dict[tuple[str, tuple[Turn, ...]], int] = {}
+    ids = [-1] * len(samples)
+    num_dialogs = 0
+    for index in sorted(range(len(samples)), key=lambda index: len(samples[index].conversation)):
+        sample = samples[index]
+        stem = sample.id.rpartition("-")[0] or sample.id
+        cuts = [(stem, sample.conversation[:length]) for length in range(len(sample.conversation), 0, -1)]
+        known = next((dialog_of[cut] for cut in cuts if cut in dialog_of), None)
+        if known is None:
+            known, num_dialogs = num_dialogs, num_dialogs + 1
+        dialog_of[cuts[0]] = ids[index] = known
+    order = {dialog: place for place, dialog in enumerate(dict.fromkeys(ids))}
+    return [order[dialog] for dialog in ids]
+
+
+def share_of_dialogs(samples: Sequence[Sample], frac: float, *, seed: int = 0) -> list[Sample]:
+    """The samples of a share of the dialogs (`dialog_ids`), at least one, which `seed` draws, in the order given."""
+    if frac == 1:
+        return list(samples)
+    dialogs = np.array(dialog_ids(samples))
+    num_dialogs = int(dialogs.max(initial=-1)) + 1
+    drawn = np.random.default_rng(seed).permutation(num_dialogs)[: max(round(frac * num_dialogs), 1)]
+    return [samples[place] for place in np.isin(dialogs, drawn).nonzero()[0]]

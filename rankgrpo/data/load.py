@@ -1,0 +1,94 @@
+"""A data set: the folder of files, or the built-in demo."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from rankgrpo.data.demo import demo_catalog, make_demo
+from rankgrpo.data.order import permutation
+from rankgrpo.data.samples import SPLITS, Dataset, Sample, scan_samples
+from rankgrpo.errors import DataError
+from rankgrpo.items.catalog import Catalog, read_catalog
+
+DEMO = "demo"
+
+
+def load_catalog(source: str | os.PathLike[str]) -> Catalog:
+    """The catalog of what `load_dataset` would load, without its samples. Raises DataError as that does."""
+    return demo_catalog() if source == DEMO else read_catalog(_check_folder(Path(source)))[0]
+
+
+def load_dataset(source: str | os.PathLike[str], *, num_train: int | None = None, seed: int = 0) -> Dataset:
+    """Load a folder, or make the built-in demo when `source` is "demo" (write "./demo" for a folder of that name).
+
+    `num_train` is the size of the demo's training split; of a folder's it takes that many samples, drawn by `seed`, in
+    file order. Samples without ground truth are left out and counted in `Dataset.num_dropped`. Raises DataError, with
+    every bad line of all files, when the folder cannot be used.
+    """
+    if num_train is not None and num_train < 1:
+        raise ValueError(f"num_train must be at least 1, got {num_train}")
+    if source == DEMO:
+        return make_demo(seed=seed) if num_train is None else make_demo(num_train=num_train, seed=seed)
+    folder = Path(source)
+    catalog_path = _check_folder(folder)
+    catalog, problems = read_catalog(catalog_path)
+    splits: dict[str, list[Sample]] = {}
+    num_dropped: dict[str, int] = {}
+    errors: list[str] = []
+    for name in SPLITS:
+        samples, split_errors, split_problems = scan_samples(folder / f"{name}.jsonl", catalog)
+        splits[name] = [sample for sample in samples if sample.groundtruth]
+        num_dropped[name] = len(samples) - len(splits[name])
+        errors += split_errors
+        problems += split_problems
+    if errors:
+        raise DataError(f"{folder}: {len(errors)} bad line(s):", errors)
+    _check_usable(folder, splits, num_dropped, catalog, catalog_path)
+    if num_train is not None:
+        splits["train"] = _subset(folder, splits["train"], num_train, seed)
+    return Dataset(folder.resolve().name, **splits, catalog=catalog, problems=problems, num_dropped=num_dropped)
+
+
+def _check_folder(folder: Path) -> Path:
+    """Path of the folder's catalog; DataError when a file is missing."""
+    layout = "a data set is a folder with train.jsonl, validation.jsonl, test.jsonl and catalog.jsonl or catalog.csv"
+    if not folder.is_dir():
+        what = "is a file" if folder.exists() else "does not exist"
+        raise DataError(f"{folder} {what}; {layout}, or the word demo for the built-in one")
+    missing = [f"{name}.jsonl" for name in SPLITS if not (folder / f"{name}.jsonl").is_file()]
+    catalogs = [folder / name for name in ("catalog.jsonl", "catalog.csv") if (folder / name).is_file()]
+    if not catalogs:
+        missing.append("catalog.jsonl or catalog.csv")
+    if missing:
+        there = sorted(path.name for path in folder.iterdir())[:10]
+        raise DataError(f"{folder}: missing {', '.join(missing)}; there is {', '.join(there) or 'nothing'}; {layout}")
+    if len(catalogs) > 1:
+        raise DataError(f"{folder}: both catalog.jsonl and catalog.csv are there; keep the one that counts")
+    return catalogs[0]
+
+
+def _check_usable(
+    folder: Path, splits: Mapping[str, list[Sample]], num_dropped: Mapping[str, int], catalog: Catalog, path: Path
+) -> None:
+    for name, samples in splits.items():
+        if not samples:
+            dropped = f" ({num_dropped[name]} have an empty ground truth)" if num_dropped[name] else ""
+            raise DataError(f"{folder / name}.jsonl: no usable sample{dropped}; every split needs at least one")
+    wanted = [item for name in SPLITS for sample in splits[name] for item in sample.groundtruth]
+    if any(item in catalog for item in wanted):
+        return
+    examples = ", ".join(f"{title} ({year})" for title, year in wanted[:3])
+    known = ", ".join(f"{item.title} ({item.year})" for item in catalog.items[:3])
+    raise DataError(
+        f"{path}: none of the {len(wanted)} ground-truth items of {folder} is in this catalog, so every reward would "
+        f"be 0. Ground truth: {examples}, ... Catalog: {known}, ... Check that both come from the same source and that "
+        "titles are written alike, without the year in the title"
+    )
+
+
+def _subset(folder: Path, samples: list[Sample], num_samples: int, seed: int) -> list[Sample]:
+    if num_samples > len(samples):
+        raise DataError(f"{folder}: num_train is {num_samples}, but there are {len(samples)} usable training samples")
+    return [samples[index] for index in sorted(permutation(len(samples), seed, 0)[:num_samples].tolist())]

@@ -1,0 +1,28 @@
+"""Demonstrations: samples with the list that a teacher gives each of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Protocol
+
+from rankgrpo.data.samples import Sample
+from rankgrpo.items.catalog import Catalog
+
+
+class Teacher(Protocol):
+    """What `make_demonstrations` needs of a teacher."""
+
+    catalog: Catalog
+
+    def rank_all(self, samples: Sequence[Sample], *, num_items: int = 20) -> list[list[int]]:
+        """Catalog indices for every sample, best first."""
+        ...
+
+
+def make_demonstrations(samples: Sequence[Sample], teacher: Teacher, *, num_items: int = 20) -> list[Sample]:
+    """The samples with the teacher's lists as completions: `Title (Year)` lines, no trailing newline."""
+    items = teacher.catalog.items
+    lists = teacher.rank_all(samples, num_items=num_items)
+    texts = ("\n".join(f"{items[index].title} ({items[index].year})" for index in indices) for indices in lists)
+    return [replace(sample, completion=text) for sample, text in zip(samples, texts, strict=True)]
