@@ -438,6 +438,8 @@ def main() -> None:
         message = None if os.environ.get("RANKGRPO_TRACEBACK") else message_of(error)
         if message is None:
             raise
+        if getattr(error, "everywhere", False) and os.environ.get("RANK", "0") != "0":
+            sys.exit(1)  # the first process says it
         sys.exit(f"rankgrpo: {message}")
     except KeyboardInterrupt:
         sys.exit("rankgrpo: stopped; the same command continues from the last checkpoint")

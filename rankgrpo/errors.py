@@ -63,4 +63,11 @@ class SamplingError(UserError, RuntimeError):
 
 
 class TrainingError(UserError, RuntimeError):
-    """Training cannot go on; the message says where and what to do."""
+    """Training cannot go on; the message says where and what to do.
+
+    everywhere: every process of the run raises the same error, so that one of them is enough to print it.
+    """
+
+    def __init__(self, message: str, *, everywhere: bool = False) -> None:
+        self.everywhere = everywhere
+        super().__init__(message)

@@ -78,17 +78,17 @@ def train_sft(
             "tokens/trained": num_tokens,
             "time/update_s": time.perf_counter() - began,
         }
-        finished = step + 1
-        if finished % sft.eval_every == 0 or finished == sft.num_steps:
+        num_done = step + 1
+        if num_done % sft.eval_every == 0 or num_done == sft.num_steps:
             metrics |= validation_nll(policy, val_groups[: sft.eval_samples], sft.token_budget)
             with ready_sampler(policy, config, parallel) as sampler:
                 samples = dataset.validation[: sft.eval_samples]
                 metrics |= validate(policy, sampler, samples, dataset.catalog, config, parallel)
         metrics["time/total_s"] = time.perf_counter() - began
         if log is not None:
-            log.write(finished, metrics)
-        if finished % sft.save_every == 0 and finished < sft.num_steps:
-            save_checkpoint(out / "checkpoints", finished, policy.model, optimizer, {}, sft.keep_last, parallel)
+            log.write(num_done, metrics)
+        if num_done % sft.save_every == 0 and num_done < sft.num_steps:
+            save_checkpoint(out / "checkpoints", num_done, policy.model, optimizer, {}, sft.keep_last, parallel)
     if log is not None:
         log.close()
     policy.export(final, parallel)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from rankgrpo.config import Config, RlConfig
 from rankgrpo.data.order import BatchOrder
@@ -27,17 +28,17 @@ from rankgrpo.loss import rank_grpo_loss
 from rankgrpo.model.packing import Group, Pack, plan_micro_batches
 from rankgrpo.model.policy import Policy, open_policy, open_reference
 from rankgrpo.parse import RankSegmenter
-from rankgrpo.rollouts import mismatch
-from rankgrpo.rollouts.score import score_groups
+from rankgrpo.rollouts.mismatch import Gap, correct_units, describe_mismatch
+from rankgrpo.rollouts.score import Scorer, score_groups
 from rankgrpo.runtime.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from rankgrpo.runtime.distributed import Parallel, make_sharding, sum_gradients, wait_for_all
 from rankgrpo.runtime.means import Means
 from rankgrpo.runtime.optim import check_finite, learning_rate, make_optimizer, optimizer_step
 from rankgrpo.runtime.tracker import MetricsLog
-from rankgrpo.sampler.base import Sampler, prompt_seed
+from rankgrpo.sampler.base import Rollout, Sampler, prompt_seed
 from rankgrpo.sampler.choose import open_sampler
 from rankgrpo.sampler.sync import explain_mismatch, sync_weights
-from rankgrpo.units import Units, make_units
+from rankgrpo.units import Units, take_lists
 
 
 @dataclass
@@ -45,13 +46,36 @@ class MicroBatch:
     """Whole groups of one forward pass, and what does not change between the updates of a batch."""
 
     groups: list[Group]
-    advantage_BU: Tensor
-    sampler_logp: list[list[float]]
+    units: Units
+    sampler_logp_BT: Tensor
     old_logp_BT: Tensor | None = None
-    """Set by the first update, whose policy is the one that sampled."""
+    """Under the policy that sampled: set by the first pass, which it makes."""
     ref_logp_BT: Tensor | None = None
     """Set by `Updater.add_reference` when there is a reference."""
-    units: Units | None = None
+    gap: Gap = Gap(0.0, 0)
+    """Of the sampler to the trainer, found by the first pass."""
+
+
+def make_micro_batches(
+    prompts: list[list[int]],
+    rollouts: list[list[Rollout]],
+    units: Units,
+    chosen: list[int],
+    rl: RlConfig,
+    num_ranks: int,
+) -> list[MicroBatch]:
+    """The groups `chosen` (rollouts[p] answers prompts[p]) in micro-batches of rl.token_budget tokens.
+
+    units: of the lists of all groups, in order.
+    """
+    groups = [Group(prompts[p], [rollout.token_ids for rollout in rollouts[p]]) for p in chosen]
+    batch = []
+    for micro in plan_micro_batches(groups, rl.token_budget):
+        lists = [chosen[i] * rl.group_size + g for i in micro for g in range(rl.group_size)]
+        logp = [torch.tensor(rollout.logp) for i in micro for rollout in rollouts[chosen[i]]]
+        of_lists = take_lists(units, lists, at_least=num_ranks + 1)
+        batch.append(MicroBatch([groups[i] for i in micro], of_lists, pad_sequence(logp, batch_first=True)))
+    return batch
 
 
 class Updater:
@@ -63,13 +87,11 @@ class Updater:
         ref: Policy | None,
         sampler: Sampler,
         optimizer: torch.optim.Optimizer,
-        config: Config,
+        rl: RlConfig,
         parallel: Parallel,
     ):
-        self.policy, self.ref, self.sampler, self.optimizer, self.parallel = policy, ref, sampler, optimizer, parallel
-        self.rl, self.num_ranks = config.rl, config.data.num_ranks
-        self.segmenter = RankSegmenter(policy.tokenizer)
-        self.eos_ids = torch.tensor(sampler.eos_ids, device=policy.device)
+        self.policy, self.ref, self.sampler, self.optimizer = policy, ref, sampler, optimizer
+        self.rl, self.parallel = rl, parallel
 
     @torch.no_grad()
     def add_reference(self, batch: list[MicroBatch]) -> None:
@@ -86,8 +108,7 @@ class Updater:
             means.add_sum(name, 0.0)
         for micro_batch in self.policy.paced(batch):
             loss_sum += self._backward(micro_batch, denominator, means)
-        check_finite(float(loss_sum), where, "the loss")
-        self._check_mismatch(means, where)
+        self._check(float(loss_sum), [micro_batch.gap for micro_batch in batch], where)
         sum_gradients(self.policy.model, self.parallel)
         return optimizer_step(
             self.optimizer, self.policy.model.parameters(), lr=lr, grad_clip=self.rl.grad_clip, where=where
@@ -96,13 +117,8 @@ class Updater:
     def _backward(self, micro_batch: MicroBatch, denominator: float, means: Means) -> Tensor:
         rl = self.rl
         pack, logp_BT = self.policy.logprobs(micro_batch.groups, temperature=rl.temperature)
-        if micro_batch.units is None:
-            means.add("tokens/saved_frac", pack.tokens_dense - pack.tokens_shared, pack.tokens_dense)
-            means.add_sum("tokens/trained", pack.tokens_shared)
-            units, now_BT = self._units(pack, micro_batch.advantage_BU), logp_BT.detach()
-            sampler_logp_BT = mismatch.as_padded(micro_batch.sampler_logp, pack.mask_BT)
-            mismatch.describe_mismatch(units, now_BT, sampler_logp_BT, pack.mask_BT, rl, means)
-            micro_batch.units = mismatch.correct_units(units, now_BT, sampler_logp_BT, rl, means)
+        if micro_batch.old_logp_BT is None:
+            self._first_pass(micro_batch, pack, logp_BT.detach(), means)
         units = micro_batch.units
         loss, metrics = rank_grpo_loss(
             logp_BT,
@@ -119,8 +135,6 @@ class Updater:
             impl=self.policy.impl,
         )
         loss.backward()
-        if micro_batch.old_logp_BT is None and rl.updates_per_batch > 1:
-            micro_batch.old_logp_BT = logp_BT.detach()
         num_units = metrics["ratio/num_units"]
         for name in ("ratio/mean", "ratio/clip_low_frac", "ratio/clip_high_frac"):
             means.add(name, metrics[name] * num_units, num_units)
@@ -129,30 +143,30 @@ class Updater:
             means.add_sum(name, metrics[name] * share)
         return loss.detach()
 
-    def _units(self, pack: Pack, advantage_BU: Tensor) -> Units:
-        eos_BT = torch.isin(pack.token_ids_BT, self.eos_ids) & pack.mask_BT
-        return make_units(
-            self.segmenter(pack.token_ids_BT, pack.mask_BT),
-            eos_BT,
-            advantage_BU,
-            unit=self.rl.unit,
-            num_ranks=self.num_ranks,
-            overflow_penalty=self.rl.overflow_penalty,
-            early_eos_penalty=self.rl.early_eos_penalty,
-            full_list_bonus=self.rl.full_list_bonus,
-            mean_by_list=self.rl.token_mean == "list",
-        )
+    def _first_pass(self, micro_batch: MicroBatch, pack: Pack, logp_BT: Tensor, means: Means) -> None:
+        """What the policy that sampled says of its lists: old log-probs, and the sampler's distance from them."""
+        device = logp_BT.device
+        units, sampler_logp_BT = micro_batch.units.to(device), micro_batch.sampler_logp_BT.to(device)
+        means.add("tokens/saved_frac", pack.tokens_dense - pack.tokens_shared, pack.tokens_dense)
+        means.add_sum("tokens/trained", pack.tokens_shared)
+        micro_batch.old_logp_BT = logp_BT
+        micro_batch.gap = describe_mismatch(units, logp_BT, sampler_logp_BT, pack.mask_BT, self.rl, means)
+        micro_batch.units = correct_units(units, logp_BT, sampler_logp_BT, self.rl, means)
 
-    def _check_mismatch(self, means: Means, where: str) -> None:
-        """Stop, before the weights change, when the sampler's log-probs are not the trainer's."""
-        total, count = self.parallel.sum(means.pairs.get("mismatch/exp_abs_logp", [0.0, 0.0]))
+    def _check(self, loss: float, gaps: list[Gap], where: str) -> None:
+        """Stop all processes alike, before the weights change: one has a loss that is not finite, or the sampler's
+        log-probs are not the trainer's."""
+        total, num_tokens = (sum(column) for column in zip(Gap(0.0, 0), *gaps, strict=True))
+        loss, total, num_tokens = self.parallel.sum([loss, total, num_tokens])
+        check_finite(loss, where, "the loss")
         alarm = self.rl.mismatch_alarm
-        if total <= alarm * count:
+        if total <= alarm * num_tokens:
             return
         raise TrainingError(
-            f"{where}: mean exp|trainer's - sampler's log-prob| is {total / count:.4f}, above rl.mismatch_alarm = "
+            f"{where}: mean exp|trainer's - sampler's log-prob| is {total / num_tokens:.4f}, above rl.mismatch_alarm = "
             f"{alarm:g}. {explain_mismatch(self.sampler, self.policy.model)}. The weights were not changed and the "
-            f"last checkpoint is intact"
+            f"last checkpoint is intact",
+            everywhere=True,
         )
 
 
@@ -172,7 +186,8 @@ def train(config: Config, dataset: Dataset, start: str | Path, out: Path, parall
     ref = open_reference(policy, start, config.model, device, sharding) if rl.kl_coef > 0 else None
     optimizer = make_optimizer(policy.model, lr=rl.lr, betas=rl.betas, weight_decay=rl.weight_decay, eps=rl.adam_eps)
     sampler = open_sampler(policy, config, parallel)
-    updater = Updater(policy, ref, sampler, optimizer, config, parallel)
+    updater = Updater(policy, ref, sampler, optimizer, rl, parallel)
+    scorer = Scorer.open(dataset.catalog, rl, num_ranks, RankSegmenter(policy.tokenizer), sampler.eos_ids)
     order = BatchOrder(len(dataset.train), rl.prompts_per_step, config.seed, parallel.dp_rank, parallel.dp_world)
     prompts = encode_prompts(policy.tokenizer, dataset.train, config.data.max_prompt_tokens)
     val_samples = dataset.validation[: rl.eval_samples]
@@ -187,13 +202,13 @@ def train(config: Config, dataset: Dataset, start: str | Path, out: Path, parall
         else None
     )
 
-    def validate_and_keep_best(finished: int) -> dict[str, float]:
+    def validate_and_keep_best(num_done: int) -> dict[str, float]:
         nonlocal best
         metrics = validate(policy, sampler, val_samples, dataset.catalog, config, parallel)
         ndcg = metrics[f"eval/ndcg@{num_ranks}"]
         # The highest of many noisy scores is mostly luck, and the last steps have the lowest learning rate.
         if ndcg >= best["ndcg"] - best["se"]:
-            keep_best(policy, out, finished, parallel)
+            keep_best(policy, out, num_done, parallel)
         if ndcg > best["ndcg"]:
             best = {"ndcg": ndcg, "se": metrics[f"eval/se_ndcg@{num_ranks}"]}
         return metrics
@@ -219,20 +234,12 @@ def train(config: Config, dataset: Dataset, start: str | Path, out: Path, parall
         sampler.sleep()
         sampled = time.perf_counter()
 
-        scored = score_groups(rollouts, examples, dataset.catalog, rl, num_ranks, means, updater.segmenter)
+        scored = score_groups(rollouts, examples, scorer, means)
         # Without a KL term a group whose lists all earned the same moves nothing: leave it out, keep it in the count.
         chosen = [p for p in range(len(indices)) if scored.carries_gradient[p] or rl.kl_coef > 0]
-        groups = [Group(prompts[indices[p]], [rollout.token_ids for rollout in rollouts[p]]) for p in chosen]
-        batch = [
-            MicroBatch(
-                [groups[i] for i in micro],
-                torch.cat([scored.advantage_PGU[chosen[i]] for i in micro]).to(policy.device),
-                [rollout.logp for i in micro for rollout in rollouts[chosen[i]]],
-            )
-            for micro in plan_micro_batches(groups, rl.token_budget)
-        ]
+        batch = make_micro_batches([prompts[i] for i in indices], rollouts, scored.units, chosen, rl, num_ranks)
+        denominator = parallel.sum([scored.denominator])[0]
         num_tokens = sum(len(rollout.token_ids) for group in rollouts for rollout in group)
-        denominator = step_denominator(rl, num_ranks, num_tokens, parallel)
         scored_at = time.perf_counter()
 
         updater.add_reference(batch)
@@ -255,9 +262,9 @@ def train(config: Config, dataset: Dataset, start: str | Path, out: Path, parall
         means.add("tokens/sampled", num_tokens, 1 / parallel.dp_world)
         metrics = means.reduce(parallel)
         metrics |= {"grad/norm": norm, "lr": lr}
-        finished = step + 1
-        if finished % rl.eval_every == 0 or finished == rl.num_steps:
-            metrics |= validate_and_keep_best(finished)
+        num_done = step + 1
+        if num_done % rl.eval_every == 0 or num_done == rl.num_steps:
+            metrics |= validate_and_keep_best(num_done)
         metrics |= {
             "time/sample_s": sampled - began,
             "time/score_s": scored_at - sampled,
@@ -266,10 +273,10 @@ def train(config: Config, dataset: Dataset, start: str | Path, out: Path, parall
             "time/total_s": time.perf_counter() - began,
         }
         if log is not None:
-            log.write(finished, metrics)
-        if finished % rl.save_every == 0 and finished < rl.num_steps:
+            log.write(num_done, metrics)
+        if num_done % rl.save_every == 0 and num_done < rl.num_steps:
             state = {"best": best}
-            save_checkpoint(out / "checkpoints", finished, policy.model, optimizer, state, rl.keep_last, parallel)
+            save_checkpoint(out / "checkpoints", num_done, policy.model, optimizer, state, rl.keep_last, parallel)
     if log is not None:
         log.close()
     policy.export(final, parallel)
@@ -278,19 +285,9 @@ def train(config: Config, dataset: Dataset, start: str | Path, out: Path, parall
     return out / "best"
 
 
-def step_denominator(rl: RlConfig, num_ranks: int, num_tokens: int, parallel: Parallel) -> float:
-    """What the losses of a whole step are divided by; num_tokens counts this process's sampled tokens."""
-    num_lists = rl.prompts_per_step * rl.group_size
-    if rl.reduction == "token" or rl.token_mean == "batch":
-        return parallel.sum([num_tokens])[0]
-    if rl.token_mean == "max":
-        return num_lists * rl.max_new_tokens
-    return num_lists * (num_ranks if rl.unit == "rank" else 1)
-
-
-def keep_best(policy: Policy, out: Path, finished: int, parallel: Parallel) -> None:
+def keep_best(policy: Policy, out: Path, num_done: int, parallel: Parallel) -> None:
     """Export the policy and point out/best at it; the export before it goes only once the link has moved."""
-    export = out / f"best-{finished:08d}"
+    export = out / f"best-{num_done:08d}"
     policy.export(export, parallel)
     if not parallel.is_main:
         return

@@ -22,7 +22,8 @@ rewards they would vanish in every group whose lists all fail alike. Only the li
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -44,6 +45,11 @@ class Units:
     denominator: int | Tensor
     """This call's share, for reduction="rank": B*K for ranks, whatever the penalties; for tokens without mean_by_list
     their number (0-dim tensor); else B. Sum it over the step."""
+
+    def to(self, device: torch.device) -> Units:
+        """The same on another device; the denominator stays where it is."""
+        moved = {name: getattr(self, name).to(device) for name in ("unit_BT", "advantage_BU", "weight_BU")}
+        return replace(self, **moved)
 
 
 def make_units(
@@ -111,6 +117,24 @@ def make_units(
     if unit == "token":
         return _token_units(listed_BT, advantage_BU.gather(1, unit_BT.clamp(min=0)), mean_by_list)
     return Units(unit_BT, advantage_BU, torch.ones_like(advantage_BU), num_lists * num_ranks)
+
+
+def take_lists(units: Units, lists: Sequence[int], *, at_least: int = 1) -> Units:
+    """The units of some of the lists, cut to the longest of them and to the units in use, `at_least` so many.
+
+    The denominator stays that of all lists. Raises ValueError without lists.
+    """
+    if not lists:
+        raise ValueError("expected at least one list, got none")
+    unit_BT = units.unit_BT[lists]
+    num_tokens = int((unit_BT >= 0).any(0).nonzero().max()) + 1
+    num_units = max(int(unit_BT.max()) + 1, at_least)
+    return replace(
+        units,
+        unit_BT=unit_BT[:, :num_tokens],
+        advantage_BU=units.advantage_BU[lists, :num_units],
+        weight_BU=units.weight_BU[lists, :num_units],
+    )
 
 
 def _count_items(rank_BT: Tensor, eos_BT: Tensor) -> Tensor:

@@ -2,13 +2,13 @@
 
 import math
 import random
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 from tiny_world import ALONE, WORDS, tiny_config
 
-import rankgrpo.train
 from rankgrpo.cli import default_run_dir
 from rankgrpo.config_file import flatten, load_config, method_files, presets_dir
 from rankgrpo.data.samples import Sample, Turn
@@ -16,10 +16,10 @@ from rankgrpo.errors import ConfigError
 from rankgrpo.items.catalog import Catalog, Item
 from rankgrpo.model.packing import Group
 from rankgrpo.pipeline import run_pipeline
-from rankgrpo.rollouts.score import score_groups
+from rankgrpo.rollouts.score import Scorer, score_groups
 from rankgrpo.runtime.means import Means
 from rankgrpo.sampler.base import Rollout
-from rankgrpo.train import MicroBatch, Updater, step_denominator
+from rankgrpo.train import MicroBatch, Updater
 
 METHODS = ["dapo", "dr-grpo", "grpo", "gspo", "r1-zero", "rank-grpo", "rank-grpo-exp", "rank-grpo-log", "released",
            "unlikeliness"]  # fmt: skip
@@ -235,7 +235,7 @@ class GivenLogprobs:
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("method", METHODS)
-def test_the_objective_is_the_papers(method, seed, monkeypatch):
+def test_the_objective_is_the_papers(method, seed):
     answers = random_answers(seed)
     config = load_config(None, [*WORDS, "rl.kl_coef=0"], method=method)
     rl = config.rl
@@ -246,16 +246,14 @@ def test_the_objective_is_the_papers(method, seed, monkeypatch):
         samples.append(Sample(str(p), (Turn("user", "hello"),), (), truth))
         text = lambda answer: "\n".join(f"{TITLES[film][0]} ({TITLES[film][1]})" for film in answer.films)  # noqa: E731
         groups.append([Rollout(token_ids(a), flat(a.old_logps), text(a), finished=True) for a in group])
-    scored = score_groups(groups, samples, catalog, rl, K, Means(), Segmenter())
+    scored = score_groups(groups, samples, Scorer.open(catalog, rl, K, Segmenter(), [EOS]), Means())
 
     policy = GivenLogprobs(answers)
-    monkeypatch.setattr(rankgrpo.train, "RankSegmenter", lambda tokenizer: Segmenter())
-    updater = Updater(policy, None, SimpleNamespace(eos_ids=[EOS]), None, config, ALONE)
-    sampler_logp = [flat(answer.old_logps) for group in answers for answer in group]
-    advantage_BU = scored.advantage_PGU.flatten(0, 1).double()
-    batch = MicroBatch([Group([1], [[2]])], advantage_BU, sampler_logp, old_logp_BT=policy.old_logp_BT)
-    num_tokens = sum(len(rollout.token_ids) for group in groups for rollout in group)
-    loss = updater._backward(batch, step_denominator(rl, K, num_tokens, ALONE), Means())
+    updater = Updater(policy, None, SimpleNamespace(eos_ids=[EOS]), None, rl, ALONE)
+    units = scored.units
+    units = replace(units, advantage_BU=units.advantage_BU.double(), weight_BU=units.weight_BU.double())
+    batch = MicroBatch([Group([1], [[2]])], units, policy.old_logp_BT, old_logp_BT=policy.old_logp_BT)
+    loss = updater._backward(batch, scored.denominator, Means())
     assert -float(loss) == pytest.approx(ORACLES[method](answers), rel=1e-4, abs=1e-7)
     assert policy.logp_BT.grad.isfinite().all() and policy.logp_BT.grad.any()
 

@@ -8,7 +8,7 @@ from rankgrpo.config import RlConfig
 from rankgrpo.config_file import load_config
 from rankgrpo.errors import ConfigError
 from rankgrpo.loss import rank_grpo_loss
-from rankgrpo.rollouts.mismatch import as_padded, correct_units, describe_mismatch, mismatch_weight
+from rankgrpo.rollouts.mismatch import correct_units, describe_mismatch, mismatch_weight
 from rankgrpo.runtime.means import Means
 from rankgrpo.units import Units
 
@@ -116,15 +116,11 @@ def test_metrics_by_hand():
     unit = torch.cat([units.unit_BT, torch.tensor([[0, -1, -1, -1]])])
     units = replace(units, unit_BT=unit, advantage_BU=torch.ones(2, 3), weight_BU=torch.ones(2, 3))
     means = Means()
-    describe_mismatch(units, logp, sampled, unit >= 0, RlConfig(), means)
+    gap = describe_mismatch(units, logp, sampled, unit >= 0, RlConfig(), means)
+    assert gap == pytest.approx((2 + 2 * math.e + math.exp(0.05), 5))
     assert means.pairs["mismatch/abs_logp"] == pytest.approx([2.05, 5])
     assert means.pairs["mismatch/exp_abs_logp"] == pytest.approx([2 + 2 * math.e + math.exp(0.05), 5])
     assert means.pairs["mismatch/outside_clip_frac"] == [1, 4]
-
-
-def test_ragged_values_land_where_their_tokens_are():
-    mask = torch.tensor([[True, True, False], [True, True, True]])
-    assert as_padded([[1.0, 2.0], [3.0, 4.0, 5.0]], mask).tolist() == [[1, 2, 0], [3, 4, 5]]
 
 
 @pytest.mark.parametrize("word", ["rl.mismatch_alarm=1.0", "rl.mismatch_cap=0.9", "rl.vllm_memory=1.5", "rl.vllm_tp=0"])

@@ -3,6 +3,7 @@ import sys
 
 import pytest
 import torch
+from tiny_world import byte_rollout, byte_scorer
 
 from rankgrpo.config import RlConfig
 from rankgrpo.config_file import load_config
@@ -14,7 +15,6 @@ from rankgrpo.rollouts.parts import _OWN, Answer, load_parts, measure
 from rankgrpo.rollouts.score import score_groups
 from rankgrpo.runtime.distributed import Parallel
 from rankgrpo.runtime.means import Means
-from rankgrpo.sampler.base import Rollout
 
 # Shape letters: P prompts, G lists a prompt, K ranks.
 
@@ -68,9 +68,9 @@ def answer(text, finished=True):
 
 def score(*texts, **settings):
     means = Means()
-    group = [Rollout([1, 2], [-0.5, -0.5], text, True) for text in texts]
+    group = [byte_rollout(text) for text in texts]
     rl = RlConfig(group_size=len(group), **settings)
-    return score_groups([group], [EXAMPLE], CATALOG, rl, K, means), means.reduce(ALONE)
+    return score_groups([group], [EXAMPLE], byte_scorer(CATALOG, rl, K), means), means.reduce(ALONE)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -1,10 +1,11 @@
 import pytest
 import torch
+from tiny_world import byte_rollout, byte_scorer
 
 from rankgrpo.config import RlConfig
 from rankgrpo.data.samples import Sample, Turn
 from rankgrpo.items.catalog import Catalog, Item
-from rankgrpo.rollouts.score import score_groups
+from rankgrpo.rollouts.score import Scorer, score_groups
 from rankgrpo.runtime.distributed import Parallel
 from rankgrpo.runtime.means import Means
 from rankgrpo.sampler.base import Rollout
@@ -14,15 +15,11 @@ EXAMPLE = Sample("a", (Turn("user", "I like Alien (1979)"),), ("Alien",), (("Hea
 ALONE = Parallel(0, 1, torch.device("cpu"))
 
 
-def rollout(text, finished=True, num_tokens=4):
-    return Rollout(list(range(num_tokens)), [-0.5] * num_tokens, text, finished)
-
-
 def score(*texts, **settings):
     means = Means()
-    group = [text if isinstance(text, Rollout) else rollout(text) for text in texts]
+    group = [text if isinstance(text, Rollout) else byte_rollout(text) for text in texts]
     rl = RlConfig(group_size=len(group), **settings)
-    return score_groups([group], [EXAMPLE], CATALOG, rl, 3, means), means.reduce(ALONE)
+    return score_groups([group], [EXAMPLE], byte_scorer(CATALOG, rl, 3), means), means.reduce(ALONE)
 
 
 FULL = "Ronin (1998)\nHeat (1995)\nThief (1981)"
@@ -61,7 +58,7 @@ def test_a_repeat_costs_the_advantage_of_its_own_rank():
 
 
 def test_what_a_list_is_made_of():
-    _, means = score("Heat (1995)\nno year\nNowhere (2050)\nHeat (1995)", rollout("", finished=False))
+    _, means = score("Heat (1995)\nno year\nNowhere (2050)\nHeat (1995)", byte_rollout("", finished=False))
     assert means["list/items_mean"] == 2.0
     assert means["list/parsed_frac"] == 3 / 4
     assert means["list/in_catalog_frac"] == 2 / 4
@@ -78,7 +75,7 @@ def test_what_a_list_is_made_of():
         (("Ronin (1998)", MISS), {"early_eos_penalty": 0.0}, False),
         ((MISS + "\nAlien (1979)", MISS), {}, True),  # overflows
         ((MISS + "\nAlien (1979)", MISS), {"overflow_penalty": 0.0}, False),
-        ((rollout("Ronin (1998)", finished=False), MISS), {}, False),  # cut off, not stopped
+        ((byte_rollout("Ronin (1998)", finished=False), MISS), {}, False),  # cut off, not stopped
         ((MISS, MISS), {"full_list_bonus": 0.1}, True),
         (("Ronin (1998)", MISS), {"unit": "list"}, False),
     ],
@@ -99,7 +96,8 @@ def test_unlikely_hits_count_more_and_only_among_hits():
     unlikely = Rollout([1, 2, 3], [-0.1, -2.0, -0.3], FULL, True)
     miss = Rollout([1, 2], [-0.1, -0.1], MISS, True)
     group, rl = [likely, unlikely, miss], RlConfig(group_size=3, unlikeliness=0.5, scale_by_std=False)
-    scored = score_groups([group], [EXAMPLE], CATALOG, rl, 3, Means(), OneTokenALine())
+    scorer = Scorer.open(CATALOG, rl, 3, OneTokenALine(), [0])
+    scored = score_groups([group], [EXAMPLE], scorer, Means())
     # Rank 1: factors 1 - .5 (likeliest of two hits) and 1 - .5 / 2; rank 2: both equally likely, 1 - .5 * 1.5 / 2.
     first, second, third = torch.tensor([0.5, 0.75, 0]), torch.tensor([0.625, 0.625, 0]), scored.advantage_PGU[0].T
     torch.testing.assert_close(third, torch.stack([torch.zeros(3), first - first.mean(), second - second.mean()]))

@@ -6,7 +6,16 @@ import shutil
 
 import pytest
 import torch
-from tiny_world import ALONE, WORDS, taught_dataset, tiny_config, tiny_dataset, tiny_demonstrations
+from tiny_world import (
+    ALONE,
+    WORDS,
+    byte_rollout,
+    byte_scorer,
+    taught_dataset,
+    tiny_config,
+    tiny_dataset,
+    tiny_demonstrations,
+)
 from transformers import AutoModelForCausalLM
 
 from rankgrpo.config_file import load_config
@@ -14,10 +23,11 @@ from rankgrpo.errors import SamplingError, TrainingError
 from rankgrpo.model.policy import choose_impl
 from rankgrpo.model.presets import make_init
 from rankgrpo.model.tiny import TinyConfig
-from rankgrpo.runtime.distributed import Parallel
+from rankgrpo.rollouts.score import score_groups
+from rankgrpo.runtime.means import Means
 from rankgrpo.runtime.tracker import read_metrics
 from rankgrpo.sft import demonstration_groups, train_sft
-from rankgrpo.train import step_denominator, train
+from rankgrpo.train import train
 
 
 @pytest.fixture(scope="module")
@@ -292,7 +302,11 @@ def test_kernels_are_chosen_by_the_device():
 
 def test_denominators_of_the_methods():
     def of(*words):
-        return step_denominator(tiny_config(*words).rl, 5, 70, Parallel(0, 1, torch.device("cpu")))
+        rl = tiny_config(*words).rl
+        groups = [[byte_rollout("ab\ncd", finished=place < 10) for place in range(3 * p, 3 * p + 3)] for p in range(4)]
+        return score_groups(
+            groups, tiny_dataset().train[:4], byte_scorer(tiny_dataset().catalog, rl, 5), Means()
+        ).denominator
 
     assert of() == 4 * 3 * 5  # prompts x lists x ranks
     assert of("rl.unit=token") == of("rl.unit=list") == 12

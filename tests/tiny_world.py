@@ -8,12 +8,16 @@ from functools import cache
 import torch
 
 from rankgrpo.baselines.ease import EaseTeacher
-from rankgrpo.config import Config
+from rankgrpo.config import Config, RlConfig
 from rankgrpo.config_file import load_config
 from rankgrpo.data.demo import make_demo
 from rankgrpo.data.samples import Dataset, Sample
 from rankgrpo.distill.demonstrations import make_demonstrations
+from rankgrpo.items.catalog import Catalog
+from rankgrpo.parse import RankSegmenter
+from rankgrpo.rollouts.score import Scorer
 from rankgrpo.runtime.distributed import Parallel
+from rankgrpo.sampler.base import Rollout
 
 ALONE = Parallel(0, 1, torch.device("cpu"))
 
@@ -64,3 +68,18 @@ def tiny_demonstrations() -> dict[str, list[Sample]]:
 
 def taught_dataset() -> Dataset:
     return replace(tiny_dataset(), train=tiny_demonstrations()["train"])
+
+
+# A token a byte, so that what a text says and what its tokens say is the same.
+BYTES = RankSegmenter.from_token_bytes([bytes([byte]) for byte in range(256)])
+END, BLANK = 256, 257
+
+
+def byte_rollout(text: str, finished: bool = True, logp: float = -0.5) -> Rollout:
+    """A list as a sampler would return it; one without text or end has a token that means nothing."""
+    ids = [*text.encode(), *([END] if finished else [])] or [BLANK]
+    return Rollout(ids, [logp] * len(ids), text, finished)
+
+
+def byte_scorer(catalog: Catalog, rl: RlConfig, num_ranks: int) -> Scorer:
+    return Scorer.open(catalog, rl, num_ranks, BYTES, [END])

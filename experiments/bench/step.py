@@ -17,21 +17,20 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from rankgrpo.advantage import group_advantage
 from rankgrpo.config import Config, RlConfig
 from rankgrpo.data.demo import make_demo
 from rankgrpo.data.samples import Sample
 from rankgrpo.model.attention import use_shared_prefix
-from rankgrpo.model.packing import Group, plan_micro_batches
 from rankgrpo.model.policy import Policy
 from rankgrpo.model.presets import count_parameters, valid_token_mask
 from rankgrpo.model.tiny import TinyConfig, init_model, train_tokenizer
-from rankgrpo.rollouts.score import score_groups
+from rankgrpo.parse import RankSegmenter
+from rankgrpo.rollouts.score import Scorer, score_groups
 from rankgrpo.runtime.distributed import start_parallel
 from rankgrpo.runtime.means import Means
 from rankgrpo.runtime.optim import make_optimizer
 from rankgrpo.sampler.choose import hf_sampler
-from rankgrpo.train import MicroBatch, Updater
+from rankgrpo.train import Updater, make_micro_batches
 from rankgrpo_kernels.bench.common import print_table, record, write_json
 
 EXAMPLE = """examples:
@@ -64,7 +63,7 @@ class Bench:
         self.config = replace(Config(), rl=RlConfig(kl_coef=0.0, token_budget=args.token_budget))
         optimizer = make_optimizer(model, lr=1e-6, betas=(0.9, 0.99), weight_decay=0.0)
         self.sampler = hf_sampler(self.policy)
-        self.updater = Updater(self.policy, None, self.sampler, optimizer, self.config, self.parallel)
+        self.updater = Updater(self.policy, None, self.sampler, optimizer, self.config.rl, self.parallel)
 
     def step(self, prompt_tokens: int, group_size: int, seed: int) -> dict[str, float]:
         """Seconds of each phase of one step."""
@@ -84,20 +83,15 @@ class Bench:
         self._wait()
         sampled = time.perf_counter()
         rl = replace(self.config.rl, group_size=group_size)
-        score_groups(rollouts, examples, self.dataset.catalog, rl, 20, Means())
-        reward_PGK = torch.rand(len(prompts), group_size, 20, generator=torch.Generator().manual_seed(seed))
-        advantage_PGK = group_advantage(reward_PGK)
+        segmenter = RankSegmenter(self.policy.tokenizer)
+        scorer = Scorer.open(self.dataset.catalog, rl, 20, segmenter, self.sampler.eos_ids)
+        units = score_groups(rollouts, examples, scorer, Means()).units
         scored = time.perf_counter()
-        groups = [Group(p, [r.token_ids for r in lists]) for p, lists in zip(prompts, rollouts, strict=True)]
-        batch = [
-            MicroBatch(
-                [groups[i] for i in chosen],
-                torch.cat([advantage_PGK[i] for i in chosen]).to(self.policy.device),
-                [rollout.logp for i in chosen for rollout in rollouts[i]],
-            )
-            for chosen in plan_micro_batches(groups, self.args.token_budget)
-        ]
-        self.updater.step(batch, advantage_PGK.numel(), 1e-6, "benchmark", Means())
+        # A model with random weights hits nothing; with random advantages every list is trained on.
+        random_BU = torch.randn(units.advantage_BU.shape, generator=torch.Generator().manual_seed(seed))
+        units = replace(units, advantage_BU=random_BU)
+        batch = make_micro_batches(prompts, rollouts, units, list(range(len(prompts))), rl, 20)
+        self.updater.step(batch, units.denominator, 1e-6, "benchmark", Means())
         self._wait()
         return {"sample": sampled - began, "score": scored - sampled, "update": time.perf_counter() - scored}
 

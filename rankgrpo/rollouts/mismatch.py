@@ -9,7 +9,7 @@ unit is that of the loss: with ranks, the geometric mean over the tokens of one 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +20,13 @@ from rankgrpo.runtime.means import Means
 from rankgrpo.units import Units
 
 Correction = Literal["truncate", "mask"]
+
+
+class Gap(NamedTuple):
+    """Sum over tokens of exp|trainer's - sampler's log-prob|, which is 1 a token where the two agree."""
+
+    total: float
+    num_tokens: int
 
 
 def mismatch_weight(
@@ -63,21 +70,16 @@ def correct_units(units: Units, logp_BT: Tensor, sampler_logp_BT: Tensor, rl: Rl
 
 def describe_mismatch(
     units: Units, logp_BT: Tensor, sampler_logp_BT: Tensor, mask_BT: Tensor, rl: RlConfig, means: Means
-) -> None:
+) -> Gap:
     """Add mismatch/*: by token, and the share of units that the mismatch alone would carry out of the clip band."""
     gap = (logp_BT - sampler_logp_BT)[mask_BT].abs()
+    exp_gap = Gap(float(gap.exp().sum()), gap.numel())
     means.add("mismatch/abs_logp", gap.sum(), gap.numel())
-    means.add("mismatch/exp_abs_logp", gap.exp().sum(), gap.numel())
+    means.add("mismatch/exp_abs_logp", exp_gap.total, exp_gap.num_tokens)
     ratio_BU = rank_log_ratio(logp_BT, sampler_logp_BT, units.unit_BT, units.advantage_BU.shape[1]).exp()
     outside_BU = (ratio_BU < 1 - rl.clip_low) | (ratio_BU > 1 + rl.clip_high)
     means.add("mismatch/outside_clip_frac", outside_BU.sum(), _present(units).sum())  # an absent unit has ratio 1
-
-
-def as_padded(rows: list[list[float]], mask_BT: Tensor) -> Tensor:
-    """Values of every list's tokens as (B, T), 0 where mask_BT is False."""
-    value_BT = torch.zeros(mask_BT.shape, dtype=torch.float32, device=mask_BT.device)
-    value_BT[mask_BT] = torch.tensor([value for row in rows for value in row], device=mask_BT.device)
-    return value_BT
+    return exp_gap
 
 
 def _present(units: Units) -> Tensor:

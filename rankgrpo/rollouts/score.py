@@ -1,8 +1,9 @@
-"""From sampled lists to advantages: parse once, reward, returns, group advantage; and what to log of the lists."""
+"""From sampled lists to units: parse once, reward, returns, group advantage; and what to log of the lists."""
 
 # Shape letters: P prompts, G lists a prompt, B = P*G, K ranks, U units that have an advantage (K ranks, or 1 list).
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,47 +18,62 @@ from rankgrpo.loss import rank_log_ratio
 from rankgrpo.parse import RankSegmenter
 from rankgrpo.reward import list_return, rank_returns, unlikeliness_reward
 from rankgrpo.reward_terms import reward_terms
-from rankgrpo.rollouts.parts import Answer, load_parts, measure, repetition
+from rankgrpo.rollouts.parts import Answer, Part, load_parts, measure, repetition
 from rankgrpo.runtime.means import Means
 from rankgrpo.sampler.base import Rollout
+from rankgrpo.units import Units, make_units
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """What scoring needs in every step of a run, opened once; made by `Scorer.open`."""
+
+    catalog: Catalog
+    rl: RlConfig
+    num_ranks: int
+    segmenter: RankSegmenter
+    eos_ids: Tensor
+    parts: Mapping[str, Part]
+
+    @classmethod
+    def open(
+        cls, catalog: Catalog, rl: RlConfig, num_ranks: int, segmenter: RankSegmenter, eos_ids: Sequence[int]
+    ) -> Scorer:
+        """Raises ConfigError for a part of rl.reward that cannot be computed."""
+        parts = load_parts("relevance", catalog) | load_parts(rl.reward, catalog)
+        return cls(catalog, rl, num_ranks, segmenter, torch.tensor(eos_ids), parts)
 
 
 @dataclass(frozen=True)
 class ScoredGroups:
-    """Rewards and advantages of P groups of G lists."""
+    """Rewards of P groups of G lists, and the units that the loss moves."""
 
     reward_PGK: Tensor
     """Return of every rank (Eq. 8, 9), of the weighted sum of the reward's parts."""
     advantage_PGU: Tensor
     """Advantage of every rank, or one a list (last axis 1) when the unit is the token or the list."""
+    units: Units
+    """Of all B lists, penalties included."""
     carries_gradient: list[bool]
-    """By group: does any of its lists have an advantage or a penalty?"""
+    """By group: has any unit of its lists an advantage?"""
+    denominator: float
+    """What these lists add to the denominator of the step's loss, whether they carry a gradient or not."""
 
 
-def score_groups(
-    groups: list[list[Rollout]],
-    examples: list[Sample],
-    catalog: Catalog,
-    rl: RlConfig,
-    num_ranks: int,
-    means: Means,
-    segmenter: RankSegmenter | None = None,
-) -> ScoredGroups:
-    """Score sampled groups against their examples; adds reward/*, reward_part/* and list/* to `means`.
-
-    segmenter: finds the tokens of a rank, needed for rl.unlikeliness only.
-    """
-    P, G, K = len(groups), rl.group_size, num_ranks
+def score_groups(groups: list[list[Rollout]], examples: list[Sample], scorer: Scorer, means: Means) -> ScoredGroups:
+    """Score sampled groups against their examples; adds reward/*, reward_part/* and list/* to `means`."""
+    rl = scorer.rl
+    P, G, K = len(groups), rl.group_size, scorer.num_ranks
     flat = [rollout for rollouts in groups for rollout in rollouts]
     answers = [
-        Answer(example, rollout.text, rollout.finished, catalog, num_ranks, rl.year_tolerance)
+        Answer(example, rollout.text, rollout.finished, scorer.catalog, K, rl.year_tolerance)
         for rollouts, example in zip(groups, examples, strict=True)
         for rollout in rollouts
     ]
     for answer, rollout in zip(answers, flat, strict=True):
         _describe_list(answer, rollout, means)
-    parts = load_parts("relevance", catalog) | load_parts(rl.reward, catalog)
-    values = {name: measure(name, part, answers) for name, part in parts.items()}
+    values = {name: measure(name, part, answers) for name, part in scorer.parts.items()}
+    rank_BT, eos_BT = _ranks(flat, scorer)
 
     reward_BK, scored_BU = torch.zeros(P * G, K), torch.zeros(P * G, K if rl.unit == "rank" else 1)
     for name, weight in reward_terms(rl.reward).items():
@@ -65,7 +81,7 @@ def score_groups(
         of_ranks_BK, of_units_BU = _returns(values[name], rl, K)
         reward_BK = reward_BK + weight * of_ranks_BK
         if name == "relevance" and rl.unlikeliness:
-            of_units_BU = _unlikely(of_units_BU, flat, rl, segmenter)
+            of_units_BU = _unlikely(of_units_BU, flat, rank_BT, rl)
         scored_BU = scored_BU + weight * of_units_BU
     reward_PGK, scored_PGU = reward_BK.view(P, G, K), scored_BU.view(P, G, -1)
     advantage_PGU = group_advantage(scored_PGU, scale_by_std=rl.scale_by_std)
@@ -75,11 +91,37 @@ def score_groups(
         repeat_PGK = torch.stack([repetition(answer) for answer in answers]).view(P, G, K)
         advantage_PGU = advantage_PGU + rl.repeat_penalty * (repeat_PGK - repeat_PGK.mean(1, keepdim=True))
     _describe_rewards(values["relevance"].view(P, G, K), reward_PGK, scored_PGU, means)
-    has_advantage = (advantage_PGU != 0).flatten(1).any(1).tolist()
-    # Penalties belong to ranks: with another unit they do not apply.
-    penalised = [rl.unit == "rank" and _is_penalised(answer, rl) for answer in answers]
-    carries = [has_advantage[p] or any(penalised[p * G : (p + 1) * G]) for p in range(P)]
-    return ScoredGroups(reward_PGK, advantage_PGU, carries)
+
+    units = make_units(
+        rank_BT,
+        eos_BT,
+        advantage_PGU.flatten(0, 1),
+        unit=rl.unit,
+        num_ranks=K,
+        overflow_penalty=rl.overflow_penalty,
+        early_eos_penalty=rl.early_eos_penalty,
+        full_list_bonus=rl.full_list_bonus,
+        mean_by_list=rl.token_mean == "list",
+    )
+    carries = (units.advantage_BU != 0).view(P, -1).any(1).tolist()
+    return ScoredGroups(reward_PGK, advantage_PGU, units, carries, _denominator(units, rl))
+
+
+def _ranks(rollouts: list[Rollout], scorer: Scorer) -> tuple[Tensor, Tensor]:
+    """Rank of every token, -1 after a list's end, and which tokens end a list: (B, T) each."""
+    ids_BT = pad_sequence([torch.tensor(rollout.token_ids) for rollout in rollouts], batch_first=True)
+    length_B1 = torch.tensor([[len(rollout.token_ids)] for rollout in rollouts])
+    mask_BT = torch.arange(ids_BT.shape[1]) < length_B1
+    return scorer.segmenter(ids_BT, mask_BT), torch.isin(ids_BT, scorer.eos_ids) & mask_BT
+
+
+def _denominator(units: Units, rl: RlConfig) -> float:
+    """The units' own, but for the two means that are not over units: over tokens, and over a fixed length."""
+    if rl.reduction == "token":
+        return int((units.unit_BT >= 0).sum())
+    if rl.token_mean == "max":
+        return len(units.unit_BT) * rl.max_new_tokens
+    return float(units.denominator)
 
 
 def _returns(value: Tensor, rl: RlConfig, num_ranks: int) -> tuple[Tensor, Tensor]:
@@ -91,37 +133,18 @@ def _returns(value: Tensor, rl: RlConfig, num_ranks: int) -> tuple[Tensor, Tenso
     return return_BK, return_BK if rl.unit == "rank" else list_return(value)[:, None]
 
 
-def _unlikely(reward_BU: Tensor, rollouts: list[Rollout], rl: RlConfig, segmenter: RankSegmenter | None) -> Tensor:
+def _unlikely(reward_BU: Tensor, rollouts: list[Rollout], rank_BT: Tensor, rl: RlConfig) -> Tensor:
     by_rank = rl.unit == "rank"
-    if by_rank and segmenter is None:
-        raise ValueError("rl.unlikeliness with rl.unit = rank needs a segmenter, to find the tokens of a rank")
     B, U = reward_BU.shape
-    reward_PGU, logp_PGU = (
-        x.view(B // rl.group_size, rl.group_size, U)
-        for x in (reward_BU, mean_logp(rollouts, segmenter if by_rank else None, U))
-    )
+    logp_BU = mean_logp(rollouts, rank_BT if by_rank else rank_BT.clamp(max=0), U)
+    reward_PGU, logp_PGU = (x.view(B // rl.group_size, rl.group_size, U) for x in (reward_BU, logp_BU))
     return unlikeliness_reward(reward_PGU, logp_PGU, rl.unlikeliness, among_hits=by_rank).view(B, U)
 
 
-def _is_penalised(answer: Answer, rl: RlConfig) -> bool:
-    num_items, full = len(answer.items), answer.num_ranks
-    if num_items > full:
-        return rl.overflow_penalty != 0
-    if not answer.finished:
-        return False
-    return (rl.early_eos_penalty if num_items < full else rl.full_list_bonus) != 0
-
-
-def mean_logp(rollouts: list[Rollout], segmenter: RankSegmenter | None, num_ranks: int) -> Tensor:
-    """(B, K) mean log-prob of the tokens of every rank under the sampler; without a segmenter (B, 1), of the list."""
-    ids_BT, logp_BT = (
-        pad_sequence([torch.tensor(values) for values in rows], batch_first=True)
-        for rows in ([rollout.token_ids for rollout in rollouts], [rollout.logp for rollout in rollouts])
-    )
-    length_B1 = torch.tensor([[len(rollout.token_ids)] for rollout in rollouts])
-    mask_BT = torch.arange(ids_BT.shape[1]) < length_B1
-    rank_BT = torch.where(mask_BT, 0, -1) if segmenter is None else segmenter(ids_BT, mask_BT)
-    return rank_log_ratio(logp_BT, torch.zeros_like(logp_BT), rank_BT, num_ranks)
+def mean_logp(rollouts: list[Rollout], unit_BT: Tensor, num_units: int) -> Tensor:
+    """(B, U) mean log-prob of the tokens of every unit under the sampler."""
+    logp_BT = pad_sequence([torch.tensor(rollout.logp) for rollout in rollouts], batch_first=True)
+    return rank_log_ratio(logp_BT, torch.zeros_like(logp_BT), unit_BT, num_units)
 
 
 def _describe_list(answer: Answer, rollout: Rollout, means: Means) -> None:

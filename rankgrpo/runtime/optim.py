@@ -65,7 +65,8 @@ def optimizer_step(
         optimizer.zero_grad(set_to_none=True)
         raise TrainingError(
             f"{where}: the gradient norm is {norm}; the weights were not changed and the last checkpoint is intact. "
-            f"Resume with a lower learning rate under a new run name, or look at the batch of this step"
+            f"Resume with a lower learning rate under a new run name, or look at the batch of this step",
+            everywhere=True,
         )
     for group in optimizer.param_groups:
         group["lr"] = lr
@@ -75,9 +76,10 @@ def optimizer_step(
 
 
 def check_finite(value: float, where: str, what: str) -> None:
-    """Raise TrainingError when `value` is NaN or infinite."""
+    """Raise TrainingError when `value`, a sum over the processes, is NaN or infinite."""
     if not math.isfinite(value):
         raise TrainingError(
             f"{where}: {what} is {value}; the weights were not changed and the last checkpoint is intact. "
-            f"The usual cause is a learning rate that is too high"
+            f"The usual cause is a learning rate that is too high",
+            everywhere=True,
         )

@@ -14,17 +14,21 @@ from safetensors.torch import save_file
 from tiny_world import tiny_config
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.nn.utils.rnn import pad_sequence
 
 import rankgrpo.train as training
+from rankgrpo.config import RlConfig
 from rankgrpo.errors import SaveError
 from rankgrpo.model.adapter import merged_parameters
-from rankgrpo.model.packing import Group, plan_micro_batches
 from rankgrpo.model.policy import Policy, open_policy, open_reference
+from rankgrpo.parse import RankSegmenter
 from rankgrpo.runtime.checkpoint import load_checkpoint, save_checkpoint
 from rankgrpo.runtime.distributed import Parallel, full_parameters, make_sharding, start_parallel
 from rankgrpo.runtime.means import Means
 from rankgrpo.runtime.optim import make_optimizer
+from rankgrpo.sampler.base import Rollout
 from rankgrpo.sampler.choose import hf_sampler
+from rankgrpo.units import make_units
 
 
 def play(num_processes: int, folder: Path, *scenarios: str) -> None:
@@ -98,7 +102,7 @@ def play_job(job: dict, folder: Path, parallel: Parallel) -> None:
     ref = open_reference(policy, job["model"], config.model, parallel.device, sharding)
     rl = config.rl
     optimizer = make_optimizer(policy.model, lr=rl.lr, betas=rl.betas, weight_decay=0.1, eps=rl.adam_eps)
-    updater = training.Updater(policy, ref if rl.kl_coef else None, hf_sampler(policy), optimizer, config, parallel)
+    updater = training.Updater(policy, ref if rl.kl_coef else None, hf_sampler(policy), optimizer, rl, parallel)
     if "resume" in job:
         state = load_checkpoint(Path(job["resume"]), policy.model, optimizer)
         assert state["step"] == job["first"]
@@ -108,7 +112,8 @@ def play_job(job: dict, folder: Path, parallel: Parallel) -> None:
     training.optimizer_step = recording(training.optimizer_step, policy, gradients)
     for step in range(job["first"], job["last"]):
         means = Means()
-        batch = micro_batches([rollouts[step][i] for i in job["shares"][parallel.dp_rank]], rl.token_budget)
+        given = [rollouts[step][i] for i in job["shares"][parallel.dp_rank]]
+        batch = micro_batches(given, policy, rl, config.data.num_ranks) if given else []
         updater.add_reference(batch)
         for _ in range(rl.updates_per_batch):
             norm = updater.step(batch, job["denominator"], rl.lr, f"step {step}", means)
@@ -130,16 +135,24 @@ def play_job(job: dict, folder: Path, parallel: Parallel) -> None:
         (folder / f"{job['name']}.json").write_text(json.dumps(results))
 
 
-def micro_batches(rollouts: list[dict], token_budget: int) -> list[training.MicroBatch]:
-    groups = [Group(rollout["prompt"], rollout["lists"]) for rollout in rollouts]
-    return [
-        training.MicroBatch(
-            [groups[i] for i in chosen],
-            torch.tensor([row for i in chosen for row in rollouts[i]["advantage"]]),
-            [[-1.0] * len(ids) for i in chosen for ids in rollouts[i]["lists"]],
-        )
-        for chosen in plan_micro_batches(groups, token_budget)
-    ]
+def micro_batches(given: list[dict], policy: Policy, rl: RlConfig, num_ranks: int) -> list[training.MicroBatch]:
+    rollouts = [[Rollout(ids, [-1.0] * len(ids), "", True) for ids in one["lists"]] for one in given]
+    ids_BT = pad_sequence(
+        [torch.tensor(ids) for one in given for ids in one["lists"]], batch_first=True, padding_value=-1
+    )
+    units = make_units(
+        RankSegmenter(policy.tokenizer)(ids_BT, ids_BT >= 0),
+        torch.isin(ids_BT, torch.tensor(hf_sampler(policy).eos_ids)),
+        torch.tensor([row for one in given for row in one["advantage"]]),
+        unit=rl.unit,
+        num_ranks=num_ranks,
+        overflow_penalty=rl.overflow_penalty,
+        early_eos_penalty=rl.early_eos_penalty,
+        full_list_bonus=rl.full_list_bonus,
+        mean_by_list=rl.token_mean == "list",
+    )
+    prompts = [one["prompt"] for one in given]
+    return training.make_micro_batches(prompts, rollouts, units, list(range(len(given))), rl, num_ranks)
 
 
 def recording(plain, policy: Policy, gradients: dict[str, Tensor]):
