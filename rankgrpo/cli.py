@@ -14,13 +14,12 @@ from typing import Annotated, Literal
 import tyro
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
+from rankgrpo.config_file import Set, load_config, method_files, preset_file
 from rankgrpo.distill.settings import DistillConfig
 from rankgrpo.errors import UserError
+from rankgrpo.sizing.cli import plan
+from rankgrpo.suite.cli import experiments
 
-Set = Annotated[
-    list[str],
-    arg(name="set", metavar="KEY=VALUE", help="override the configuration, for example rl.lr=1e-5 sft.num_steps=200"),
-]
 Model = Annotated[str, arg(help="preset (see `rankgrpo models`), Hugging Face folder, or hub id")]
 Method = Annotated[str | None, arg(help="what Rank-GRPO is compared with, or a variant of it (see `rankgrpo methods`)")]
 Data = Annotated[str, arg(help="`demo`, or a folder with train/validation/test.jsonl and catalog.jsonl or .csv")]
@@ -210,41 +209,6 @@ def report(run: Positional[RunDir] = Path("runs/tiny-demo")) -> None:
 
 
 @app.command
-def experiments(
-    suite: Positional[Annotated[str, arg(help="suite of experiments/suites, or a path to a .toml")]] = "cpu",
-    *,
-    data: Annotated[str | None, arg(help="data set (default: the suite's)")] = None,
-    only: Annotated[list[str], arg(help="rows to run, with the warm starts they need (default: all)")] = [],  # noqa: B006
-    seeds: Annotated[int | None, arg(help="run so many seeds of every row (default: all)")] = None,
-    sft: Annotated[str | None, arg(help="model in place of the suite's warm start, for example RUN/sft/final")] = None,
-    jobs: Annotated[int, arg(help="runs at once; 0 is one on GPUs, else two")] = 0,
-    nproc: Annotated[int, arg(help="processes of a run; 0 is one a GPU, else one")] = 0,
-    max_minutes: Annotated[float | None, arg(help="stop in time; the same command goes on later")] = None,
-    runs_dir: Annotated[Path | None, arg(help="folder of the runs (default: runs/suites/SUITE-DATA)")] = None,
-    out: Annotated[Path | None, arg(help="folder of the page and the results (default: experiments)")] = None,
-    page: Annotated[bool, arg(help="run nothing: only the tables and plots, from what there is")] = False,
-    plan: Annotated[bool, arg(help="run nothing: list the runs, what is missing and the command of each")] = False,
-    set: Set = [],  # noqa: B006
-) -> None:
-    """Run what is missing of a suite of experiments and rebuild its tables and plots. Interrupt it at any time.
-
-    Try:
-      rankgrpo experiments cpu --data path/to/redial --max-minutes 30
-      rankgrpo experiments cpu --data path/to/redial --only rank-grpo --seeds 1
-      rankgrpo experiments cpu --plan
-    """
-    from rankgrpo.suite.command import list_suite, open_suite, rebuild_page, run_suite
-
-    opened = open_suite(suite, data=data, sft=sft, runs_dir=runs_dir, out=out, words=set)
-    if plan:
-        print(list_suite(opened, only, seeds))
-    elif page:
-        print(rebuild_page(opened))
-    else:
-        run_suite(opened, only, seeds, num_jobs=jobs, num_processes=nproc, max_minutes=max_minutes)
-
-
-@app.command
 def models() -> None:
     """List the model presets, where each comes from, and how to use a model of your own."""
     from rankgrpo.model.presets import PRESETS
@@ -257,42 +221,8 @@ def models() -> None:
 @app.command
 def methods() -> None:
     """List the methods of --method: Rank-GRPO, its variants and what it is compared with, with the keys each sets."""
-    from rankgrpo.config_file import method_files
-
     for name, path in method_files().items():
         print(f"{name}\n{textwrap.indent(path.read_text(encoding='utf-8'), '    ')}")
-
-
-@app.command
-def plan(
-    model: Positional[Annotated[str, arg(help="preset (see `rankgrpo models`) or folder with a config.json")]],
-    *,
-    gpus: Annotated[int, arg(help="GPUs of one node, one process each")] = 1,
-    gpu_memory: Annotated[float, arg(help="GB of one GPU")] = 80.0,
-    num_train: Annotated[int, arg(help="training samples; with them the hours of the whole RL run are shown")] = 0,
-    config: Annotated[Path | None, arg(help="TOML file (default: the preset's)")] = None,
-    set: Set = [],  # noqa: B006
-    rates: Annotated[
-        list[str], arg(metavar="NAME=VALUE", help="assumptions behind the seconds, for example train_mfu=0.3")
-    ] = [],  # noqa: B006
-) -> None:
-    """Whether a Rank-GRPO run fits on these GPUs, and the seconds a step that given rates mean; nothing is loaded.
-
-    Try:
-      rankgrpo plan qwen2.5-0.5b --gpus 4 --gpu-memory 80
-      rankgrpo plan llama3.2-3b --gpus 4 --gpu-memory 141 --num-train 383013 --rates train_mfu=0.3 list_tokens=200
-      rankgrpo plan path/to/model --gpus 1 --gpu-memory 24 --set rl.token_budget=8192 rl.group_size=4
-    """
-    from rankgrpo.config import with_steps
-    from rankgrpo.config_file import load_config
-    from rankgrpo.sizing.architecture import find_architecture
-    from rankgrpo.sizing.plan import Machine, make_plan, parse_rates, render
-
-    settings = load_config(config or _preset_file(model), set, model__name=model)
-    arch = find_architecture(model, settings.model)
-    if num_train > 0:
-        settings = with_steps(settings, num_train)
-    print(render(make_plan(model, arch, settings, Machine(gpus, gpu_memory), parse_rates(rates))))
 
 
 @data_app.command
@@ -345,6 +275,7 @@ def import_(
     """
     from rankgrpo.data.importers.convert import ImportOptions, import_dataset, parse_columns
     from rankgrpo.data.importers.download import fetch_if_url
+    from rankgrpo.evaluation.health import headline
 
     options = ImportOptions(
         format=format,
@@ -355,7 +286,8 @@ def import_(
         test_frac=test_frac,
         seed=seed,
     )
-    print(import_dataset(fetch_if_url(source, sha256, out.absolute().parent), out, options))
+    done, dataset = import_dataset(fetch_if_url(source, sha256, out.absolute().parent), out, options)
+    print(f"{done}\n\n{headline(dataset)}")
 
 
 @data_app.command
@@ -378,6 +310,8 @@ def demo(
     print(out)
 
 
+app.command(experiments)
+app.command(plan)
 app.command(data_app, name="data")
 
 
@@ -385,14 +319,6 @@ def default_run_dir(model: str, data: str, method: str | None = None) -> Path:
     """runs/MODEL-DATA, from the last part of each name, and -METHOD when one is given."""
     parts = [Path(model).name, Path(data).resolve().name, *([method] if method else [])]
     return Path("runs") / "-".join(parts)
-
-
-def _preset_file(model: str) -> Path | None:
-    """The TOML file of a preset; None for any other model."""
-    from rankgrpo.config_file import presets_dir
-
-    file = presets_dir() / f"{model}.toml"
-    return file if file.is_file() else None
 
 
 def _settings(
@@ -403,14 +329,13 @@ def _settings(
     method: str | None = None,
     demonstrations: str | None = None,
 ):
-    from rankgrpo.config_file import load_config
     from rankgrpo.model.presets import resolve_model
 
     resolve_model(model)  # an unknown name fails before anything is read or written
     direct = {"model__name": model, "data__path": data}
     if demonstrations is not None:
         direct["teacher__demonstrations"] = demonstrations
-    return load_config(config or _preset_file(model), overrides, method=method, **direct)
+    return load_config(config or preset_file(model), overrides, method=method, **direct)
 
 
 def message_of(error: Exception) -> str | None:

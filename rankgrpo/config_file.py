@@ -13,11 +13,17 @@ import tomllib
 import types
 import typing
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from tyro.conf import arg
 
 from rankgrpo.config import Config
 from rankgrpo.errors import ConfigError
 
+Set = Annotated[
+    list[str],
+    arg(name="set", metavar="KEY=VALUE", help="override the configuration, for example rl.lr=1e-5 sft.num_steps=200"),
+]
 # Keys that change how a run is watched, kept and shared out, not what it computes: a run may resume with other values.
 FREE_KEYS = frozenset(
     {
@@ -34,6 +40,12 @@ def presets_dir() -> Path:
     if spec is not None and spec.submodule_search_locations:
         return Path(next(iter(spec.submodule_search_locations)))
     return Path(__file__).resolve().parents[1] / "experiments"
+
+
+def preset_file(model: str) -> Path | None:
+    """The TOML file of a preset; None for any other model."""
+    file = presets_dir() / f"{model}.toml"
+    return file if file.is_file() else None
 
 
 def method_files() -> dict[str, Path]:

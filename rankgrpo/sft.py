@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from rankgrpo.config import Config
+from rankgrpo.config import Config, DataConfig
 from rankgrpo.data.order import BatchOrder
 from rankgrpo.data.prompt import encode_prompts
 from rankgrpo.data.samples import Dataset, Sample
@@ -44,8 +44,8 @@ def train_sft(
         start, config.model, parallel.device, sharding=sharding, adapter=config.adapter, seed=config.seed
     )
     optimizer = make_optimizer(policy.model, lr=sft.lr, betas=sft.betas, weight_decay=sft.weight_decay)
-    train_groups = demonstration_groups(policy.tokenizer, demonstrations["train"], config.data.max_prompt_tokens)
-    val_groups = demonstration_groups(policy.tokenizer, demonstrations["validation"], config.data.max_prompt_tokens)
+    train_groups = demonstration_groups(policy.tokenizer, demonstrations["train"], config.data)
+    val_groups = demonstration_groups(policy.tokenizer, demonstrations["validation"], config.data)
     order = BatchOrder(len(train_groups), sft.batch_size, config.seed, parallel.dp_rank, parallel.dp_world)
 
     done = 0
@@ -96,12 +96,12 @@ def train_sft(
     return final
 
 
-def demonstration_groups(tokenizer, samples: list[Sample], max_prompt_tokens: int) -> list[Group]:
+def demonstration_groups(tokenizer, samples: list[Sample], data: DataConfig) -> list[Group]:
     """One group of one list for every sample: its prompt, and its completion closed by the end-of-sequence id."""
     missing = [sample.id for sample in samples if not sample.completion]
     if missing:
         raise ValueError(f"{len(missing)} demonstrations have no completion, the first is {missing[0]!r}")
-    prompts = encode_prompts(tokenizer, samples, max_prompt_tokens)
+    prompts = encode_prompts(tokenizer, samples, data.max_prompt_tokens, data.num_ranks)
     completions = tokenizer([sample.completion for sample in samples], add_special_tokens=False)["input_ids"]
     return [Group(p, [[*c, tokenizer.eos_token_id]]) for p, c in zip(prompts, completions, strict=True)]
 

@@ -189,7 +189,7 @@ def train(config: Config, dataset: Dataset, start: str | Path, out: Path, parall
     updater = Updater(policy, ref, sampler, optimizer, rl, parallel)
     scorer = Scorer.open(dataset.catalog, rl, num_ranks, RankSegmenter(policy.tokenizer), sampler.eos_ids)
     order = BatchOrder(len(dataset.train), rl.prompts_per_step, config.seed, parallel.dp_rank, parallel.dp_world)
-    prompts = encode_prompts(policy.tokenizer, dataset.train, config.data.max_prompt_tokens)
+    prompts = encode_prompts(policy.tokenizer, dataset.train, config.data.max_prompt_tokens, num_ranks)
     val_samples = dataset.validation[: rl.eval_samples]
 
     done, best = 0, {"ndcg": -1.0, "se": 0.0}

@@ -136,7 +136,7 @@ def test_jsonl_with_every_field(tmp_path):
         '{"title": "Up", "year": 2009, "popularity": null, "genres": null}',
     )
     catalog, problems = read_catalog(path)
-    assert problems == []
+    assert [str(problem) for problem in problems] == []
     assert catalog.items == (
         Item("Heat", 1995, 3, ("Crime", "Drama"), "A thief."),
         Item("Ronin", 1998, 0, ("Crime", "Action"), "paris, cars\nMore."),

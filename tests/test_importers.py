@@ -148,13 +148,13 @@ def test_redial_splits_and_films(tmp_path):
 
 def test_redial_archive_becomes_a_data_set(tmp_path):
     archive = zipped(write_redial(tmp_path / "files"), tmp_path / "redial_dataset.zip")
-    summary = import_dataset(archive, tmp_path / "out", ImportOptions())
+    summary, _ = import_dataset(archive, tmp_path / "out", ImportOptions())
     dataset = load_dataset(tmp_path / "out")
-    assert len(dataset.catalog) == 5 and all("'Some TV show' is not in the catalog" in p for p in dataset.problems)
-    assert "imported ReDial" in summary and "Splits\n======" in summary
+    assert len(dataset.catalog) == 5 and all("'Some TV show' is not in the catalog" in str(p) for p in dataset.problems)
+    assert summary.startswith("imported ReDial")
     assert sorted(os.listdir(tmp_path / "out")) == ["catalog.jsonl", "test.jsonl", "train.jsonl", "validation.jsonl"]
-    folder = import_dataset(tmp_path / "files", tmp_path / "again", ImportOptions())
-    assert "ReDial" in folder
+    folder, again = import_dataset(tmp_path / "files", tmp_path / "again", ImportOptions())
+    assert "ReDial" in folder and again.test == dataset.test
     for name in os.listdir(tmp_path / "out"):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
 
@@ -221,7 +221,7 @@ TURNS = (
 
 def saved_row(turns=TURNS, groundtruth=(("Ronin", "1998"),), completion=None, seen=("Heat",)):
     row = {
-        "prompt": [{"role": "user", "content": format_prompt(turns)}],
+        "prompt": [{"role": "user", "content": format_prompt(turns, 20)}],
         "seen_titles": list(seen),
         "groundtruth_with_release_year": [list(pair) for pair in groundtruth],
     }
@@ -258,7 +258,7 @@ def write_release(root):
 
 
 def test_prompts_of_the_release_are_cut_open():
-    assert parse_prompt(format_prompt(TURNS)) == TURNS
+    assert parse_prompt(format_prompt(TURNS, 20)) == TURNS
     for text, message in (
         ("Hello", "the prompt does not say 'Here is the conversation:'"),
         ("Here is the conversation: hi\nUSER: there", "expected turns that begin with USER: or SYSTEM:"),
@@ -269,7 +269,7 @@ def test_prompts_of_the_release_are_cut_open():
 
 
 def test_the_release_as_a_whole(tmp_path):
-    summary = import_dataset(write_release(tmp_path / "processed_datasets"), tmp_path / "out", ImportOptions())
+    summary, _ = import_dataset(write_release(tmp_path / "processed_datasets"), tmp_path / "out", ImportOptions())
     dataset = load_dataset(tmp_path / "out")
     first, second, third = dataset.train
     assert first.conversation == second.conversation == TURNS and first.id != second.id
@@ -360,7 +360,7 @@ def test_a_csv_under_names_of_its_own(tmp_path):
     with pytest.raises(DataError, match=r"films.csv: no item in this catalog"):
         import_dataset(tmp_path / "dialogs.csv", tmp_path / "out", options)
     (tmp_path / "films.csv").write_text("Title,Year\nRonin,1998\nThief,1981.0\nUp,2009\nHeat,1995\n,1990\n")
-    summary = import_dataset(tmp_path / "dialogs.csv", tmp_path / "out", options)
+    summary, _ = import_dataset(tmp_path / "dialogs.csv", tmp_path / "out", options)
     dataset = load_dataset(tmp_path / "out")
     (sample,) = dataset.train
     assert [turn.role for turn in sample.conversation] == ["user", "assistant", "user"]
@@ -381,7 +381,7 @@ def test_jsonl_in_chat_form_and_missing_splits(tmp_path):
     ]
     write_table(tmp_path / "mine.jsonl", rows)
     options = ImportOptions(validation_frac=0.2, test_frac=0.25)
-    summary = import_dataset(tmp_path / "mine.jsonl", tmp_path / "out", options)
+    summary, _ = import_dataset(tmp_path / "mine.jsonl", tmp_path / "out", options)
     dataset = load_dataset(tmp_path / "out")
     assert [len(dataset.train), len(dataset.validation), len(dataset.test)] == [12, 4, 4]
     assert dataset.train[0].seen_titles == ("Up (2009)", "Thief")

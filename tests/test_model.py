@@ -131,9 +131,9 @@ def test_every_text_round_trips_and_no_token_crosses_a_line(tokenizer, texts):
 
 
 def test_the_instruction_costs_a_token_a_line(tokenizer):
-    assert len(tokenizer(format_prompt(()))["input_ids"]) == 5  # three lines, two line breaks
+    assert len(tokenizer(format_prompt((), 20))["input_ids"]) == 5  # three lines, two line breaks
     markup = ["<|im_start|>", "user", "\n", "<|im_end|>", "\n", "<|im_start|>", "assistant", "\n"]
-    assert len(encode_prompt(tokenizer, (), 100)) == 5 + len(markup)
+    assert len(encode_prompt(tokenizer, (), 100, 20)) == 5 + len(markup)
     assert pieces(tokenizer, "USER: like SYSTEM: ")[0::2] == ["USER: ", "SYSTEM: "]
 
 
@@ -211,7 +211,7 @@ def test_impossible_sizes_are_refused(field, value):
 
 def test_tiny_end_to_end(init):
     model, tokenizer = load_policy(init)
-    prompt = torch.tensor([encode_prompt(tokenizer, (Turn("user", "Something like It (2017)?"),), 100)])
+    prompt = torch.tensor([encode_prompt(tokenizer, (Turn("user", "Something like It (2017)?"),), 100, 20)])
     ids = model.generate(prompt, max_new_tokens=5, min_new_tokens=5, do_sample=False)
     assert ids.shape == (1, prompt.shape[1] + 5)
     assert not model.training and model.dtype == torch.float32

@@ -12,6 +12,7 @@ from rankgrpo.model.attention import use_shared_prefix
 from rankgrpo.model.forward import pack_logprobs
 from rankgrpo.model.packing import Group, build_pack
 from rankgrpo.sizing.architecture import PRESETS, Architecture, find_architecture
+from rankgrpo.sizing.cli import parse_rates
 from rankgrpo.sizing.plan import (
     Machine,
     Rates,
@@ -21,7 +22,6 @@ from rankgrpo.sizing.plan import (
     group_forward_flops,
     make_plan,
     micro_batch_tokens,
-    parse_rates,
     render,
     state_bytes,
     step_seconds,

@@ -1,3 +1,5 @@
+from functools import partial
+
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -5,8 +7,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from rankgrpo.data import prompt
-from rankgrpo.data.prompt import encode_prompt, encode_prompts, format_prompt
+from rankgrpo.data.prompt import format_prompt
 from rankgrpo.data.samples import Sample, Turn
+
+encode_prompt = partial(prompt.encode_prompt, num_ranks=20)
+encode_prompts = partial(prompt.encode_prompts, num_ranks=20)
 
 INSTRUCTION = (
     "Pretend you are a movie recommender system.\n"
@@ -44,14 +49,14 @@ CONVERSATION = (Turn("user", "I {like} Heat"), Turn("assistant", "Try Ronin"), T
 
 
 def test_the_prompt_is_the_papers():
-    assert format_prompt(CONVERSATION) == INSTRUCTION + "USER: I {like} Heat\nSYSTEM: Try Ronin\nUSER: Seen it\n"
-    assert format_prompt(()) == INSTRUCTION
+    assert format_prompt(CONVERSATION, 20) == INSTRUCTION + "USER: I {like} Heat\nSYSTEM: Try Ronin\nUSER: Seen it\n"
+    assert format_prompt((), 20) == INSTRUCTION
 
 
 def test_a_prompt_that_fits_is_the_whole_chat_template():
     ids = encode_prompt(TOKENIZER, CONVERSATION, 4096)
     assert TOKENIZER.decode(ids) == (
-        f"<|im_start|>user\n{format_prompt(CONVERSATION)}<|im_end|>\n<|im_start|>assistant\n"
+        f"<|im_start|>user\n{format_prompt(CONVERSATION, 20)}<|im_end|>\n<|im_start|>assistant\n"
     )
     assert encode_prompt(TOKENIZER, CONVERSATION, len(ids)) == ids
     assert len(encode_prompt(TOKENIZER, CONVERSATION, len(ids) - 1)) < len(ids)
@@ -77,7 +82,7 @@ def test_cutting_keeps_the_instruction_and_the_newest_turns(conversation, room):
     text = TOKENIZER.decode(ids)
     assert text.startswith(head) and text.endswith(tail)
     kept = text[len(head) : -len(tail)]
-    suffixes = [format_prompt(conversation[drop:])[len(INSTRUCTION) :] for drop in range(len(conversation))]
+    suffixes = [format_prompt(conversation[drop:], 20)[len(INSTRUCTION) :] for drop in range(len(conversation))]
     last = conversation[-1]
     name = {"user": "USER", "assistant": "SYSTEM"}[last.role]
     if kept in suffixes:
@@ -115,3 +120,10 @@ def test_many_prompts_are_the_single_ones(monkeypatch):
     assert encode_prompts(TOKENIZER, samples, EMPTY + 60) == expected
     assert max(map(len, expected)) > EMPTY + 50
     assert encode_prompts(TOKENIZER, [], EMPTY) == []
+
+
+def test_the_prompt_asks_for_as_many_items_as_the_list_has_ranks():
+    ten, twenty = (format_prompt(CONVERSATION, num_ranks) for num_ranks in (10, 20))
+    assert "reply with 10 recommendations." in ten and ten == twenty.replace("with 20 ", "with 10 ")
+    (ids,) = prompt.encode_prompts(TOKENIZER, [Sample("a", CONVERSATION, (), ())], 4096, 10)
+    assert "reply with 10 recommendations." in TOKENIZER.decode(ids)

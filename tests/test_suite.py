@@ -181,9 +181,9 @@ def test_a_folder_that_began_from_another_model_is_refused(write, tmp_path):
     opened = open_suite(str(write()), runs_dir=tmp_path / "runs")
     mine = opened.runs[1]
     finish(mine)
-    (mine.folder / "meta.json").write_text(json.dumps({"command": mine.shell_command}))
+    (mine.folder / "meta.json").write_text(json.dumps({"from_model": mine.source}))
     assert open_suite(str(write()), runs_dir=tmp_path / "runs").runs[1].is_finished
-    (mine.folder / "meta.json").write_text(json.dumps({"command": "rankgrpo run --from-model other/final"}))
+    (mine.folder / "meta.json").write_text(json.dumps({"from_model": "other/final"}))
     with pytest.raises(ConfigError, match="another configuration .--from-model: other/final -> .*sft-seed1/sft/final"):
         open_suite(str(write()), runs_dir=tmp_path / "runs")
 

@@ -18,6 +18,7 @@ from tiny_world import (
 )
 from transformers import AutoModelForCausalLM
 
+from rankgrpo.config import DataConfig
 from rankgrpo.config_file import load_config
 from rankgrpo.errors import SamplingError, TrainingError
 from rankgrpo.model.policy import choose_impl
@@ -68,7 +69,7 @@ def test_demonstrations_end_with_eos_and_keep_the_prompt(warm):
 
     _, tokenizer = load_policy(str(warm[0]))
     samples = tiny_demonstrations()["train"][:3]
-    for group, sample in zip(demonstration_groups(tokenizer, samples, 512), samples, strict=True):
+    for group, sample in zip(demonstration_groups(tokenizer, samples, DataConfig(num_ranks=5)), samples, strict=True):
         (ids,) = group.completion_ids
         assert ids[-1] == tokenizer.eos_token_id
         assert tokenizer.decode(ids[:-1]) == sample.completion

@@ -13,12 +13,12 @@ from rankgrpo.data.samples import Sample, Turn
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Appendix D.1 of the paper, word for word: models trained elsewhere with it stay comparable.
+# Appendix D.1 of the paper, word for word for 20 ranks: models trained elsewhere with it stay comparable.
 PROMPT = (
     "Pretend you are a movie recommender system.\n"
     "I will give you a conversation between a user and you (a recommender system). Based on the conversation, you need "
-    "to reply with 20 recommendations. List the standardized English title of each movie in each line in the form of "
-    '"movie name" (release_year) with NO extra words or sentences.\n'
+    "to reply with {num_ranks} recommendations. List the standardized English title of each movie in each line in the "
+    'form of "movie name" (release_year) with NO extra words or sentences.\n'
     "Here is the conversation: {context}"
 )
 SPEAKERS = {"user": "USER", "assistant": "SYSTEM"}
@@ -29,14 +29,21 @@ TEMPLATE_DATE = "26 Jul 2024"
 ENCODED_AT_ONCE = 512  # prompts a call of the tokenizer, which spreads them over the cores
 
 
-def format_prompt(conversation: Sequence[Turn]) -> str:
-    """The user message: the instruction, then a line `USER: ...` or `SYSTEM: ...` a turn, ending with a newline."""
+def format_prompt(conversation: Sequence[Turn], num_ranks: int) -> str:
+    """The user message: the instruction to list so many items, then a line `USER: ...` or `SYSTEM: ...` a turn, ending
+    with a newline."""
     context = "".join(f"{SPEAKERS[turn.role]}: {turn.content}\n" for turn in conversation)
-    return PROMPT.replace("{context}", context)  # not str.format: a turn may hold braces
+    instruction = PROMPT.replace("{num_ranks}", str(num_ranks))
+    return instruction.replace("{context}", context)  # not str.format: a turn may hold braces
 
 
 def encode_prompts(
-    tokenizer: PreTrainedTokenizerBase, samples: Sequence[Sample], max_tokens: int, *, quiet: bool = False
+    tokenizer: PreTrainedTokenizerBase,
+    samples: Sequence[Sample],
+    max_tokens: int,
+    num_ranks: int,
+    *,
+    quiet: bool = False,
 ) -> list[list[int]]:
     """`encode_prompt` of every sample's conversation, in order."""
     prompts = []
@@ -45,26 +52,30 @@ def encode_prompts(
     ) as bar:
         for start in range(0, len(samples), ENCODED_AT_ONCE):
             conversations = [sample.conversation for sample in samples[start : start + ENCODED_AT_ONCE]]
-            for conversation, ids in zip(conversations, _encode(tokenizer, conversations), strict=True):
+            for conversation, ids in zip(conversations, _encode(tokenizer, conversations, num_ranks), strict=True):
                 fits = len(ids) <= max_tokens
-                prompts.append(ids if fits else _shorten(tokenizer, conversation, max_tokens))
+                prompts.append(ids if fits else _shorten(tokenizer, conversation, max_tokens, num_ranks))
             bar.update(len(conversations))
     return prompts
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, conversation: Sequence[Turn], max_tokens: int) -> list[int]:
+def encode_prompt(
+    tokenizer: PreTrainedTokenizerBase, conversation: Sequence[Turn], max_tokens: int, num_ranks: int
+) -> list[int]:
     """Token ids of the prompt in the tokenizer's chat template, generation prompt included, at most `max_tokens`.
 
     A prompt that is too long loses its oldest turns one by one; when the last turn alone is still too long, it loses
     the beginning of its text. The instruction is never cut: ValueError when it does not fit the budget.
     """
-    (ids,) = _encode(tokenizer, [conversation])
-    return ids if len(ids) <= max_tokens else _shorten(tokenizer, conversation, max_tokens)
+    (ids,) = _encode(tokenizer, [conversation], num_ranks)
+    return ids if len(ids) <= max_tokens else _shorten(tokenizer, conversation, max_tokens, num_ranks)
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Sequence[Turn]]) -> list[list[int]]:
+def _encode(
+    tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Sequence[Turn]], num_ranks: int
+) -> list[list[int]]:
     return tokenizer.apply_chat_template(
-        [[{"role": "user", "content": format_prompt(turns)}] for turns in conversations],
+        [[{"role": "user", "content": format_prompt(turns, num_ranks)}] for turns in conversations],
         add_generation_prompt=True,
         tokenize=True,
         return_dict=False,
@@ -72,9 +83,11 @@ def _encode(tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Sequence
     )
 
 
-def _shorten(tokenizer: PreTrainedTokenizerBase, conversation: Sequence[Turn], max_tokens: int) -> list[int]:
+def _shorten(
+    tokenizer: PreTrainedTokenizerBase, conversation: Sequence[Turn], max_tokens: int, num_ranks: int
+) -> list[int]:
     def encode(turns: Sequence[Turn]) -> list[int]:
-        (ids,) = _encode(tokenizer, [turns])
+        (ids,) = _encode(tokenizer, [turns], num_ranks)
         return ids
 
     if conversation:

@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rankgrpo.errors import DataError
 from rankgrpo.files.atomic import write_lines
-from rankgrpo.files.rows import read_jsonl, type_name
+from rankgrpo.files.rows import Problem, read_jsonl, type_name
 from rankgrpo.items.catalog import Catalog, parse_title, parse_year
 
 SPLITS = ("train", "validation", "test")
@@ -59,8 +59,8 @@ class Dataset:
     validation: list[Sample]
     test: list[Sample]
     catalog: Catalog
-    problems: list[str] = field(default_factory=list)
-    """`file:line: message`, none of which stopped the reading."""
+    problems: list[Problem] = field(default_factory=list)
+    """None of them stopped the reading."""
     num_dropped: dict[str, int] = field(default_factory=dict)
     """Samples by split that were left out because their ground truth is empty."""
 
@@ -76,8 +76,8 @@ class Dataset:
 # Reading and writing
 
 
-def read_samples(path: str | os.PathLike[str], *, catalog: Catalog | None = None) -> tuple[list[Sample], list[str]]:
-    """Read a JSONL file of samples; return them with the soft problems as `file:line: message`.
+def read_samples(path: str | os.PathLike[str], *, catalog: Catalog | None = None) -> tuple[list[Sample], list[Problem]]:
+    """Read a JSONL file of samples; return them with the soft problems.
 
     Fields: `id` (string), `conversation` (list of {role, content}, role "user" or "assistant"), `seen_titles` (list of
     strings), `groundtruth` (list of [title, year], the year a number or a string) and optionally `completion` (string).
@@ -102,13 +102,13 @@ def write_samples(path: str | os.PathLike[str], samples: Sequence[Sample]) -> No
 _FIELDS = {"id", "conversation", "seen_titles", "groundtruth", "completion", "groundtruth_turn", "split"}
 
 
-def scan_samples(path: Path, catalog: Catalog | None) -> tuple[list[Sample], list[str], list[str]]:
+def scan_samples(path: Path, catalog: Catalog | None) -> tuple[list[Sample], list[str], list[Problem]]:
     """(samples, errors, soft problems) of a file; see `read_samples`."""
     if not path.is_file():
         raise DataError(f"{path}: no such file; samples are JSONL, one conversation a line")
     samples: list[Sample] = []
     errors: list[str] = []
-    problems: list[str] = []
+    problems: list[Problem] = []
     first_line: dict[str, int] = {}
     unknown: set[str] = set()
     for line, row in read_jsonl(path):
@@ -125,8 +125,9 @@ def scan_samples(path: Path, catalog: Catalog | None) -> tuple[list[Sample], lis
         first_line[sample.id] = line
         for name in sorted(_names(row) - unknown):
             unknown.add(name)
-            problems.append(f"{where}: unknown field {name!r} is not used (reported once)")
-        problems += [f"{where}: {problem}" for problem in _soft_problems(row, sample, path.stem, catalog)]
+            problems.append(Problem("unknown fields", where, f"unknown field {name!r} is not used (reported once)"))
+        for kind, text in _soft_problems(row, sample, path.stem, catalog):
+            problems.append(Problem(kind, where, f"{sample.id}: {text}"))
         samples.append(sample)
     return samples, errors, problems
 
@@ -191,23 +192,27 @@ def _a_list(value: object, name: str) -> list[Any]:
     return value
 
 
-def _soft_problems(row: Mapping[str, Any], sample: Sample, split: str, catalog: Catalog | None) -> list[str]:
-    problems = []
+def _soft_problems(
+    row: Mapping[str, Any], sample: Sample, split: str, catalog: Catalog | None
+) -> Iterator[tuple[str, str]]:
+    """(kind, text) of what looks wrong with a sample."""
     if not sample.groundtruth:
-        problems.append(f"{sample.id}: ground truth is empty; the sample is left out of training and evaluation")
+        yield "empty ground truth", "ground truth is empty; the sample is left out of training and evaluation"
     if len(sample.groundtruth) < len(row["groundtruth"]):
-        problems.append(f"{sample.id}: ground truth names an item twice; kept once")
+        yield "repeated ground truth", "ground truth names an item twice; kept once"
     if split in SPLITS and row.get("split", split) != split:
-        problems.append(f"{sample.id}: split says {row['split']!r}, the file is {split}.jsonl")
+        yield "samples of another split", f"split says {row['split']!r}, the file is {split}.jsonl"
     if catalog is None:
-        return problems
+        return
     for title, year in sample.groundtruth:
         if (title, year) not in catalog:
-            problems.append(f"{sample.id}: ground truth {title} ({year}) is not in the catalog and can never be a hit")
+            yield (
+                "ground truth not in the catalog",
+                f"ground truth {title} ({year}) is not in the catalog and can never be a hit",
+            )
     for title in sample.seen_titles:
         if not catalog.title_indices(title):
-            problems.append(f"{sample.id}: seen title {title!r} is not in the catalog")
-    return problems
+            yield "seen titles not in the catalog", f"seen title {title!r} is not in the catalog"
 
 
 def _to_row(sample: Sample) -> dict[str, Any]:

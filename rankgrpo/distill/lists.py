@@ -36,7 +36,7 @@ class TeacherLists:
 
 def list_prompt(sample: Sample, num_items: int) -> str:
     """The paper's prompt, for `num_items` recommendations."""
-    return format_prompt(sample.conversation).replace("20 recommendations", f"{num_items} recommendations", 1)
+    return format_prompt(sample.conversation, num_items)
 
 
 def is_list(reply: str) -> bool:

@@ -19,21 +19,12 @@ from rankgrpo.data.dialogs import dialog_ids, named_items
 from rankgrpo.data.samples import SPLITS, Dataset, Sample
 from rankgrpo.evaluation.evaluate import score_items, summarise
 from rankgrpo.evaluation.tables import format_table
+from rankgrpo.files.rows import Problem
 from rankgrpo.items.catalog import Catalog
 from rankgrpo.parse import parse_list
 
 BASELINE_METRICS = tuple(f"{name}@{k}" for name in ("recall", "ndcg") for k in (5, 10, 20))
 MAX_SHOWN_A_KIND = 3
-
-# What data.py and catalog.py say, by the part of the message that does not vary.
-PROBLEM_KINDS = {
-    "empty ground truth": "ground truth is empty",
-    "ground truth not in the catalog": "is not in the catalog and can never be a hit",
-    "repeated ground truth": "names an item twice",
-    "seen titles not in the catalog": "seen title",
-    "samples of another split": "split says",
-    "unknown fields": "is not used (reported once)",
-}
 
 
 @dataclass(frozen=True)
@@ -91,7 +82,7 @@ class HealthReport:
     """By split, the summaries of `rankgrpo.evaluation.evaluate.summarise` for popularity, ease and (demo) oracle."""
     warnings: list[str]
     """What would make results wrong or meaningless."""
-    problems: list[str]
+    problems: list[Problem]
     """`Dataset.problems`."""
 
     def __str__(self) -> str:
@@ -296,12 +287,11 @@ def _split_table(splits: dict[str, SplitHealth]) -> str:
     return "\n".join(lines)
 
 
-def _grouped_problems(problems: Sequence[str]) -> str:
+def _grouped_problems(problems: Sequence[Problem]) -> str:
     """Problems by kind, a few of each, so that a thousand of one kind do not hide the one of another."""
-    groups: dict[str, list[str]] = {}
+    groups: dict[str, list[Problem]] = {}
     for problem in problems:
-        kind = next((kind for kind, phrase in PROBLEM_KINDS.items() if phrase in problem), "other")
-        groups.setdefault(kind, []).append(problem)
+        groups.setdefault(problem.kind, []).append(problem)
     lines = []
     for kind, members in groups.items():
         lines.append(f"{len(members)} {kind}:")

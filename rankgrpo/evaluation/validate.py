@@ -42,7 +42,8 @@ def sample_lists(
     title: str | None,
 ) -> list[list[str]]:
     """`num_lists` lists a sample, as text; otherwise as `recommend_lists`."""
-    prompts = encode_prompts(policy.tokenizer, samples, config.data.max_prompt_tokens, quiet=title is None)
+    data = config.data
+    prompts = encode_prompts(policy.tokenizer, samples, data.max_prompt_tokens, data.num_ranks, quiet=title is None)
     unit = "list" if num_lists == 1 else "conversation"
     with tqdm(total=len(samples), desc=title, unit=unit, disable=title is None, dynamic_ncols=True) as bar:
         groups = sampler.sample(

@@ -5,8 +5,23 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """What looks wrong in a file and does not stop its reading. Example: Problem("unknown fields", "a.csv:1", "...")"""
+
+    kind: str
+    """What all problems of its sort have in common, as a plural."""
+    where: str
+    """`file:line`."""
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.text}"
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:

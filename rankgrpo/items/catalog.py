@@ -19,7 +19,7 @@ from typing import Any
 
 from rankgrpo.errors import DataError
 from rankgrpo.files.atomic import write_lines
-from rankgrpo.files.rows import read_csv, read_jsonl, type_name
+from rankgrpo.files.rows import Problem, read_csv, read_jsonl, type_name
 
 MIN_YEAR, MAX_YEAR = 1870, 2100  # first moving pictures; anything later is a typing error
 
@@ -161,7 +161,7 @@ class Catalog:
         write_lines(path, (json.dumps(_to_row(item), ensure_ascii=False) for item in self.items))
 
 
-def read_catalog(path: str | os.PathLike[str]) -> tuple[Catalog, list[str]]:
+def read_catalog(path: str | os.PathLike[str]) -> tuple[Catalog, list[Problem]]:
     """Read a catalog; return it with the soft problems (unknown columns, once each).
 
     Columns or keys: `title`, `year` (both needed; a year may be a string), `popularity` (int), `genres` (a list, or one
@@ -178,14 +178,15 @@ def read_catalog(path: str | os.PathLike[str]) -> tuple[Catalog, list[str]]:
     items: list[Item] = []
     first_line: dict[tuple[str, int], int] = {}
     errors: list[str] = []
-    unknown: dict[str, str] = {}
+    unknown: dict[str, Problem] = {}
     for line, row in readers[path.suffix.lower()](path):
         where = f"{path}:{line}"
         if isinstance(row, str):
             errors.append(f"{where}: {row}")
             continue
         for key in row.keys() - _CATALOG_KEYS:
-            unknown.setdefault(key, f"{where}: unknown catalog field {key!r} is not used (reported once)")
+            text = f"unknown catalog field {key!r} is not used (reported once)"
+            unknown.setdefault(key, Problem("unknown fields", where, text))
         try:
             item = parse_item(row)
         except DataError as error:
@@ -201,7 +202,7 @@ def read_catalog(path: str | os.PathLike[str]) -> tuple[Catalog, list[str]]:
         raise DataError(f"{path}: {len(errors)} bad catalog row(s):", errors)
     if not items:
         raise DataError(f"{path}: the catalog is empty; it needs one item a line with title and year")
-    return Catalog(items), sorted(unknown.values())
+    return Catalog(items), sorted(unknown.values(), key=str)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -92,7 +92,13 @@ def resolve_model(name_or_path: str | os.PathLike[str]) -> Preset:
 
 
 def make_init(
-    name: str, dataset: Dataset, out_dir: str | os.PathLike[str], *, seed: int, tiny: TinyConfig | None = None
+    name: str,
+    dataset: Dataset,
+    out_dir: str | os.PathLike[str],
+    *,
+    seed: int,
+    tiny: TinyConfig | None = None,
+    num_ranks: int = 20,
 ) -> str:
     """Make the model a run starts from; returns what `load_policy` opens.
 
@@ -106,11 +112,14 @@ def make_init(
         return preset.location
     out_dir = Path(out_dir)
     tiny = tiny or TinyConfig()
-    recipe = _recipe(preset, dataset, seed, tiny)
+    recipe = _recipe(preset, dataset, seed, tiny, num_ranks)
     if out_dir.exists() and any(out_dir.iterdir()):
         _check_recipe(out_dir, recipe)
         return str(out_dir)
-    model, tokenizer = make_tiny(dataset, tiny, seed=seed) if preset.origin == "scratch" else convert_smollm2()
+    if preset.origin == "scratch":
+        model, tokenizer = make_tiny(dataset, tiny, seed=seed, num_ranks=num_ranks)
+    else:
+        model, tokenizer = convert_smollm2()
     _set_stop_tokens(model, tokenizer, name)
     with atomic_folder(out_dir) as temporary:
         save_policy(model, tokenizer, temporary)
@@ -274,7 +283,7 @@ def _set_stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
     )
 
 
-def _recipe(preset: Preset, dataset: Dataset, seed: int, tiny: TinyConfig) -> dict[str, Any]:
+def _recipe(preset: Preset, dataset: Dataset, seed: int, tiny: TinyConfig, num_ranks: int) -> dict[str, Any]:
     """All that decides what `make_init` writes, as JSON."""
     if preset.origin == "package":
         return {"preset": preset.name, "package": preset.location}
@@ -284,7 +293,8 @@ def _recipe(preset: Preset, dataset: Dataset, seed: int, tiny: TinyConfig) -> di
     completions = (sample.completion or "" for sample in dataset.train)
     for texts in (corpus_lines(dataset), titles, targets, completions):
         digest.update("\n".join(texts).encode() + b"\0")
-    return {"preset": preset.name, "seed": seed, "size": asdict(tiny), "data_sha256": digest.hexdigest()}
+    recipe = {"preset": preset.name, "seed": seed, "size": asdict(tiny), "data_sha256": digest.hexdigest()}
+    return recipe if num_ranks == 20 else recipe | {"num_ranks": num_ranks}  # folders made for 20 do not name it
 
 
 def _check_recipe(folder: Path, recipe: dict[str, Any]) -> None:

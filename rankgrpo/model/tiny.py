@@ -82,9 +82,11 @@ class TinyConfig:
             raise ValueError(f"tiny model: kv_heads must divide heads, got {self.kv_heads} and {self.heads}")
 
 
-def make_tiny(dataset: Dataset, config: TinyConfig, *, seed: int) -> tuple[Qwen2ForCausalLM, PreTrainedTokenizerFast]:
+def make_tiny(
+    dataset: Dataset, config: TinyConfig, *, seed: int, num_ranks: int = 20
+) -> tuple[Qwen2ForCausalLM, PreTrainedTokenizerFast]:
     """A randomly initialised model and the tokenizer of `dataset`'s train split; the same for the same arguments."""
-    tokenizer = train_tokenizer(dataset, config.vocab)
+    tokenizer = train_tokenizer(dataset, config.vocab, num_ranks)
     return init_model(config, tokenizer, seed=seed), tokenizer
 
 
@@ -113,13 +115,14 @@ def init_model(config: TinyConfig, tokenizer: PreTrainedTokenizerFast, *, seed: 
         return Qwen2ForCausalLM(qwen2_config)
 
 
-def train_tokenizer(dataset: Dataset, vocab: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE of the train split's words, plus its titles and the instruction as phrases; at most `vocab` ids.
+def train_tokenizer(dataset: Dataset, vocab: int, num_ranks: int = 20) -> PreTrainedTokenizerFast:
+    """Byte-level BPE of the train split's words, plus its titles and the instruction to list `num_ranks` as
+    phrases; at most `vocab` ids.
 
     Reads train conversations, their ground truth and demonstrations (`completion`), and the catalog's titles. A small
     data set gets fewer ids. Raises ValueError when the train split has no text.
     """
-    instruction = [line for line in format_prompt(()).split("\n") if " " in line]
+    instruction = [line for line in format_prompt((), num_ranks).split("\n") if " " in line]
     titles = [title_line(item.title, item.year) for item in dataset.catalog.items]
     lines = corpus_lines(dataset)
     if not lines:
@@ -153,8 +156,8 @@ def corpus_lines(dataset: Dataset) -> list[str]:
 
     Distinct, because a dialog gives one sample a turn: its opening would otherwise count as often as it has turns.
     """
-    instruction = len(format_prompt(()))
-    texts = (format_prompt(sample.conversation)[instruction:] for sample in dataset.train)
+    instruction = len(format_prompt((), 1))
+    texts = (format_prompt(sample.conversation, 1)[instruction:] for sample in dataset.train)
     return [line for line in dict.fromkeys(line for text in texts for line in text.split("\n")) if line]
 
 

@@ -66,7 +66,7 @@ class DrawnPlot:
 PLOTS = (
     Plot(
         "validation_ndcg", "NDCG by step",
-        "Quality of greedy lists on the validation split, first while the model imitates the teacher's lists (SFT), "
+        "Quality of validation lists (eval.temperature), first while the model imitates the teacher's lists (SFT), "
         "then while it learns from its own hits (RL). Both panels share one vertical axis.",
         "learning", "eval/ndcg@k in sft/metrics.jsonl or rl/metrics.jsonl", figures.validation_ndcg,
     ),
@@ -89,7 +89,7 @@ PLOTS = (
     Plot(
         "lists_with_a_hit", "Lists with a hit",
         "Share of the lists sampled in training that hold at least one item the user liked. They are drawn "
-        "at random, so they are worse than the greedy lists of the evaluation.",
+        "at rl.temperature, so they are worse than lists that are decoded greedily.",
         "learning", "list/hit_frac in rl/metrics.jsonl", figures.lists_with_a_hit,
     ),
     Plot(

@@ -9,7 +9,7 @@ to what your machine does. Nothing here touches a device or needs weights; a mod
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 
 from rankgrpo.config import Config
@@ -63,21 +63,6 @@ class Rates:
         for f in fields(self):
             if not getattr(self, f.name) > 0:
                 raise ValueError(f"{f.name} must be positive, got {getattr(self, f.name)}")
-
-
-def parse_rates(words: Sequence[str]) -> Rates:
-    """Rates with some given as "name=number"."""
-    given = {}
-    known = [f.name for f in fields(Rates)]
-    for word in words:
-        name, _, number = word.partition("=")
-        if name not in known:
-            raise ValueError(f"rate {word!r}: expected NAME=NUMBER with a name of {', '.join(known)}")
-        try:
-            given[name] = float(number)
-        except ValueError:
-            raise ValueError(f"rate {word!r}: expected a number after =") from None
-    return Rates(**given)
 
 
 @dataclass(frozen=True)
@@ -382,8 +367,7 @@ def render(plan: Plan) -> str:
         f"{RESERVED / GB:g} of every GPU are set aside)",
         "",
         "seconds a step, expected",
-        *_rows(plan.seconds, 1, 2),
-        *_rows({"in all": sum(plan.seconds.values())}, 1, 2),
+        *_rows(plan.seconds | {"in all": sum(plan.seconds.values())}, 1, 2),
         *_whole_run(plan),
         "  assumed, not measured: "
         + ", ".join(f"{f.name}={getattr(plan.rates, f.name):g}" for f in fields(plan.rates)),

@@ -387,15 +387,8 @@ FIGURES = (
         "comes after it; elsewhere the reward is whether the item is a hit.",
         reward_by_rank,
     ),
-    SuiteFigure(
-        "union_recall",
-        "Many lists",
-        "Recall of the union of n sampled test lists a conversation: pass@n for lists.",
-        union_recall,
-    ),
-    SuiteFigure(
-        "union_gain", "Many lists, over the warm start", "The same, less what the warm start finds.", union_gain
-    ),
+    SuiteFigure("union_recall", "Many lists", "Recall of the union of n lists: pass@n for lists.", union_recall),
+    SuiteFigure("union_gain", "Many lists, over the warm start", "Less what the warm start finds.", union_gain),
     SuiteFigure(
         "health",
         "Sampled lists during training",

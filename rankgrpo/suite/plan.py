@@ -146,8 +146,11 @@ def check_folder(run: Run) -> None:
 
 def _saved_source(run: Run) -> str | None:
     """The model that the run in the folder was started from."""
-    words = machine_of(run).get("command", "").split()
-    return words[words.index("--from-model") + 1] if "--from-model" in words else None
+    machine = machine_of(run)
+    if "from_model" in machine:
+        return machine["from_model"]
+    started = run.folder / "rl" / "start.json"
+    return json.loads(started.read_text(encoding="utf-8"))["from_model"] if started.is_file() else None
 
 
 def share_evaluations(run: Run) -> None:

@@ -35,7 +35,7 @@ from pathlib import Path
 from typing import Any
 
 from rankgrpo.config import Config
-from rankgrpo.config_file import load_config, presets_dir, read_toml
+from rankgrpo.config_file import load_config, preset_file, presets_dir, read_toml
 from rankgrpo.errors import ConfigError
 
 BASELINE_ROWS = ("before", "popularity", "ease")
@@ -160,12 +160,9 @@ def read_suite(path: Path, *, words: list[str] | None = None) -> Suite:
 
 def row_config(row: Row, model: str, data: str, seed: int, *, where: str = "") -> Config:
     """The configuration of a row's run; steps that follow from epochs are still 0."""
-    preset = presets_dir() / f"{model}.toml"
     words = [*row.words_for(model), f"seed={seed}"]
     try:
-        return load_config(
-            preset if preset.is_file() else None, words, method=row.method, model__name=model, data__path=data
-        )
+        return load_config(preset_file(model), words, method=row.method, model__name=model, data__path=data)
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}" if where else str(error)) from None
 

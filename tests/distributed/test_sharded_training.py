@@ -9,6 +9,7 @@ from scenarios import play, play_job
 from tiny_world import ALONE, taught_dataset, tiny_config, tiny_demonstrations
 from transformers import AutoModelForCausalLM
 
+from rankgrpo.config import DataConfig
 from rankgrpo.model.presets import load_policy, make_init
 from rankgrpo.model.tiny import TinyConfig
 from rankgrpo.sft import demonstration_groups
@@ -46,7 +47,7 @@ def world(tmp_path_factory):
     tiny = TinyConfig(size.hidden, size.layers, size.ffn, size.heads, size.kv_heads, size.vocab)
     model = make_init("tiny", taught_dataset(), folder / "model", seed=0, tiny=tiny)
     _, tokenizer = load_policy(model)
-    demonstrations = demonstration_groups(tokenizer, tiny_demonstrations()["train"], 512)
+    demonstrations = demonstration_groups(tokenizer, tiny_demonstrations()["train"], DataConfig(num_ranks=5))
     generator = torch.Generator().manual_seed(0)
     rollouts = []
     for step in range(NUM_STEPS):

@@ -18,7 +18,6 @@ from rankgrpo.data.importers.tables import find_tables, read_tables
 from rankgrpo.data.load import load_dataset
 from rankgrpo.data.samples import SPLITS, Dataset, Sample, write_samples
 from rankgrpo.errors import DataError
-from rankgrpo.evaluation.health import headline
 from rankgrpo.files.atomic import atomic_folder
 from rankgrpo.items.catalog import Catalog, Item, normalise_title
 
@@ -47,8 +46,8 @@ class ImportOptions:
     seed: int = 0
 
 
-def import_dataset(source: Path, out: Path, options: ImportOptions) -> str:
-    """Write the folder `out` and return what was done, with the health report's headline.
+def import_dataset(source: Path, out: Path, options: ImportOptions) -> tuple[str, Dataset]:
+    """Write the folder `out`; returns what was done, and the data set that is there now.
 
     Raises DataError when the source cannot be read or the result could not be trained on, and leaves nothing behind.
     """
@@ -70,8 +69,8 @@ def import_dataset(source: Path, out: Path, options: ImportOptions) -> str:
             write_samples(folder / f"{name}.jsonl", splits[name])
         Catalog(items).to_jsonl(folder / "catalog.jsonl")
         dataset = replace(_load(folder, out), name=out.name)
-    lines = [f"imported {imported.what} into {out}", str(imported.notes), str(notes), "", headline(dataset)]
-    return "\n".join(line for place, line in enumerate(lines) if line or place > 2)
+    lines = [f"imported {imported.what} into {out}", str(imported.notes), str(notes)]
+    return "\n".join(line for line in lines if line), dataset
 
 
 def parse_columns(words: Sequence[str]) -> dict[str, str]:

@@ -1,0 +1,62 @@
+"""`rankgrpo plan`: its options."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from tyro.conf import Positional, arg
+
+from rankgrpo.config_file import Set, load_config, preset_file
+
+if TYPE_CHECKING:
+    from rankgrpo.sizing.plan import Rates
+
+
+def plan(
+    model: Positional[Annotated[str, arg(help="preset (see `rankgrpo models`) or folder with a config.json")]],
+    *,
+    gpus: Annotated[int, arg(help="GPUs of one node, one process each")] = 1,
+    gpu_memory: Annotated[float, arg(help="GB of one GPU")] = 80.0,
+    num_train: Annotated[int, arg(help="training samples; with them the hours of the whole RL run are shown")] = 0,
+    config: Annotated[Path | None, arg(help="TOML file (default: the preset's)")] = None,
+    set: Set = [],  # noqa: B006
+    rates: Annotated[
+        list[str], arg(metavar="NAME=VALUE", help="assumptions behind the seconds, for example train_mfu=0.3")
+    ] = [],  # noqa: B006
+) -> None:
+    """Whether a Rank-GRPO run fits on these GPUs, and the seconds a step that given rates mean; nothing is loaded.
+
+    Try:
+      rankgrpo plan qwen2.5-0.5b --gpus 4 --gpu-memory 80
+      rankgrpo plan llama3.2-3b --gpus 4 --gpu-memory 141 --num-train 383013 --rates train_mfu=0.3 list_tokens=200
+      rankgrpo plan path/to/model --gpus 1 --gpu-memory 24 --set rl.token_budget=8192 rl.group_size=4
+    """
+    from rankgrpo.config import with_steps
+    from rankgrpo.sizing.architecture import find_architecture
+    from rankgrpo.sizing.plan import Machine, make_plan, render
+
+    settings = load_config(config or preset_file(model), set, model__name=model)
+    arch = find_architecture(model, settings.model)
+    if num_train > 0:
+        settings = with_steps(settings, num_train)
+    print(render(make_plan(model, arch, settings, Machine(gpus, gpu_memory), parse_rates(rates))))
+
+
+def parse_rates(words: Sequence[str]) -> Rates:
+    """Rates with some given as "name=number"."""
+    from rankgrpo.sizing.plan import Rates  # torch is not far behind it, and `--help` does not need it
+
+    given = {}
+    known = [f.name for f in fields(Rates)]
+    for word in words:
+        name, _, number = word.partition("=")
+        if name not in known:
+            raise ValueError(f"rate {word!r}: expected NAME=NUMBER with a name of {', '.join(known)}")
+        try:
+            given[name] = float(number)
+        except ValueError:
+            raise ValueError(f"rate {word!r}: expected a number after =") from None
+    return Rates(**given)
