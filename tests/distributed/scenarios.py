@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 import rankgrpo.train as training
 from rankgrpo.config import RlConfig
-from rankgrpo.errors import SaveError
+from rankgrpo.errors import SaveError, TrainingError
 from rankgrpo.model.adapter import merged_parameters
 from rankgrpo.model.policy import Policy, open_policy, open_reference
 from rankgrpo.parse import RankSegmenter
@@ -79,6 +79,28 @@ def full_disk(folder: Path) -> None:
     assert messages[0] == messages[1] and "the disk is full" in message, messages
     assert [path.name for path in (folder / "full").iterdir()] == ["step-00000001"]
     assert load_checkpoint(folder / "full" / "step-00000001", model, optimizer)["step"] == 1
+
+
+def not_finite(folder: Path) -> None:
+    """The loss of the second process is NaN: both stop with one message, and the weights are as they were."""
+    parallel = start_parallel()
+    config = tiny_config("rl.kl_coef=0", "parallel.shard=none", "rl.mismatch_alarm=1e9")
+    policy = open_policy(folder / "model", config.model, parallel.device)
+    before = [parameter.clone() for parameter in policy.model.parameters()]
+    optimizer = make_optimizer(policy.model, lr=1e-2, betas=(0.9, 0.99), weight_decay=0.0)
+    updater = training.Updater(policy, None, hf_sampler(policy), optimizer, config.rl, parallel)
+    given = json.loads((folder / "rollouts.json").read_text())[0][parallel.dp_rank : parallel.dp_rank + 1]
+    (batch,) = micro_batches(given, policy, config.rl, config.data.num_ranks)
+    if parallel.dp_rank == 1:
+        batch.units.advantage_BU[0, 0] = float("nan")
+    message, everywhere = "no error", False
+    try:
+        updater.step([batch], 30.0, 1e-2, "RL step 7", Means())
+    except TrainingError as error:
+        message, everywhere = str(error), error.everywhere
+    messages = parallel.gather([message])
+    assert messages[0] == messages[1] and "RL step 7: the loss is nan" in message and everywhere, messages
+    assert all(torch.equal(*pair) for pair in zip(policy.model.parameters(), before, strict=True))
 
 
 def jobs(folder: Path) -> None:

@@ -39,6 +39,11 @@ MORE = {
 }
 
 
+def test_a_loss_that_is_not_finite_on_one_process_stops_both(world):
+    folder, _ = world
+    play(2, folder, "not_finite")
+
+
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """A folder with a model and rollouts: demonstrations of several conversations stand in for the lists of one."""
