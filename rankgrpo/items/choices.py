@@ -19,7 +19,7 @@ import torch
 
 from rankgrpo.allowed import AllowedIds, Block, Ragged
 from rankgrpo.items.line_paths import ragged_range
-from rankgrpo.items.walk import closed_children, use_line, used_leaves
+from rankgrpo.items.walk import UsedLeaves
 
 if TYPE_CHECKING:
     from rankgrpo.items.trie import CatalogTrie
@@ -185,41 +185,45 @@ def _read_list(
     """
     token, first_child, first_leaf = trie.views
     line_of_leaf, N = trie.line_views[0], trie.num_lines
-    used = used_leaves(trie, closed)
     lines: list[int] = []
     root = node = trie.root(0, num_ranks)
-    low, high, used_here = root * N, (root + 1) * N, used[root]
+    used = UsedLeaves(trie, root, closed)
+    low, high = root * N, (root + 1) * N
+    begin, end = first_child[root], first_child[root + 1]
     for position, token_id in enumerate(ids):
-        begin, end = first_child[node], first_child[node + 1]
-        if end - begin == 1:
+        if end - begin == 1:  # an only child has its parent's leaves
             child = begin
-            allowed = token[child] == token_id
+            if token[child] != token_id:
+                raise ValueError(_not_allowed(which, position, token_id, lines, num_ranks))
         else:
             child = bisect_left(token, token_id, begin, end)
-            allowed = child < end and token[child] == token_id
-            shut = closed_children(first_leaf, used_here, begin, end, low, high) if used_here else ()
-            if shut:
-                allowed = allowed and child not in shut
+            shut = used.closed_at_root if node == root else used.closed_children(begin, end, low, high)
+            if child == end or token[child] != token_id or child in shut:
+                raise ValueError(_not_allowed(which, position, token_id, lines, num_ranks))
             if end - begin - len(shut) > 1:
                 closed_rows += [(len(rows), other) for other in shut]
                 rows.append((number + position, node, child))
-        if not allowed or len(lines) == num_ranks:
-            raise ValueError(_not_allowed(trie, which, position, token_id, lines, num_ranks))
-        if child + 1 < end:
-            high = first_leaf[child + 1]
-        node, low = child, first_leaf[child]
-        if first_child[node] == first_child[node + 1]:
+            if child + 1 < end:
+                high = first_leaf[child + 1]
+            low = first_leaf[child]
+        node = child
+        begin, end = first_child[child], first_child[child + 1]
+        if begin == end:
             line = line_of_leaf[low]
             lines.append(line)
+            if len(lines) == num_ranks:
+                continue  # a token after the end finds no children
             if not repeats:
-                use_line(trie, used, line)
-            if len(lines) < num_ranks:
-                root = node = trie.root(len(lines), num_ranks)
-                low, high, used_here = root * N, (root + 1) * N, used[root]
+                used.add(low)
+            root = node = trie.root(len(lines), num_ranks)
+            if root != used.root:
+                used = UsedLeaves(trie, root, closed if repeats else closed + lines)
+            low, high = root * N, (root + 1) * N
+            begin, end = first_child[root], first_child[root + 1]
     return lines
 
 
-def _not_allowed(trie, which: int, position: int, token_id: int, lines: list[int], num_ranks: int) -> str:
+def _not_allowed(which: int, position: int, token_id: int, lines: list[int], num_ranks: int) -> str:
     where = f"list {which}, token {position}: id {token_id} is not allowed"
     if len(lines) == num_ranks:
         return f"{where}, the list of {num_ranks} lines is already done"

@@ -20,14 +20,15 @@ if TYPE_CHECKING:
 class ListWalk:
     """One list so far: what it has named, and what may follow. Made by `CatalogTrie.start`."""
 
-    __slots__ = ("_high", "_low", "_node", "_repeats", "_used", "done", "lines", "num_ranks", "trie")
+    __slots__ = ("_closed", "_high", "_low", "_node", "_repeats", "_used", "done", "lines", "num_ranks", "trie")
 
     def __init__(self, trie: CatalogTrie, num_ranks: int, closed: list[int], *, repeats: bool):
         self.trie, self.num_ranks, self._repeats = trie, num_ranks, repeats
         self.lines: list[int] = []
         """The lines finished so far, in order; `items` has them as items."""
         self.done = False
-        self._used = used_leaves(trie, closed)
+        self._closed = closed  # lines from the start
+        self._used: UsedLeaves | None = None
         self._enter_root()
 
     @property
@@ -84,20 +85,23 @@ class ListWalk:
         other = object.__new__(ListWalk)
         other.trie, other.num_ranks, other._repeats = self.trie, self.num_ranks, self._repeats
         other.lines, other.done = self.lines.copy(), self.done
-        other._used = [used.copy() for used in self._used]
+        other._closed, other._used = self._closed, self._used.copy()
         other._node, other._low, other._high = self._node, self._low, self._high
         return other
 
     def _enter_root(self) -> None:
         root = self.trie.root(len(self.lines), self.num_ranks)
+        if self._used is None or self._used.root != root:
+            self._used = UsedLeaves(self.trie, root, self._closed if self._repeats else self._closed + self.lines)
         self._node, self._low, self._high = root, root * self.trie.num_lines, (root + 1) * self.trie.num_lines
 
-    def _children(self) -> tuple[int, int, list[int]]:
+    def _children(self) -> tuple[int, int, Sequence[int]]:
         """The first child, the one after the last, and the children that are closed."""
-        _, first_child, first_leaf = self.trie.views
+        first_child = self.trie.views[1]
         begin, end = first_child[self._node], first_child[self._node + 1]
-        used = self._used[self._low // self.trie.num_lines]
-        return begin, end, closed_children(first_leaf, used, begin, end, self._low, self._high)
+        if self._node < self.trie.num_roots:
+            return begin, end, self._used.closed_at_root
+        return begin, end, self._used.closed_children(begin, end, self._low, self._high)
 
     def _step(self, child: int, end: int) -> None:
         _, first_child, first_leaf = self.trie.views
@@ -111,37 +115,54 @@ class ListWalk:
                 self.done = True
                 return
             if not self._repeats:
-                use_line(self.trie, self._used, line)
+                self._used.add(self._low)
             self._enter_root()
 
 
-def used_leaves(trie: CatalogTrie, lines: list[int]) -> list[list[int]]:
-    """For every root the leaves of given lines, sorted."""
-    leaf_of_line, N = trie.line_views[1], trie.num_lines
-    return [sorted(leaf_of_line[root * N + line] for line in lines) for root in range(trie.num_roots)]
+class UsedLeaves:
+    """The leaves under one root that a list may not reach any more, and the root's children that this closes."""
 
+    __slots__ = ("closed_at_root", "first_leaf", "leaves", "root", "_begin", "_end", "_high")
 
-def use_line(trie: CatalogTrie, used: list[list[int]], line: int) -> None:
-    """Add one line to `used_leaves`."""
-    leaf_of_line, N = trie.line_views[1], trie.num_lines
-    for root, leaves in enumerate(used):
-        insort(leaves, leaf_of_line[root * N + line])
+    def __init__(self, trie: CatalogTrie, root: int, lines: Sequence[int]):
+        _, first_child, self.first_leaf = trie.views
+        self.root, self._high = root, (root + 1) * trie.num_lines
+        self._begin, self._end = first_child[root], first_child[root + 1]
+        leaf_of_line, offset = trie.line_views[1], root * trie.num_lines
+        self.leaves = sorted([leaf_of_line[offset + line] for line in lines])
+        self.closed_at_root = self.closed_children(self._begin, self._end, offset, self._high)
 
+    def copy(self) -> UsedLeaves:
+        other = object.__new__(UsedLeaves)
+        other.first_leaf, other.root, other._high = self.first_leaf, self.root, self._high
+        other._begin, other._end = self._begin, self._end
+        other.leaves, other.closed_at_root = self.leaves.copy(), self.closed_at_root
+        return other
 
-def closed_children(first_leaf, used: list[int], begin: int, end: int, low: int, high: int) -> list[int]:
-    """Of the children begin .. end - 1, whose leaves are low .. high - 1, those with no leaf that is not used."""
-    place = bisect_left(used, low)
-    if place == len(used) or used[place] >= high:
-        return []
-    closed = []
-    while place < len(used) and used[place] < high:
-        child = bisect_right(first_leaf, used[place], begin, end) - 1
-        child_high = first_leaf[child + 1] if child + 1 < end else high
-        after = bisect_left(used, child_high, place)
-        if after - place == child_high - first_leaf[child]:
-            closed.append(child)
-        place = after
-    return closed
+    def add(self, leaf: int) -> None:
+        # One search instead of one for every leaf: no other child of the root can have closed.
+        insort(self.leaves, leaf)
+        child = bisect_right(self.first_leaf, leaf, self._begin, self._end) - 1
+        low = self.first_leaf[child]
+        high = self.first_leaf[child + 1] if child + 1 < self._end else self._high
+        if bisect_left(self.leaves, high) - bisect_left(self.leaves, low) == high - low:
+            self.closed_at_root = [*self.closed_at_root, child]
+
+    def closed_children(self, begin: int, end: int, low: int, high: int) -> Sequence[int]:
+        """Of the children begin .. end - 1, which have the leaves low .. high - 1, those with none left."""
+        leaves, first_leaf = self.leaves, self.first_leaf
+        place = bisect_left(leaves, low)
+        if place == len(leaves) or leaves[place] >= high:
+            return ()
+        closed = []
+        while place < len(leaves) and leaves[place] < high:
+            child = bisect_right(first_leaf, leaves[place], begin, end) - 1
+            child_high = first_leaf[child + 1] if child + 1 < end else high
+            after = bisect_left(leaves, child_high, place)
+            if after - place == child_high - first_leaf[child]:
+                closed.append(child)
+            place = after
+        return closed
 
 
 @dataclass(frozen=True, slots=True)
