@@ -2,12 +2,13 @@
 
     logp_n = logits_n[target_n] - logsumexp(logits_n[allowed_n]),   logits_n = weight hidden_n / temperature
 
-Equal to a softmax over the vocabulary with every other id masked out, at the price of the allowed ids alone. Tokens that
-share their allowed ids form a block: one dense product with those rows of the weight. Others lie in one ragged piece,
-an entry for each allowed id. Tokens with one allowed id are in neither: log-prob exactly 0, no gradient, not read.
+Equal to a softmax over the vocabulary with every other id masked out, at the price of the allowed ids alone. Tokens
+that share their allowed ids form a block: one dense product with those rows of the weight. Others lie in one ragged
+piece, an entry for each allowed id. Tokens with one allowed id are in neither: log-prob exactly 0, no gradient, not
+read.
 
 The weight's gradient has only the rows of allowed ids, and a dense one is not made where it need not be: see
-`_weight_gradient`.
+`_takes_sparse`.
 """
 
 # Shape letters: N tokens, R tokens of a block or of the ragged piece, C ids of a block, X closed ids of a block,
@@ -110,9 +111,7 @@ def _moved(part, device):
     return type(part)(*(getattr(part, f.name).to(device, non_blocking=True) for f in fields(part)))
 
 
-def allowed_logprobs(
-    hidden_ND: Tensor, weight_VD: Tensor, allowed: AllowedIds, *, temperature: float = 1.0
-) -> Tensor:
+def allowed_logprobs(hidden_ND: Tensor, weight_VD: Tensor, allowed: AllowedIds, *, temperature: float = 1.0) -> Tensor:
     """log softmax(weight hidden / temperature) over each token's allowed ids, at the id it is; (N,), in nats.
 
     float32, or float64 for float64 inputs. Products run in the autocast type or the inputs' own. Give the plan on the
@@ -141,7 +140,9 @@ def _head(hidden_ND, weight_VD, allowed, temperature, *, entropy: bool):
         product_type = torch.get_autocast_dtype(device)
     else:
         product_type = torch.promote_types(hidden_ND.dtype, weight_VD.dtype)
-    return _AllowedHead.apply(hidden_ND, weight_VD, allowed, 1.0 / temperature, product_type, entropy)
+    # The head casts by itself: autocast would round its sums too.
+    with torch.autocast(device, enabled=False):
+        return _AllowedHead.apply(hidden_ND, weight_VD, allowed, 1.0 / temperature, product_type, entropy)
 
 
 class _AllowedHead(torch.autograd.Function):
@@ -213,7 +214,13 @@ class _AllowedHead(torch.autograd.Function):
             _ragged_backward_(ctx, hidden_ND, weight_VD, shares[-1], grad_N, grad_hidden, rows_UD)
         grad_weight = None
         if needs_weight:
-            grad_weight = _weight_gradient(weight_VD, allowed.ids_U, rows_UD.to(weight_VD.dtype))
+            rows_UD = rows_UD.to(weight_VD.dtype)
+            if _takes_sparse(ctx.next_functions[1][0]):
+                grad_weight = torch.sparse_coo_tensor(
+                    allowed.ids_U[None], rows_UD, weight_VD.shape, is_coalesced=True, check_invariants=False
+                )
+            else:
+                grad_weight = torch.zeros_like(weight_VD).index_copy_(0, allowed.ids_U, rows_UD)
         return grad_hidden, grad_weight, None, None, None, None
 
 
@@ -270,40 +277,42 @@ def _ragged_backward_(ctx, hidden_ND, weight_VD, share_F, grad_N, grad_hidden, r
         grad_hidden[ragged.row_R] = grad_RD.to(hidden_ND.dtype)
 
 
-def _weight_gradient(weight_VD: Tensor, ids_U: Tensor, rows_UD: Tensor) -> Tensor:
-    """The gradient of the weight from its rows: sparse where the engine can add it to a dense one, else dense.
+def _takes_sparse(node) -> bool:
+    """Whether the weight's gradient may be its rows alone, given the graph node it goes to.
 
     A new V x D gradient is nine tenths of this head's time at a vocabulary of 150k. Autograd itself adds a sparse
     gradient into a dense one in place, so a parameter gets its rows and no more when it has a gradient already
     (accumulation), or gets a dense one in the same backward (tied embeddings). When neither comes, a hook on the
-    parameter, which lives until it has run in this same backward, turns the rows into a dense gradient before anything
-    is stored; a parameter never holds a sparse one.
+    parameter turns the rows into a dense gradient as soon as they are stored, before any other hook or reader.
 
     Dense at once: a weight that is no leaf (a gathered or a computed one), one with hooks of its own, which may expect
     dense gradients, and whatever torch.autograd.grad asks for. Adding to weight.grad here would be wrong for all three.
     """
-    if weight_VD.is_leaf and not weight_VD._backward_hooks and _will_accumulate(weight_VD):
-        if weight_VD.grad is None:
-            # Held by the hook: nothing else knows whether a dense gradient is still to come.
-            handle = weight_VD.register_hook(lambda grad: _dense_and_done(grad, handle))
-        return torch.sparse_coo_tensor(
-            ids_U[None], rows_UD, weight_VD.shape, is_coalesced=True, check_invariants=False
-        )
-    return torch.zeros_like(weight_VD).index_copy_(0, ids_U, rows_UD)
-
-
-def _will_accumulate(leaf: Tensor) -> bool:
-    """Whether this backward stores the gradient in leaf.grad, and does not return it to a caller of autograd.grad."""
-    node = torch.autograd.graph.get_gradient_edge(leaf).node
-    try:
-        return torch._C._will_engine_execute_node(node)
-    except RuntimeError:  # what the engine answers for a leaf whose gradient is returned
+    if node.name() != "torch::autograd::AccumulateGrad":
         return False
+    leaf = node.variable  # the weight that backward gets back may be a stand-in: activation checkpointing, offloading
+    stored_hooks = list((leaf._post_accumulate_grad_hooks or {}).values())
+    if leaf._backward_hooks or not all(isinstance(hook, _Densify) for hook in stored_hooks):
+        return False
+    try:
+        stores = torch._C._will_engine_execute_node(node)
+    except RuntimeError:  # the engine's answer when it will return a leaf's gradient and not store it
+        return False
+    if stores and leaf.grad is None and not stored_hooks:
+        _Densify(leaf)
+    return stores
 
 
-def _dense_and_done(grad: Tensor, handle) -> Tensor:
-    handle.remove()
-    return grad.to_dense() if grad.is_sparse else grad
+class _Densify:
+    """A hook for one backward: a gradient that was stored sparse becomes dense."""
+
+    def __init__(self, leaf: Tensor):
+        self.handle = leaf.register_post_accumulate_grad_hook(self)
+
+    def __call__(self, leaf: Tensor) -> None:
+        self.handle.remove()
+        if leaf.grad.is_sparse:
+            leaf.grad = leaf.grad.to_dense()
 
 
 def _check(hidden_ND, weight_VD, allowed, temperature) -> None:
@@ -316,7 +325,9 @@ def _check(hidden_ND, weight_VD, allowed, temperature) -> None:
     if temperature <= 0:
         raise ValueError(f"temperature must be positive, got {temperature}")
     if allowed.ids_U.device != weight_VD.device:
-        raise ValueError(f"the plan is on {allowed.ids_U.device}, the weight on {weight_VD.device}: use plan.to(device)")
+        raise ValueError(
+            f"the plan is on {allowed.ids_U.device}, the weight on {weight_VD.device}: use plan.to(device)"
+        )
     if allowed.ids_U.device.type != "cpu":
         return  # reading values would wait for the device
     if len(allowed.ids_U) and not 0 <= int(allowed.ids_U[0]) <= int(allowed.ids_U[-1]) < len(weight_VD):

@@ -97,10 +97,14 @@ class Choices:
 
         Choices at one node share their ids. Where choices times ids reach `block_entries` they are a block.
         """
-        first_child, token = self.trie.first_child, self.trie.token
+        first_child, token, num_roots = self.trie.first_child, self.trie.token, self.trie.num_roots
+        place_C = self.child_C - first_child[self.node_C]  # of the id taken among the node's
+        place_X = self.closed_X - first_child[self.node_C[self.choice_X]]
         size_C = self._num_children()
-        by_node = np.argsort(self.node_C, kind="stable")
-        node, begin_of, count = np.unique(self.node_C[by_node], return_index=True, return_counts=True)
+        # Roots that begin with the same ids are as one; what differs is only how their lines end.
+        group_C = np.where(self.at_root_C, self.trie.like_root[np.minimum(self.node_C, num_roots - 1)], self.node_C)
+        by_node = np.argsort(group_C, kind="stable")
+        node, begin_of, count = np.unique(group_C[by_node], return_index=True, return_counts=True)
         fan_out = first_child[node + 1] - first_child[node]
         wide = count * fan_out >= block_entries
         in_block = np.zeros(len(self.node_C), bool)
@@ -108,47 +112,51 @@ class Choices:
         for here, begin, size in zip(node[wide], begin_of[wide], count[wide], strict=True):
             rows = by_node[begin : begin + size]
             in_block[rows] = True
-            blocks.append((rows, np.arange(first_child[here], first_child[here + 1]), self._closed_within(rows)))
+            closed = self._closed_within(rows)
+            blocks.append((rows, token[first_child[here] : first_child[here + 1]], (closed[0], place_X[closed[1]])))
         rows = (~in_block).nonzero()[0]
         begin_F, size = first_child[self.node_C[rows]].astype(np.int64), size_C[rows]
         child_F, row_F = ragged_range(begin_F, size), np.repeat(np.arange(len(rows)), size)
-        target = self.child_C[rows] - begin_F + np.cumsum(size) - size
-        if len(closed := self._closed_within(rows)[0]):
-            place = (np.cumsum(size) - size - begin_F)[closed] + self._closed_within(rows)[1]
+        begin = np.cumsum(size) - size
+        target = begin + place_C[rows]
+        closed_row, which = self._closed_within(rows)
+        if len(which):
             keep = np.ones(len(child_F), bool)
-            keep[place] = False
+            keep[begin[closed_row] + place_X[which]] = False
             target = np.cumsum(keep)[target] - 1
             child_F, row_F = child_F[keep], row_F[keep]
-        ids_U, column = np.unique(
-            token[np.concatenate([child_F, *(children for _, children, _ in blocks)])], return_inverse=True
-        )
-        columns = np.split(column, np.cumsum([len(child_F), *(len(children) for _, children, _ in blocks)])[:-1])
+        parts = [token[child_F], *(ids for _, ids, _ in blocks)]
+        ids_U, column = np.unique(np.concatenate(parts), return_inverse=True)
+        columns = np.split(column, np.cumsum([len(part) for part in parts])[:-1])
         tensor = torch.from_numpy
         return AllowedIds(
             num_tokens=self.num_tokens,
             ids_U=tensor(ids_U.astype(np.int64)),
             blocks=tuple(
                 Block(
-                    row_R=tensor(self.token_C[rows]),
-                    column_C=tensor(own),
-                    target_R=tensor(self.child_C[rows] - children[0]).long(),
+                    row_R=tensor(self.token_C[own_rows]),
+                    column_C=tensor(own_columns),
+                    target_R=tensor(place_C[own_rows]),
                     closed_row_X=tensor(closed_row),
-                    closed_X=tensor(closed_child - children[0]).long(),
+                    closed_X=tensor(closed),
                 )
-                for (rows, children, (closed_row, closed_child)), own in zip(blocks, columns[1:], strict=True)
+                for (own_rows, _, (closed_row, closed)), own_columns in zip(blocks, columns[1:], strict=True)
             ),
             ragged=Ragged(
-                row_R=tensor(self.token_C[rows]), place_F=tensor(row_F), column_F=tensor(columns[0]),
+                row_R=tensor(self.token_C[rows]),
+                place_F=tensor(row_F),
+                column_F=tensor(columns[0]),
                 target_R=tensor(target),
             ),
-        )  # fmt: skip
+        )
 
     def _closed_within(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The closed children of given choices: the place in `rows` of the choice of each, and the child."""
+        """The closed children of given choices: the place in `rows` of each one's choice, and which of the X it is."""
         place = np.full(len(self.token_C), -1)
         place[rows] = np.arange(len(rows))
         place_X = place[self.choice_X]
-        return place_X[place_X >= 0], self.closed_X[place_X >= 0]
+        which = (place_X >= 0).nonzero()[0]
+        return place_X[which], which
 
 
 def read_choices(

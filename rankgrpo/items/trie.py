@@ -48,6 +48,8 @@ class CatalogTrie:
         arrays = _grow(distinct)
         self.token, self.first_child, self.first_leaf, self.level_start, self.line_of_leaf = arrays
         """token (S,), -1 for a root; first_child (S + 1,); first_leaf (S,); line_of_leaf (E,): all int32."""
+        self.like_root = np.array([self._first_like(root) for root in range(self.num_roots)])
+        """(R,) the first root whose lines begin with the same ids."""
         self.leaf_of_line = np.empty_like(self.line_of_leaf)
         """(E,) int32: of line n under root r at r * N + n."""
         root_E = np.repeat(np.arange(self.num_roots, dtype=np.int32), self.num_lines)
@@ -74,7 +76,9 @@ class CatalogTrie:
         distinct = lines if len(line_of_text) == len(lines) else list(line_of_text)
         del line_of_text
         if num_ranks > len(distinct):
-            raise ValueError(f"a list of {num_ranks} ranks needs as many distinct lines, the catalog has {len(distinct)}")
+            raise ValueError(
+                f"a list of {num_ranks} ranks needs as many distinct lines, the catalog has {len(distinct)}"
+            )
         paths = read_line_paths(distinct, tokenizer, eos_id=eos_id, num_ranks=num_ranks)
         trie = cls(paths, line_of_item, num_ranks=num_ranks, eos_id=eos_id, seconds=0.0)
         trie.seconds = time.perf_counter() - began
@@ -115,6 +119,10 @@ class CatalogTrie:
             assert self.root_only is not None
             return self.root_only
         return self.root_first if rank == 0 else self.root_last if rank == num_ranks - 1 else self.root_middle
+
+    def _first_like(self, root: int) -> int:
+        begins = [self.token[self.first_child[r] : self.first_child[r + 1]] for r in range(root + 1)]
+        return next(r for r in range(root + 1) if np.array_equal(begins[r], begins[root]))
 
     def _terms(self, num_ranks: int | None, forbid: Forbid, seen: Iterable[int]) -> tuple[int, list[int]]:
         """Ranks of a list and the lines closed to it from the start."""
@@ -269,9 +277,7 @@ def _grow(roots: list[LinePaths]) -> tuple[np.ndarray, np.ndarray, np.ndarray, l
         is_new = np.concatenate([[True], key[1:] != key[:-1]])
         tokens.append((key[is_new] & 0xFFFFFFFF).astype(np.int32))
         first_leaves.append(active[is_new])
-        fan_outs.append(
-            np.bincount((key[is_new] >> 32) - level_start[-2], minlength=level_start[-1] - level_start[-2])
-        )
+        fan_outs.append(np.bincount((key[is_new] >> 32) - level_start[-2], minlength=level_start[-1] - level_start[-2]))
         node = np.cumsum(is_new) - 1 + level_start[-1]
         level_start.append(level_start[-1] + len(tokens[-1]))
         level += 1
