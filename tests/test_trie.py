@@ -162,12 +162,16 @@ def test_equal_lines_are_one_line_and_reported():
 # What is allowed, against sets of whole lists
 
 
+@functools.cache
+def paths_of(name, rank, num_ranks):
+    return {line: trie_named(name).line_ids(line, rank, num_ranks) for line in range(40)}
+
+
 def allowed_by_sets(name, prefix, num_ranks, forbidden, repeats):
     """Ids that follow `prefix` in some list of num_ranks catalog lines: by walking over lines, one at a time."""
-    trie = trie_named(name)
     named, rest, rank = [], list(prefix), 0
     while True:
-        paths = {line: trie.line_ids(line, rank, num_ranks) for line in range(40)}
+        paths = paths_of(name, rank, num_ranks)
         done = [line for line, path in paths.items() if rest[: len(path)] == path]
         if not done:
             break
@@ -286,50 +290,27 @@ def test_any_choices_give_distinct_catalog_lines_in_the_tokenizers_own_ids(name,
 
 @pytest.mark.parametrize("name", NAMES)
 def test_probabilities_of_all_lists_sum_to_one(name):
-    """Lists of 3 of 40 lines: 59,280. A random model whose logits depend on the last ids and the position."""
-    trie, tokenizer = trie_named(name), tokenizer_named(name)
+    """All 59,280 lists of 3 of 40 lines, under a random model that reads the last three ids and the position."""
+    trie = trie_named(name)
     generator = torch.Generator().manual_seed(0)
-    V, D = len(tokenizer), 8
+    V, D = len(tokenizer_named(name)), 8
     weight_VD = torch.randn(V, D, generator=generator, dtype=torch.float64)
-    embedding_VD = torch.randn(V, D, generator=generator, dtype=torch.float64)
-
-    def hidden_of(ids):
-        # What came before, each id turned by a fixed amount for its age.
-        past = embedding_VD[torch.tensor([0, *ids[:-1]])]
-        decay = 0.5 ** torch.arange(len(ids), dtype=torch.float64)
-        return torch.stack([(past[: n + 1].flip(0) * decay[: n + 1, None]).sum(0) for n in range(len(ids))])
-
-    total, chunk = 0.0, 512
-    # The middle line's probability given the first, and the last one's given both, from a tree of prefixes would do;
-    # whole lists are slower and share nothing with the code under test but its log-probs.
-    rng = random.Random(3)
-    firsts = rng.sample(range(40), 40)
-    prob_first = prefix_probabilities(trie, hidden_of, weight_VD, [()], firsts, chunk)
-    total_first = sum(prob_first.values())
-    assert total_first == pytest.approx(1, abs=1e-9)
-    few = rng.sample(range(40), 3)
-    for first in few:
-        seconds = prefix_probabilities(trie, hidden_of, weight_VD, [(first,)], range(40), chunk)
-        total = sum(seconds.values())
-        assert total == pytest.approx(prob_first[(first,)], abs=1e-9)
-        second = rng.choice([i for i in range(40) if i != first])
-        thirds = prefix_probabilities(trie, hidden_of, weight_VD, [(first, second)], range(40), chunk)
-        assert sum(thirds.values()) == pytest.approx(seconds[(first, second)], abs=1e-9)
-
-
-def prefix_probabilities(trie, hidden_of, weight_VD, prefixes, items, chunk):
-    """Probability of every prefix followed by each item not in it."""
-    wanted = [(*prefix, item) for prefix in prefixes for item in items if item not in prefix]
-    logps = {}
-    for begin in range(0, len(wanted), chunk):
-        part = wanted[begin : begin + chunk]
-        lists = [[i for rank, item in enumerate(w) for i in trie.line_ids(item, rank, 3)] for w in part]
-        choices = trie.choices(lists, 3)
-        hidden = torch.cat([hidden_of(ids) for ids in lists])
-        logp = allowed_logprobs(hidden, weight_VD, choices.for_head())
-        for w, own in zip(part, logp.split([len(ids) for ids in lists]), strict=True):
-            logps[w] = own.sum().exp().item()
-    return logps
+    tables = [torch.randn(V + 1, D, generator=generator, dtype=torch.float64) for _ in range(4)]
+    paths = [[trie.line_ids(line, rank, 3) for line in range(40)] for rank in range(3)]
+    total = 0.0
+    for first in range(40):
+        others = [i for i in range(40) if i != first]
+        lists = [paths[0][first] + paths[1][i] + paths[2][j] for i, j in itertools.permutations(others, 2)]
+        size = torch.tensor([len(ids) for ids in lists])
+        ids_BT = torch.nn.utils.rnn.pad_sequence([torch.tensor(ids) for ids in lists], batch_first=True)
+        past_BT = torch.nn.functional.pad(ids_BT, (3, 0), value=V)  # V stands for what is before the list
+        hidden_BTD = sum(tables[age][past_BT[:, 2 - age : 2 - age + ids_BT.shape[1]]] for age in range(3))
+        hidden_BTD = hidden_BTD + tables[3][: ids_BT.shape[1]]
+        mask_BT = torch.arange(ids_BT.shape[1]) < size[:, None]
+        logp_N = allowed_logprobs(hidden_BTD[mask_BT], weight_VD, trie.choices(lists).for_head())
+        logp_B = torch.zeros(len(lists), dtype=torch.float64)
+        total += logp_B.index_add_(0, torch.arange(len(lists)).repeat_interleave(size), logp_N).exp().sum().item()
+    assert total == pytest.approx(1, abs=1e-9)
 
 
 @pytest.mark.parametrize("block_entries", [1, 50, 10**9])
