@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from rankgrpo.allowed import allowed_logprobs
 from rankgrpo.items.trie import CatalogTrie
+from rankgrpo.model.allowed import allowed_logprobs
 from rankgrpo.tiny import WORD_PATTERN
 
 # ----------------------------------------------------------------------------------------------------------------------

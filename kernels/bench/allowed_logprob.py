@@ -1,7 +1,7 @@
 """Time and memory of the head over allowed ids against the streamed head, forward + backward, on lists of the catalog.
 
   full      rankgrpo.logprob.token_logprobs over the whole vocabulary
-  new       rankgrpo.allowed.allowed_logprobs, the weight's gradient made anew
+  new       rankgrpo.model.allowed.allowed_logprobs, the weight's gradient made anew
   existing  the same, added into a gradient that exists, as tied embeddings and accumulation do
   plan      what the other two are given: reading the lists in the trie and laying out the plan
 
@@ -24,9 +24,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rankgrpo.allowed import AllowedIds, allowed_logprobs
 from rankgrpo.items.trie import CatalogTrie
 from rankgrpo.logprob import token_logprobs
+from rankgrpo.model.allowed import AllowedIds, allowed_logprobs
 from rankgrpo_kernels.bench.common import (
     choose_providers,
     machine_line,

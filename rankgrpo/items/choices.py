@@ -1,7 +1,7 @@
 """What was allowed at every token of given lists: what a trainer asks once a batch.
 
 Only tokens that were choices have an entry; the others were forced. `for_head` is the plan that
-`rankgrpo.allowed.allowed_logprobs` computes with.
+`rankgrpo.model.allowed.allowed_logprobs` computes with.
 """
 
 # Shape letters: B lists, M tokens of all lists one after the other, C of them choices, X closed children of all
@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from rankgrpo.allowed import AllowedIds, Block, Ragged
 from rankgrpo.items.line_paths import ragged_range
 from rankgrpo.items.walk import UsedLeaves
+from rankgrpo.model.allowed import AllowedIds, Block, Ragged
 
 if TYPE_CHECKING:
     from rankgrpo.items.trie import CatalogTrie
