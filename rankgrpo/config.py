@@ -76,7 +76,7 @@ class ModelConfig:
     kernels: Literal["auto", "torch", "triton"] = "auto"
     """Head and loss of the update: auto = triton on a GPU that has it, torch elsewhere."""
     hidden: PositiveInt = 256
-    """Size of the tiny preset, as are layers, ffn, heads, kv_heads and vocab; other models ignore these."""
+    """Size of the tiny preset, as are layers, ffn, heads, kv_heads and vocab: no other model reads them."""
     layers: PositiveInt = 4
     ffn: PositiveInt = 768
     heads: PositiveInt = 4

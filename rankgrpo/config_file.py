@@ -28,6 +28,18 @@ FREE_KEYS = frozenset(
     }
 )
 
+_SIZES = ("hidden", "layers", "ffn", "heads", "kv_heads", "vocab")
+# Keys that nothing reads unless another has one of these values.
+READ_WITH: Mapping[str, tuple[str, tuple[str, ...]]] = {
+    **dict.fromkeys((f"model.{size}" for size in _SIZES), ("model.name", ("tiny",))),
+    **dict.fromkeys(
+        (f"adapter.{key}" for key in ("rank", "alpha", "rslora", "targets")), ("adapter.kind", ("lora", "dora"))
+    ),
+    "rl.gamma": ("rl.returns", ("exp",)),
+    "rl.second_phase_at": ("rl.schedule", ("two-phase",)),
+    "rl.second_phase_lr": ("rl.schedule", ("two-phase",)),
+    "rl.mismatch_cap": ("rl.mismatch_correction", ("truncate", "mask")),
+}
 _SECTIONS = {name: kind for name, kind in typing.get_type_hints(Config).items() if dataclasses.is_dataclass(kind)}
 
 
@@ -46,10 +58,16 @@ def method_files() -> dict[str, Path]:
 
 
 def load_config(
-    source: Path | None = None, overrides: list[str] | None = None, *, method: str | None = None, **direct: Any
+    source: Path | None = None,
+    overrides: list[str] | None = None,
+    *,
+    method: str | None = None,
+    saved: bool = False,
+    **direct: Any,
 ) -> Config:
     """Defaults, the TOML file, the method's, `section.key=value` words, `direct` (`section__key`): the later wins.
 
+    saved: the file is the config.toml of a run, which names every key, also those that the run does not read.
     Raises ConfigError naming the file or word and the key, and for a method that is none of `method_files`.
     """
     flat: dict[str, Any] = {}
@@ -73,6 +91,8 @@ def load_config(
         take({key.strip(): _parse_word(text.strip())}, f"override {word!r}")
     take({key.replace("__", "."): value for key, value in direct.items()}, "")
     config, faults = _build(flat)
+    if config is not None:
+        faults = _unread(config, [key for key in flat if not (saved and sources[key] == str(source))])
     if faults:
         raise ConfigError("\n".join(fault.told(sources) for fault in faults))
     return config
@@ -108,7 +128,25 @@ def own_keys(config: Config) -> dict[str, Any]:
 
 def _differing(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
     before, after = flatten(old), flatten(new)
-    return {key: (before[key], after[key]) for key in after if key not in FREE_KEYS and before[key] != after[key]}
+    compared = [key for key in after if key not in FREE_KEYS and (_is_read(key, before) or _is_read(key, after))]
+    return {key: (before[key], after[key]) for key in compared if before[key] != after[key]}
+
+
+def _is_read(key: str, flat: Mapping[str, Any]) -> bool:
+    owner, values = READ_WITH.get(key, (key, (flat[key],)))
+    return flat[owner] in values
+
+
+def _unread(config: Config, keys: list[str]) -> list[Fault]:
+    """Faults of the `keys` that were set and are not read, unless they have their default."""
+    flat, defaults = flatten(config), flatten(Config())
+    faults = []
+    for key in keys:
+        if not _is_read(key, flat) and flat[key] != defaults[key]:
+            owner, values = READ_WITH[key]
+            text = f"{key}: is read with {owner} = {' or '.join(values)} only, and {owner} is {flat[owner]!r}"
+            faults.append(Fault((key,), text, is_rule=True))
+    return faults
 
 
 def read_toml(path: Path, *, what: str = "configuration file") -> dict[str, Any]:

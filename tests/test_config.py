@@ -20,7 +20,7 @@ from rankgrpo.config import (
     TeacherConfig,
     with_steps,
 )
-from rankgrpo.config_file import changed_keys, flatten, load_config, presets_dir, to_toml
+from rankgrpo.config_file import changed_keys, flatten, load_config, own_keys, presets_dir, to_toml
 from rankgrpo.reward_terms import PARTS
 
 
@@ -203,6 +203,55 @@ def test_settings_that_are_no_tables_and_tables_that_are_no_settings(tmp_path):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Settings that nothing reads
+
+
+@pytest.mark.parametrize(
+    ("words", "key", "owner"),
+    [
+        (
+            ["model.name=qwen2.5-0.5b", "model.layers=3"],
+            "model.layers",
+            "model.name = tiny only, and model.name is 'qwen",
+        ),
+        (["model.name=some/folder", "model.vocab=99"], "model.vocab", "model.name = tiny only"),
+        (["rl.gamma=3"], "rl.gamma", "rl.returns = exp only, and rl.returns is 'exp_inf'"),
+        (["rl.schedule=cosine", "rl.second_phase_lr=1e-5"], "rl.second_phase_lr", "rl.schedule = two-phase only"),
+        (
+            ["rl.second_phase_at=0.9"],
+            "rl.second_phase_at",
+            "rl.schedule = two-phase only, and rl.schedule is 'constant'",
+        ),
+        (["rl.mismatch_cap=3"], "rl.mismatch_cap", "rl.mismatch_correction = truncate or mask only"),
+        (["adapter.rank=8"], "adapter.rank", "adapter.kind = lora or dora only, and adapter.kind is 'none'"),
+    ],
+)
+def test_a_setting_that_nothing_reads_is_refused(words, key, owner):
+    with pytest.raises(ConfigError) as caught:
+        load_config(None, words)
+    assert str(caught.value).startswith(f"{key}: is read with {owner}")
+    assert str(caught.value).endswith(f"(override {words[-1]!r})")
+
+
+def test_a_file_with_sizes_is_refused_for_another_model(tmp_path):
+    with pytest.raises(ConfigError, match=r"^model.ffn: is read with model.name = tiny only.*tiny.toml\)$"):
+        load_config(presets_dir() / "tiny.toml", model__name="qwen2.5-0.5b")
+    path = tmp_path / "run.toml"
+    path.write_text("[model]\nname = 'qwen2.5-0.5b'\nlayers = 4\nffn = 768\n[rl]\ngamma = 2\n")
+    assert load_config(path).model == ModelConfig("qwen2.5-0.5b")  # at their defaults, as a run's own copy has them
+    assert load_config(None, ["rl.returns=exp", "rl.gamma=3", "adapter.kind=lora", "adapter.rank=2"]).rl.gamma == 3.0
+
+
+def test_a_setting_that_nothing_reads_is_no_difference():
+    saved = Config()
+    other = dataclasses.replace(saved, rl=dataclasses.replace(saved.rl, gamma=3.0))
+    assert changed_keys(saved, other) == [] == list(own_keys(other))
+    exp = dataclasses.replace(saved, rl=dataclasses.replace(saved.rl, returns="exp", gamma=3.0))
+    assert changed_keys(other, exp) == ["rl.returns: 'exp_inf' -> 'exp'"]
+    assert own_keys(exp) == {"rl.returns": "exp", "rl.gamma": 3.0}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # On disk and back
 
 FINITE = st.floats(allow_nan=False)
@@ -234,9 +283,9 @@ def test_every_configuration_reads_back_equal(tmp_path_factory, seed, texts, rat
 
 
 def test_a_run_of_an_older_version_is_read():
-    """The file is what to_toml wrote before tomli_w did."""
+    """The file is what to_toml wrote before tomli_w did, with settings that its model does not read."""
     path = Path(__file__).parent / "config_of_an_old_run.toml"
-    config = load_config(path)
+    config = load_config(path, saved=True)
     tiny = load_config(presets_dir() / "tiny.toml", ["seed=7", 'data.path=C:\\odd "name"'])
     assert config == dataclasses.replace(
         tiny,
@@ -244,3 +293,5 @@ def test_a_run_of_an_older_version_is_read():
         rl=dataclasses.replace(tiny.rl, second_phase_lr=2.0),
     )
     assert config.rl.adam_eps == 1e-06 and config.rl.betas == (0.9, 0.99)
+    with pytest.raises(ConfigError, match="override 'rl.gamma=3'"):
+        load_config(path, ["rl.gamma=3"], saved=True)  # what was not read stays, and nothing is added
