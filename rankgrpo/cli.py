@@ -14,9 +14,9 @@ from typing import Annotated, Literal
 import tyro
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
-from rankgrpo.config_file import Set, load_config, method_files, preset_file
 from rankgrpo.distill.settings import DistillConfig
 from rankgrpo.errors import UserError
+from rankgrpo.files.options import Set
 from rankgrpo.sizing.cli import plan
 from rankgrpo.suite.cli import experiments
 
@@ -221,6 +221,8 @@ def models() -> None:
 @app.command
 def methods() -> None:
     """List the methods of --method: Rank-GRPO, its variants and what it is compared with, with the keys each sets."""
+    from rankgrpo.config_file import method_files
+
     for name, path in method_files().items():
         print(f"{name}\n{textwrap.indent(path.read_text(encoding='utf-8'), '    ')}")
 
@@ -329,6 +331,7 @@ def _settings(
     method: str | None = None,
     demonstrations: str | None = None,
 ):
+    from rankgrpo.config_file import load_config, preset_file
     from rankgrpo.model.presets import resolve_model
 
     resolve_model(model)  # an unknown name fails before anything is read or written

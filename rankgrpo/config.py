@@ -1,176 +1,246 @@
 """What a run can be set to: every key, its default and its limits. `config_file` reads and writes them.
 
-An impossible value raises ConfigError, which names the key.
+Every section is frozen, and checked whenever one is made, by `dataclasses.replace` too: a value that cannot be raises
+ConfigError, which names the key.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
-from typing import Literal
+import re
+from dataclasses import field, replace
+from typing import Annotated, Any, Literal, Self
 
-from rankgrpo.errors import ConfigError
-from rankgrpo.reward_terms import reward_terms
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+
+from rankgrpo.files.sections import BrokenRule, section
+
+PARTS = {
+    "relevance": "by rank: 1 for the first line that names an item of the ground truth",
+    "format": "by rank: 1 for a line of the form Title (Year)",
+    "in_catalog": "by rank: 1 for a line that names a catalog item",
+    "repetition": "by rank: 1 for a line that names what an earlier line named; give it a negative weight",
+    "novelty": "by rank: from 0 for the most popular item of the catalog to 1 for one nobody asked for in training",
+    "length": "by list: n lines of K asked for, min(n, K) / max(n, K)",
+}
+"""Name of every part of our own, and what it measures; `reward_parts` computes them."""
+
+_TERM = re.compile(
+    r"\s*(?P<sign>[+-])?\s*(?:(?P<weight>[0-9.]+(?:[eE][+-]?[0-9]+)?)\s*\*\s*)?"
+    r"(?P<name>[A-Za-z_][\w.]*(?::\w+)?)\s*",
+    re.ASCII,
+)
 
 
-def _require(condition: bool, key: str, message: str) -> None:
-    if not condition:
-        raise ConfigError(f"{key}: {message}")
+def reward_terms(text: str) -> dict[str, float]:
+    """Part -> weight, in the order written. A part has a name of `PARTS`, or is `package.module:function`.
+
+    Raises ValueError for text that is not a sum of `weight * part`, for an unknown part and for one given twice.
+    """
+    terms: dict[str, float] = {}
+    place = 0
+    while place < len(text) or not terms:
+        match = _TERM.match(text, place)
+        if match is None or (terms and not match["sign"]):
+            raise ValueError(
+                f"cannot read {text[place:].strip()!r} in {text!r}; expected a sum such as relevance + 0.1 * in_catalog"
+            )
+        name = match["name"]
+        if name not in PARTS and ":" not in name:
+            raise ValueError(
+                f"unknown part {name!r}; parts are {', '.join(PARTS)}, or your own function, package.module:function"
+            )
+        if name in terms:
+            raise ValueError(f"part {name!r} is given twice in {text!r}")
+        try:
+            weight = float(match["weight"] or 1.0)
+        except ValueError:
+            raise ValueError(f"{match['weight']!r} is no number in {text!r}") from None
+        terms[name] = -weight if match["sign"] == "-" else weight
+        place = match.end()
+    return terms
 
 
-def _require_positive(section: object, name: str, *keys: str) -> None:
-    for key in keys:
-        _require(getattr(section, key) > 0, f"{name}.{key}", "must be positive")
+def _number_as_text(value: Any) -> Any:
+    return str(value) if type(value) in (int, float) else value
 
 
-@dataclass(frozen=True)
+def _two_numbers(value: Any, check: ValidatorFunctionWrapHandler) -> tuple[float, float]:
+    try:
+        return check(tuple(value) if isinstance(value, list) else value)
+    except ValidationError:
+        raise PydanticCustomError("two_numbers", "not two numbers") from None
+
+
+def _names(value: str) -> str:
+    if not all(name.strip() for name in value.split(",")):
+        raise ValueError("must be linear, or names with commas between")
+    return value
+
+
+def _reward(value: str) -> str:
+    reward_terms(value)
+    return value
+
+
+def _folds(value: int) -> int:
+    if value == 1:
+        raise ValueError("must be 0, or 2 and more")
+    return value
+
+
+Text = Annotated[str, BeforeValidator(_number_as_text)]
+Betas = Annotated[tuple[float, float], WrapValidator(_two_numbers)]
+Share = Annotated[float, Field(gt=0, le=1)]
+"""In (0, 1]."""
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+"""In [0, 1)."""
+
+
+@section
 class ModelConfig:
-    name: str = "tiny"
+    name: Text = "tiny"
     """Preset (see `rankgrpo models`), local folder in Hugging Face format, or hub id."""
     autocast: Literal["none", "bfloat16"] = "none"
     """Compute type of the matrix products; parameters and optimizer state stay float32."""
     gradient_checkpointing: bool = False
     kernels: Literal["auto", "torch", "triton"] = "auto"
     """Head and loss of the update: auto = triton on a GPU that has it, torch elsewhere."""
-    hidden: int = 256
-    """Size of the tiny preset, as are layers, ffn, heads, kv_heads and vocab; other models ignore these."""
-    layers: int = 4
-    ffn: int = 768
-    heads: int = 4
-    kv_heads: int = 2
-    vocab: int = 8192
+    hidden: PositiveInt = 256
+    """Size of the tiny preset, as are layers, ffn, heads, kv_heads and vocab: no other model reads them."""
+    layers: PositiveInt = 4
+    ffn: PositiveInt = 768
+    heads: PositiveInt = 4
+    kv_heads: PositiveInt = 2
+    vocab: PositiveInt = 8192
 
-    def __post_init__(self):
-        _require_positive(self, "model", "hidden", "layers", "ffn", "heads", "kv_heads", "vocab")
-        _require(self.heads % self.kv_heads == 0, "model.kv_heads", f"must divide model.heads = {self.heads}")
+    @model_validator(mode="after")
+    def _rules(self) -> Self:
+        if self.heads % self.kv_heads:
+            raise BrokenRule(f"must divide model.heads = {self.heads}", "kv_heads", "heads")
+        return self
 
 
-@dataclass(frozen=True)
+@section
 class AdapterConfig:
     """Small matrices trained in place of the model's weights, in the warm start and in reinforcement learning, each of
     which begins with new ones and ends with a whole model."""
 
     kind: Literal["none", "lora", "dora"] = "none"
-    rank: int = 16
-    alpha: float = 16.0
+    rank: PositiveInt = 16
+    alpha: PositiveFloat = 16.0
     """The adapter is scaled by alpha / rank, with rslora by alpha / sqrt(rank)."""
     rslora: bool = False
-    targets: str = "linear"
+    targets: Annotated[Text, AfterValidator(_names)] = "linear"
     """linear = every Linear layer of the attention and the MLP; or names with commas between, such as q_proj,v_proj."""
-
-    def __post_init__(self):
-        _require_positive(self, "adapter", "rank", "alpha")
-        _require(all(self.target_list), "adapter.targets", "must be linear, or names with commas between")
 
     @property
     def target_list(self) -> list[str]:
         return [name.strip() for name in self.targets.split(",")]
 
 
-@dataclass(frozen=True)
+@section
 class DataConfig:
-    path: str = "demo"
+    path: Text = "demo"
     """`demo`, or a folder with train.jsonl, validation.jsonl, test.jsonl and catalog.jsonl or catalog.csv."""
-    max_prompt_tokens: int = 512
+    max_prompt_tokens: PositiveInt = 512
     """A longer conversation loses its oldest turns, never the instruction."""
-    num_train: int = 0
+    num_train: NonNegativeInt = 0
     """Training samples taken from the data set, or made by the demo; 0 is all of them (the demo's own default)."""
-    num_ranks: int = 20
+    num_ranks: PositiveInt = 20
     """Length K of the list asked for."""
 
-    def __post_init__(self):
-        _require_positive(self, "data", "max_prompt_tokens", "num_ranks")
-        _require(self.num_train >= 0, "data.num_train", "must not be negative")
 
-
-@dataclass(frozen=True)
+@section
 class TeacherConfig:
     """EASE (Steck 2019), the offline teacher of the warm start, unless it learns from demonstrations of its own."""
 
-    demonstrations: str = ""
+    demonstrations: Text = ""
     """Folder of demonstrations-train.jsonl and demonstrations-validation.jsonl (`rankgrpo distill` writes one); the
     other keys of this section are then not used."""
-    l2: float = 50.0
+    l2: PositiveFloat = 50.0
     popularity_weight: float = 2e-4
-    num_folds: int = 5
+    num_folds: Annotated[NonNegativeInt, AfterValidator(_folds)] = 5
     """A training conversation's list comes from a model fitted without that dialog; 0 fits one model on all."""
-    data_frac: float = 1.0
+    data_frac: Share = 1.0
     """Share of the training dialogs that the teacher is fitted on and the warm start learns from, 0.25 in the paper;
     reinforcement learning sees all."""
-    short_requests: int = 0
+    short_requests: NonNegativeInt = 0
     """Extra demonstrations a training sample: one-line requests that name a few items of its dialog."""
-
-    def __post_init__(self):
-        _require(self.l2 > 0, "teacher.l2", "must be positive")
-        _require(self.num_folds != 1 and self.num_folds >= 0, "teacher.num_folds", "must be 0, or 2 and more")
-        _require(self.short_requests >= 0, "teacher.short_requests", "must not be negative")
-        _require(0 < self.data_frac <= 1, "teacher.data_frac", "must be in (0, 1]")
 
     def num_demonstrations(self, num_samples: int) -> int:
         """How many EASE makes for so many samples: one of each, and its short requests."""
         return num_samples * (1 + self.short_requests)
 
 
-@dataclass(frozen=True)
+@section
 class SftConfig:
     enabled: bool = True
     """False starts reinforcement learning from the untrained model (R1-zero)."""
-    num_steps: int = 0
+    num_steps: NonNegativeInt = 0
     """Optimizer steps; 0 takes them from num_epochs and the size of the data."""
-    num_epochs: float = 2.0
+    num_epochs: PositiveFloat = 2.0
     """Passes over the demonstrations."""
-    batch_size: int = 64
-    lr: float = 1e-3
+    batch_size: PositiveInt = 64
+    lr: PositiveFloat = 1e-3
     schedule: Literal["constant", "cosine"] = "cosine"
-    warmup_frac: float = 0.05
+    warmup_frac: Fraction = 0.05
     weight_decay: float = 0.0
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: Betas = (0.9, 0.95)
     grad_clip: float = 1.0
-    token_budget: int = 16384
+    token_budget: PositiveInt = 16384
     """Tokens of one micro-batch: prompts once, lists after them."""
-    eval_every: int = 100
+    eval_every: PositiveInt = 100
     eval_samples: int = 64
-    save_every: int = 100
-    keep_last: int = 2
-
-    def __post_init__(self):
-        _require_positive(self, "sft", "num_epochs", "batch_size", "lr", "token_budget")
-        _require_positive(self, "sft", "eval_every", "save_every", "keep_last")
-        _require(self.num_steps >= 0, "sft.num_steps", "must not be negative")
-        _require(0 <= self.warmup_frac < 1, "sft.warmup_frac", "must be in [0, 1)")
+    save_every: PositiveInt = 100
+    keep_last: PositiveInt = 2
 
 
-@dataclass(frozen=True)
+@section
 class RlConfig:
-    num_steps: int = 0
+    num_steps: NonNegativeInt = 0
     """Batches of rollouts; 0 takes them from num_epochs and the size of the data."""
-    num_epochs: float = 1.0
+    num_epochs: PositiveFloat = 1.0
     """Passes over the training conversations."""
-    prompts_per_step: int = 32
-    group_size: int = 8
+    prompts_per_step: PositiveInt = 32
+    group_size: Annotated[int, Field(ge=2)] = 8
+    """Lists a prompt: an advantage compares the lists of a group, so at least 2."""
     unit: Literal["rank", "token", "list"] = "rank"
     """What has a ratio of its own: rank = Rank-GRPO, token = GRPO, list = GSPO."""
     returns: Literal["exp_inf", "exp", "log"] = "exp_inf"
     """Return of a rank (Eq. 8, 9); units token and list use DCG@K of the whole list."""
-    gamma: float = 2.0
+    gamma: Annotated[float, Field(gt=1)] = 2.0
     """Discount base of returns = exp."""
-    reward: str = "relevance"
-    """What a list earns, a weighted sum of parts such as `relevance + 0.1 * in_catalog` (see rankgrpo/reward_terms.py).
+    reward: Annotated[Text, AfterValidator(_reward)] = "relevance"
+    """What a list earns, a weighted sum of parts such as `relevance + 0.1 * in_catalog` (see rankgrpo/config.py).
     A part of your own is `package.module:function`; the file reward_parts.py has its signature."""
     reduction: Literal["rank", "token"] = "rank"
     """rank = Eq. 6; token = the released code's token mean."""
     token_mean: Literal["list", "batch", "max"] = "list"
     """Of unit = token: list = GRPO (a mean a list), batch = DAPO (all tokens), max = Dr. GRPO (max_new_tokens)."""
-    unlikeliness: float = 0.0
+    unlikeliness: Fraction = 0.0
     """Cut of the reward of what the policy found likely ("Rewarding the Unlikely", there 0.25): by rank among the
     group's hits, or with units token and list by list."""
     scale_by_std: bool = True
     """False only centres rewards (Dr. GRPO)."""
-    clip_low: float = 0.06
-    clip_high: float = 0.08
-    kl_coef: float = 1e-3
+    clip_low: Share = 0.06
+    clip_high: PositiveFloat = 0.08
+    kl_coef: NonNegativeFloat = 1e-3
     """Weight of the k3 KL to the SFT model; 0 drops the reference and skips groups without gradient."""
-    updates_per_batch: int = 1
+    updates_per_batch: PositiveInt = 1
     """mu: optimizer steps on one batch of rollouts."""
     overflow_penalty: float = -0.1
     early_eos_penalty: float = -0.1
@@ -179,103 +249,76 @@ class RlConfig:
     repeat_penalty: float = 0.0
     """Advantage of a rank that repeats an earlier item, less the group's mean at that rank; the paper has none."""
     year_tolerance: int = 0
-    lr: float = 1e-6
+    lr: PositiveFloat = 1e-6
     schedule: Literal["constant", "cosine", "two-phase"] = "constant"
     second_phase_at: float = 0.5
     """Fraction of the steps after which schedule = two-phase continues at second_phase_lr."""
     second_phase_lr: float = 1e-7
     warmup_frac: float = 0.0
     weight_decay: float = 0.0
-    betas: tuple[float, float] = (0.9, 0.99)
+    betas: Betas = (0.9, 0.99)
     adam_eps: float = 1e-8
     """A weight whose gradient stays well below this hardly moves, where Adam would give noise a full step."""
     grad_clip: float = 1.0
-    max_new_tokens: int = 256
-    temperature: float = 1.0
-    token_budget: int = 16384
+    max_new_tokens: PositiveInt = 256
+    temperature: PositiveFloat = 1.0
+    token_budget: PositiveInt = 16384
     sampler: Literal["auto", "hf", "vllm"] = "auto"
     """auto = vllm on an NVIDIA GPU where it is installed, hf (transformers) elsewhere."""
-    sampler_rows: int = 256
+    sampler_rows: PositiveInt = 256
     """Lists decoded at once."""
-    vllm_memory: float = 0.4
+    vllm_memory: Annotated[float, Field(gt=0, lt=1)] = 0.4
     """Share of a GPU for vLLM: its copy of the weights and its cache of keys and values."""
-    vllm_tp: int = 1
+    vllm_tp: PositiveInt = 1
     """Processes (GPUs) that share one vLLM engine; above 1 for models too large for one GPU."""
     vllm_sleep: Literal[0, 1, 2] = 1
     """While the weights are updated vLLM 0 = keeps its memory, 1 = parks its weights in main memory, 2 = drops them."""
-    mismatch_alarm: float = 1.1
+    mismatch_alarm: Annotated[float, Field(gt=1)] = 1.1
     """Mean exp|trainer's - sampler's log-prob| of the sampled tokens above which a run stops, and says which weights
     differ."""
     mismatch_correction: Literal["none", "truncate", "mask"] = "none"
     """Weighs every unit (rl.unit) by its geometric-mean ratio trainer / sampler, truncated at mismatch_cap, or drops
     units whose ratio is beyond it."""
-    mismatch_cap: float = 2.0
-    eval_every: int = 25
+    mismatch_cap: Annotated[float, Field(ge=1)] = 2.0
+    eval_every: PositiveInt = 25
     eval_samples: int = 200
-    save_every: int = 25
-    keep_last: int = 2
+    save_every: PositiveInt = 25
+    keep_last: PositiveInt = 2
 
-    def __post_init__(self):
-        _require_positive(self, "rl", "num_epochs", "prompts_per_step", "updates_per_batch", "lr", "temperature")
-        _require_positive(self, "rl", "max_new_tokens", "token_budget", "sampler_rows")
-        _require_positive(self, "rl", "eval_every", "save_every", "keep_last")
-        _require(self.num_steps >= 0, "rl.num_steps", "must not be negative")
-        _require_positive(self, "rl", "vllm_tp")
-        _require(0 < self.vllm_memory < 1, "rl.vllm_memory", "must be between 0 and 1")
-        _require(self.mismatch_alarm > 1, "rl.mismatch_alarm", "must be above 1, the value of no mismatch")
-        _require(self.mismatch_cap >= 1, "rl.mismatch_cap", "must be at least 1")
-        _require(0 < self.clip_low <= 1, "rl.clip_low", "must be in (0, 1]")
-        _require(self.clip_high > 0, "rl.clip_high", "must be positive")
-        _require(self.kl_coef >= 0, "rl.kl_coef", "must not be negative")
-        _require(self.gamma > 1, "rl.gamma", "must be above 1")
-        _require(0 <= self.unlikeliness < 1, "rl.unlikeliness", "must be in [0, 1)")
-        try:
-            reward_terms(self.reward)
-        except ValueError as error:
-            raise ConfigError(f"rl.reward: {error}") from None
-        _require(self.group_size > 1, "rl.group_size", "must be at least 2: an advantage compares the lists of a group")
-        _require(
-            self.unit == "rank" or self.repeat_penalty == 0,
-            "rl.repeat_penalty",
-            "belongs to ranks: needs rl.unit = rank",
-        )
-        _require(
-            self.unit == "token" or self.token_mean == "list",
-            "rl.token_mean",
-            "belongs to tokens: needs rl.unit = token",
-        )
-        _require(
-            self.unit == "rank" or self.reduction == "rank",
-            "rl.reduction",
-            "token needs rl.unit = rank (released code)",
-        )
+    @model_validator(mode="after")
+    def _rules(self) -> Self:
+        if self.unit != "rank" and self.repeat_penalty != 0:
+            raise BrokenRule("belongs to ranks: needs rl.unit = rank", "repeat_penalty", "unit")
+        if self.unit != "token" and self.token_mean != "list":
+            raise BrokenRule("belongs to tokens: needs rl.unit = token", "token_mean", "unit")
+        if self.unit != "rank" and self.reduction != "rank":
+            raise BrokenRule("token needs rl.unit = rank (released code)", "reduction", "unit")
+        return self
 
 
-@dataclass(frozen=True)
+@section
 class EvalConfig:
     split: Literal["validation", "test"] = "test"
-    num_samples: int = 0
+    num_samples: NonNegativeInt = 0
     """Samples of the split that are scored, from its beginning; 0 is all."""
-    temperature: float = 0.0
+    temperature: NonNegativeFloat = 0.0
     """Of the lists that are scored, in validation too; 0 is greedy, as in the paper."""
-    draws: int = 1
+    draws: PositiveInt = 1
     """Lists a conversation whose scores are averaged, so that a model is not judged by the luck of one draw; needs a
     temperature. Validation has one."""
-    lists: int = 1
+    lists: Annotated[int, Field(ge=1)] = 1
     """Above 1: also sample so many lists a conversation at rl.temperature and score their union, up to all of them."""
-    list_samples: int = 0
+    list_samples: NonNegativeInt = 0
     """Samples that get eval.lists lists, from the beginning of the split; 0 is all."""
 
-    def __post_init__(self):
-        _require(self.num_samples >= 0, "eval.num_samples", "must not be negative")
-        _require(self.lists >= 1, "eval.lists", "must be at least 1")
-        _require(self.list_samples >= 0, "eval.list_samples", "must not be negative")
-        _require(self.temperature >= 0, "eval.temperature", "must not be negative")
-        _require(self.draws >= 1, "eval.draws", "must be at least 1")
-        _require(self.draws == 1 or self.temperature > 0, "eval.draws", "above 1 needs eval.temperature > 0")
+    @model_validator(mode="after")
+    def _rules(self) -> Self:
+        if self.draws > 1 and self.temperature == 0:
+            raise BrokenRule("above 1 needs eval.temperature > 0", "draws", "temperature")
+        return self
 
 
-@dataclass(frozen=True)
+@section
 class ParallelConfig:
     """How the processes of torchrun share a model. A run may go on under other values, and with other processes."""
 
@@ -286,11 +329,14 @@ class ParallelConfig:
     cpu_offload: bool = False
     """Keep the split parameters and the optimizer in host memory; slower, for a model that does not fit otherwise."""
 
-    def __post_init__(self):
-        _require(not (self.cpu_offload and self.shard == "none"), "parallel.cpu_offload", "needs a split model")
+    @model_validator(mode="after")
+    def _rules(self) -> Self:
+        if self.cpu_offload and self.shard == "none":
+            raise BrokenRule("needs a split model", "cpu_offload", "shard")
+        return self
 
 
-@dataclass(frozen=True)
+@section
 class Config:
     seed: int = 3407
     model: ModelConfig = field(default_factory=ModelConfig)

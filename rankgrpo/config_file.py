@@ -7,23 +7,19 @@ written into the run folder, and a run resumes only under the configuration it w
 from __future__ import annotations
 
 import dataclasses
-import functools
 import importlib.util
 import tomllib
-import types
 import typing
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
-from tyro.conf import arg
+import tomli_w
 
 from rankgrpo.config import Config
 from rankgrpo.errors import ConfigError
+from rankgrpo.files.sections import Fault, SectionError, unknown_key
 
-Set = Annotated[
-    list[str],
-    arg(name="set", metavar="KEY=VALUE", help="override the configuration, for example rl.lr=1e-5 sft.num_steps=200"),
-]
 # Keys that change how a run is watched, kept and shared out, not what it computes: a run may resume with other values.
 FREE_KEYS = frozenset(
     {
@@ -32,6 +28,20 @@ FREE_KEYS = frozenset(
         *("parallel.shard", "parallel.cpu_offload"),
     }
 )
+
+_SIZES = ("hidden", "layers", "ffn", "heads", "kv_heads", "vocab")
+# Keys that nothing reads unless another has one of these values.
+READ_WITH: Mapping[str, tuple[str, tuple[str, ...]]] = {
+    **dict.fromkeys((f"model.{size}" for size in _SIZES), ("model.name", ("tiny",))),
+    **dict.fromkeys(
+        (f"adapter.{key}" for key in ("rank", "alpha", "rslora", "targets")), ("adapter.kind", ("lora", "dora"))
+    ),
+    "rl.gamma": ("rl.returns", ("exp",)),
+    "rl.second_phase_at": ("rl.schedule", ("two-phase",)),
+    "rl.second_phase_lr": ("rl.schedule", ("two-phase",)),
+    "rl.mismatch_cap": ("rl.mismatch_correction", ("truncate", "mask")),
+}
+_SECTIONS = {name: kind for name, kind in typing.get_type_hints(Config).items() if dataclasses.is_dataclass(kind)}
 
 
 def presets_dir() -> Path:
@@ -55,27 +65,44 @@ def method_files() -> dict[str, Path]:
 
 
 def load_config(
-    source: Path | None = None, overrides: list[str] | None = None, *, method: str | None = None, **direct: Any
+    source: Path | None = None,
+    overrides: list[str] | None = None,
+    *,
+    method: str | None = None,
+    saved: bool = False,
+    **direct: Any,
 ) -> Config:
     """Defaults, the TOML file, the method's, `section.key=value` words, `direct` (`section__key`): the later wins.
 
+    saved: the file is the config.toml of a run, which names every key, also those that the run does not read.
     Raises ConfigError naming the file or word and the key, and for a method that is none of `method_files`.
     """
     flat: dict[str, Any] = {}
+    sources: dict[str, str] = {}  # of every key that is set, the file or word that set it last
+
+    def take(settings: dict[str, Any], source: str) -> None:
+        flat.update(settings)
+        sources.update(dict.fromkeys(settings, source))
+
     if source is not None:
-        flat |= _read_settings(source)
+        take(_read_settings(source), str(source))
     if method is not None:
         files = method_files()
         if method not in files:
             raise ConfigError(f"unknown method {method!r}; methods are {', '.join(files)}")
-        flat |= _read_settings(files[method])
+        take(_read_settings(files[method]), str(files[method]))
     for word in overrides or []:
         key, separator, text = word.partition("=")
         if not separator:
             raise ConfigError(f"override {word!r}: expected section.key=value, for example rl.lr=1e-5")
-        flat[key.strip()] = _convert(key.strip(), _parse_word(text.strip()), f"override {word!r}")
-    flat |= {key.replace("__", "."): value for key, value in direct.items()}
-    return _build(flat)
+        take({key.strip(): _parse_word(text.strip())}, f"override {word!r}")
+    take({key.replace("__", "."): value for key, value in direct.items()}, "")
+    config, faults = _build(flat)
+    if config is not None:
+        faults = _unread(config, [key for key in flat if not (saved and sources[key] == str(source))])
+    if faults:
+        raise ConfigError("\n".join(fault.told(sources) for fault in faults))
+    return config
 
 
 def flatten(config: Config) -> dict[str, Any]:
@@ -92,13 +119,7 @@ def flatten(config: Config) -> dict[str, Any]:
 
 def to_toml(config: Config) -> str:
     """The resolved configuration as TOML that load_config reads back to an equal Config."""
-    lines = [f"seed = {config.seed}"]
-    for section in (f.name for f in dataclasses.fields(config) if f.name != "seed"):
-        lines += ["", f"[{section}]"]
-        lines += [
-            f"{f.name} = {_toml_value(getattr(getattr(config, section), f.name))}" for f in _fields(config, section)
-        ]
-    return "\n".join(lines) + "\n"
+    return tomli_w.dumps(dataclasses.asdict(config))
 
 
 def changed_keys(saved: Config, current: Config) -> list[str]:
@@ -114,32 +135,25 @@ def own_keys(config: Config) -> dict[str, Any]:
 
 def _differing(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
     before, after = flatten(old), flatten(new)
-    return {key: (before[key], after[key]) for key in after if key not in FREE_KEYS and before[key] != after[key]}
+    compared = [key for key in after if key not in FREE_KEYS and (_is_read(key, before) or _is_read(key, after))]
+    return {key: (before[key], after[key]) for key in compared if before[key] != after[key]}
 
 
-def _fields(config: Config, section: str) -> tuple[dataclasses.Field, ...]:
-    return dataclasses.fields(getattr(config, section))
+def _is_read(key: str, flat: Mapping[str, Any]) -> bool:
+    owner, values = READ_WITH.get(key, (key, (flat[key],)))
+    return flat[owner] in values
 
 
-def _toml_value(value: Any) -> str:
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, str):
-        escaped = value.replace("\\", "\\\\").replace('"', '\\"')
-        return f'"{escaped}"'
-    if isinstance(value, tuple):
-        return "[" + ", ".join(_toml_value(v) for v in value) + "]"
-    return repr(value)
-
-
-@functools.cache
-def _known_types() -> dict[str, Any]:
-    known: dict[str, Any] = {"seed": int}
-    for f in dataclasses.fields(Config):
-        if f.name != "seed":
-            hints = typing.get_type_hints(f.default_factory)
-            known |= {f"{f.name}.{key}": kind for key, kind in hints.items()}
-    return known
+def _unread(config: Config, keys: list[str]) -> list[Fault]:
+    """Faults of the `keys` that were set and are not read, unless they have their default."""
+    flat, defaults = flatten(config), flatten(Config())
+    faults = []
+    for key in keys:
+        if not _is_read(key, flat) and flat[key] != defaults[key]:
+            owner, values = READ_WITH[key]
+            text = f"{key}: is read with {owner} = {' or '.join(values)} only, and {owner} is {flat[owner]!r}"
+            faults.append(Fault((key,), text, is_rule=True))
+    return faults
 
 
 def read_toml(path: Path, *, what: str = "configuration file") -> dict[str, Any]:
@@ -154,11 +168,8 @@ def read_toml(path: Path, *, what: str = "configuration file") -> dict[str, Any]
 
 def _read_settings(path: Path) -> dict[str, Any]:
     flat = {}
-    for key, value in read_toml(path).items():
-        for dotted, leaf in (
-            {f"{key}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {key: value}
-        ).items():
-            flat[dotted] = _convert(dotted, leaf, str(path))
+    for name, value in read_toml(path).items():
+        flat |= {f"{name}.{key}": leaf for key, leaf in value.items()} if isinstance(value, dict) else {name: value}
     return flat
 
 
@@ -169,44 +180,26 @@ def _parse_word(text: str) -> Any:
         return text  # a bare word is a string: model.name=tiny
 
 
-def _convert(key: str, value: Any, source: str) -> Any:
-    known = _known_types()
-    if key not in known:
-        section = key.split(".")[0]
-        near = [k for k in known if k.startswith(f"{section}.")] or sorted({k.split(".")[0] for k in known})
-        raise ConfigError(f"{source}: unknown key {key!r}; known keys are {', '.join(near)}")
-    kind = known[key]
-    if typing.get_origin(kind) is Literal:
-        choices = typing.get_args(kind)
-        if value not in choices:
-            raise ConfigError(f"{source}: {key} must be one of {', '.join(map(repr, choices))}, got {value!r}")
-        return value
-    if typing.get_origin(kind) is tuple:
-        width = len(typing.get_args(kind))
-        numbers = isinstance(value, list) and all(isinstance(v, int | float) and not isinstance(v, bool) for v in value)
-        if not numbers or len(value) != width:
-            raise ConfigError(f"{source}: {key} must be a list of {width} numbers, got {value!r}")
-        return tuple(float(v) for v in value)
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if kind is str and isinstance(value, int | float) and not isinstance(value, bool):
-        return str(value)
-    if (
-        isinstance(kind, types.UnionType)
-        or not isinstance(value, kind)
-        or (kind is not bool and isinstance(value, bool))
-    ):
-        raise ConfigError(f"{source}: {key} must be {kind.__name__}, got {value!r}")
-    return value
-
-
-def _build(flat: dict[str, Any]) -> Config:
-    sections: dict[str, dict[str, Any]] = {}
+def _build(flat: Mapping[str, Any]) -> tuple[Config | None, list[Fault]]:
+    """The configuration, or None and all that is wrong with these settings."""
+    defaults, faults = flatten(Config()), []
+    given: dict[str, dict[str, Any]] = {"": {}} | {section: {} for section in _SECTIONS}
     for key, value in flat.items():
-        if key != "seed":
-            section, name = key.split(".", 1)
-            sections.setdefault(section, {})[name] = value
-    built = {
-        f.name: f.default_factory(**sections.get(f.name, {})) for f in dataclasses.fields(Config) if f.name != "seed"
-    }
-    return Config(seed=flat.get("seed", Config.seed), **built)
+        section, _, name = key.rpartition(".")
+        if key in defaults:
+            given[section][name] = value
+        else:
+            section = key.split(".")[0]
+            near = [known for known in defaults if known.startswith(f"{section}.")]
+            faults.append(unknown_key(key, near or sorted({known.split(".")[0] for known in defaults})))
+    made = {}
+    for section, kind in _SECTIONS.items():
+        try:
+            made[section] = kind(**given[section])
+        except SectionError as error:
+            faults += error.faults
+    try:
+        config = Config(**given[""], **made)
+    except SectionError as error:
+        faults += error.faults
+    return (None if faults else config), faults

@@ -124,7 +124,7 @@ def check_run(config: Config, run_dir: Path) -> None:
 def check_resumable(config: Config, run_dir: Path) -> None:
     """Raise ConfigError when the run in `run_dir` was started with a configuration that computes something else."""
     saved = run_dir / "config.toml"
-    changed = changed_keys(load_config(saved), config) if saved.exists() else []
+    changed = changed_keys(load_config(saved, saved=True), config) if saved.exists() else []
     if changed:
         raise ConfigError(
             f"{saved}: this run was started with another configuration ({'; '.join(changed)}). Repeat the command "

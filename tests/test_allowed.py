@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from rankgrpo.model.allowed import AllowedIds, Block, Ragged, allowed_logprobs, allowed_logprobs_and_entropy
+from rankgrpo.items.allowed_ids import AllowedIds, Block, Ragged
+from rankgrpo.model.allowed import allowed_logprobs, allowed_logprobs_and_entropy
 
 # Shape letters: N tokens, V vocabulary, D hidden.
 
@@ -316,6 +317,12 @@ def test_errors(change, message):
 
 
 def test_imports_torch_and_nothing_else_of_ours():
-    code = "import sys, rankgrpo.model.allowed; print([m for m in sys.modules if m.startswith(('rankgrpo.', 'transformers'))])"
+    code = (
+        "import sys, rankgrpo.model.allowed; "
+        "print(sorted(m for m in sys.modules if m.startswith(('rankgrpo.', 'transformers'))))"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "['rankgrpo.model.allowed']"
+    assert (
+        done.stdout.strip()
+        == "['rankgrpo.items', 'rankgrpo.items.allowed_ids', 'rankgrpo.model', 'rankgrpo.model.allowed']"
+    )

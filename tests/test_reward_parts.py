@@ -5,12 +5,11 @@ import pytest
 import torch
 from tiny_world import byte_rollout, byte_scorer
 
-from rankgrpo.config import RlConfig
+from rankgrpo.config import PARTS, RlConfig, reward_terms
 from rankgrpo.config_file import load_config
 from rankgrpo.data.samples import Sample, Turn
 from rankgrpo.errors import ConfigError, TrainingError
 from rankgrpo.items.catalog import Catalog, Item
-from rankgrpo.reward_terms import PARTS, reward_terms
 from rankgrpo.rollouts.parts import _OWN, Answer, load_parts, measure
 from rankgrpo.rollouts.score import score_groups
 from rankgrpo.runtime.distributed import Parallel

@@ -24,9 +24,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rankgrpo.items.allowed_ids import AllowedIds
 from rankgrpo.items.trie import CatalogTrie
 from rankgrpo.logprob import token_logprobs
-from rankgrpo.model.allowed import AllowedIds, allowed_logprobs
+from rankgrpo.model.allowed import allowed_logprobs
 from rankgrpo_kernels.bench.common import (
     choose_providers,
     machine_line,

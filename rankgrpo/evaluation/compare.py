@@ -215,13 +215,13 @@ def list_sources(models: list[str], data: str | None, words: Sequence[str] = ())
     if not models:
         raise ConfigError("nothing to evaluate: name run folders, models, `popularity` or `ease`")
     runs = [Path(model) for model in models if is_run(Path(model))]
-    common = load_config(runs[0] / "config.toml" if runs else None, words)
+    common = load_config(runs[0] / "config.toml" if runs else None, words, saved=True)
     chosen = replace(common.data, path=data, num_train=0) if data is not None else common.data
     sources = []
     for model in models:
         folder = Path(model)
         if is_run(folder):
-            config = load_config(folder / "config.toml", words)
+            config = load_config(folder / "config.toml", words, saved=True)
             config = replace(config, data=replace(config.data, path=chosen.path, num_train=chosen.num_train))
             stages = run_models(folder)
             sources += [Source(f"{folder.name}/{stage}", str(path), config) for stage, path in stages.items()]
@@ -248,7 +248,7 @@ def run_models(folder: Path) -> dict[str, Path]:
 def recommend_from(model: str, data: str | None, conversation: str | None, batch: Path | None) -> None:
     """Recommend with a run's latest model, or with any model; the catalog is the run's unless `data` names another."""
     folder = Path(model)
-    config = load_config(folder / "config.toml") if is_run(folder) else Config()
+    config = load_config(folder / "config.toml", saved=True) if is_run(folder) else Config()
     if is_run(folder):
         *_, model = map(str, run_models(folder).values())
     elif model == DEFAULT_RUN and not folder.exists():

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from rankgrpo.items.allowed_ids import AllowedIds, Block, Ragged
 from rankgrpo.items.line_paths import ragged_range
 from rankgrpo.items.walk import UsedLeaves
-from rankgrpo.model.allowed import AllowedIds, Block, Ragged
 
 if TYPE_CHECKING:
     from rankgrpo.items.trie import CatalogTrie

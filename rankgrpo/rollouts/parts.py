@@ -25,12 +25,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from rankgrpo.config import PARTS, reward_terms
 from rankgrpo.data.samples import Sample
 from rankgrpo.errors import ConfigError, TrainingError
 from rankgrpo.items.catalog import Catalog
 from rankgrpo.parse import ListedItem, parse_list
 from rankgrpo.reward import relevance
-from rankgrpo.reward_terms import PARTS, reward_terms
 
 
 @dataclass(frozen=True)

@@ -11,13 +11,12 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from rankgrpo.advantage import group_advantage
-from rankgrpo.config import RlConfig
+from rankgrpo.config import RlConfig, reward_terms
 from rankgrpo.data.samples import Sample
 from rankgrpo.items.catalog import Catalog
 from rankgrpo.loss import rank_log_ratio
 from rankgrpo.parse import RankSegmenter
 from rankgrpo.reward import list_return, rank_returns, unlikeliness_reward
-from rankgrpo.reward_terms import reward_terms
 from rankgrpo.rollouts.parts import Answer, Part, load_parts, measure, repetition
 from rankgrpo.runtime.means import Means
 from rankgrpo.sampler.base import Rollout

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import Positional, arg
 
-from rankgrpo.config_file import Set, load_config, preset_file
+from rankgrpo.files.options import Set
 
 if TYPE_CHECKING:
     from rankgrpo.sizing.plan import Rates
@@ -35,6 +35,7 @@ def plan(
       rankgrpo plan path/to/model --gpus 1 --gpu-memory 24 --set rl.token_budget=8192 rl.group_size=4
     """
     from rankgrpo.config import with_steps
+    from rankgrpo.config_file import load_config, preset_file
     from rankgrpo.sizing.architecture import find_architecture
     from rankgrpo.sizing.plan import Machine, make_plan, render
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from tyro.conf import Positional, arg
 
-from rankgrpo.config_file import Set
+from rankgrpo.files.options import Set
 
 
 def experiments(

@@ -133,7 +133,8 @@ def check_folder(run: Run) -> None:
     if not saved.is_file():
         return
     by_epochs = {f"{part}.num_steps" for part in ("sft", "rl") if getattr(run.config, part).num_steps == 0}
-    changed = [text for text in changed_keys(load_config(saved), run.config) if text.split(":")[0] not in by_epochs]
+    changed = changed_keys(load_config(saved, saved=True), run.config)
+    changed = [text for text in changed if text.split(":")[0] not in by_epochs]
     old = _saved_source(run)
     if old and run.source and Path(old).resolve() != Path(run.source).resolve():
         changed.append(f"--from-model: {old} -> {run.source}")
