@@ -2,8 +2,11 @@
 
 A unit is a set of a list's tokens that share one importance ratio and one advantage. `rank_BT` names the unit of every
 token: the rank of the recommended item (Rank-GRPO), the token itself (GRPO) or the list (GSPO); `rankgrpo.units` builds
-these. The functions know no model, config, logger or process group: the caller brings log-probs in float32 and the
-denominator of the whole step, and gets a loss to differentiate and detached metrics.
+these. The names stay those of Eq. 6, rank and K, to be read beside it; where K ranks become U units, in
+`rankgrpo.units`, a unit is called one.
+
+The functions know no model, config, logger or process group: the caller brings log-probs in float32 and the denominator
+of the whole step, and gets a loss to differentiate and detached metrics.
 
 Log-probs are never cast here: half precision is refused, float64 passes through.
 """

@@ -22,7 +22,7 @@ stand in results/*/notes.md. -->
 A suite trains one model once by imitation (SFT), then by every method from that same model, and scores all of them on
 the same conversations. This page is rebuilt by
 
-```
+```bash hours
 make experiments SUITE=cpu DATA=path/to/redial                       # what is missing is run, then the page is made
 make experiments SUITE=cpu DATA=path/to/redial MAX_MINUTES=30        # stops in time; the same command goes on
 make experiments SUITE=cpu DATA=path/to/redial ONLY=rank-grpo        # one row, and the warm start it needs
