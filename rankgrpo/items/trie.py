@@ -174,6 +174,16 @@ class CatalogTrie:
         lines = self.line_of_item[list(items)].tolist()
         return [i for rank, line in enumerate(lines) for i in self.line_ids(line, rank, len(lines))]
 
+    def line_lengths(self) -> np.ndarray:
+        """(N,) of every line the ids it takes at the place in a list where it takes most."""
+        depth = np.zeros(self.num_nodes, np.int32)
+        for begin, end in zip(self.level_start[1:-1], self.level_start[2:], strict=True):
+            depth[begin:end] = depth[begin - 1] + 1
+        leaf_node = (self.first_child[:-1] == self.first_child[1:]).nonzero()[0]
+        length = np.zeros(self.num_lines, np.int32)
+        np.maximum.at(length, self.line_of_leaf[self.first_leaf[leaf_node]], depth[leaf_node])
+        return length
+
     def _path(self, root: int, line: int) -> np.ndarray:
         """The nodes of a line under a root, the root left out."""
         leaf = self.leaf_of_line[root * self.num_lines + line]

@@ -16,7 +16,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from rankgrpo.items.allowed_ids import AllowedIds
 from rankgrpo.logprob import Impl, token_logprobs
+from rankgrpo.model.allowed import allowed_logprobs
 from rankgrpo.model.attention import ordinary_attention, uses_shared_prefix
 from rankgrpo.model.packing import Group, Pack
 
@@ -28,10 +30,12 @@ def pack_logprobs(
     temperature: float = 1.0,
     impl: Impl = "torch",
     allowed_V: Tensor | None = None,
+    allowed: AllowedIds | None = None,
 ) -> Tensor:
     """Log-probabilities of every list token of a pack, (B, T) float32, 0 where pack.mask_BT is False.
 
-    The head runs on the rows that predict a list token and on no other.
+    The head runs on the rows that predict a list token and on no other. With `allowed`, one entry a list token in the
+    order of pack.target_ids_M, every softmax runs over the ids that were allowed there; impl is then of no account.
 
     Errors: ValueError when the model does not use shared-prefix attention, when one of its layers ignored the layout (a
     silent fall-back to dense), or when it changes the head's output.
@@ -45,8 +49,11 @@ def pack_logprobs(
 
     def streamed_head(hidden_1ND: Tensor) -> Tensor:
         hidden_MD = hidden_1ND[0].index_select(0, pack.source_row_M)
-        options = {"temperature": temperature, "allowed_V": allowed_V, "impl": impl}
-        results.append(token_logprobs(hidden_MD, head.weight, pack.target_ids_M, **options))
+        if allowed is not None:
+            results.append(allowed_logprobs(hidden_MD, head.weight, allowed, temperature=temperature))
+        else:
+            options = {"temperature": temperature, "allowed_V": allowed_V, "impl": impl}
+            results.append(token_logprobs(hidden_MD, head.weight, pack.target_ids_M, **options))
         return results[0]
 
     head = _plain_head(model)

@@ -33,6 +33,8 @@ class Group:
 
     prompt_ids: list[int]
     completion_ids: list[list[int]]
+    seen: tuple[int, ...] = ()
+    """Catalog items that the lists do not name, where they are held to the catalog and what was seen is forbidden."""
 
     def __post_init__(self) -> None:
         if not self.prompt_ids:

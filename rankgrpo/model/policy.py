@@ -20,9 +20,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rankgrpo.config import AdapterConfig, ModelConfig
 from rankgrpo.files.atomic import atomic_folder
+from rankgrpo.items.allowed_ids import AllowedIds
 from rankgrpo.logprob import Impl
 from rankgrpo.model.adapter import adapters_off, add_adapters, has_adapters, merged_parameters
 from rankgrpo.model.attention import use_shared_prefix
+from rankgrpo.model.constraint import Constraint
 from rankgrpo.model.forward import pack_logprobs
 from rankgrpo.model.packing import Group, Pack, build_pack
 from rankgrpo.model.presets import load_policy, save_policy, valid_token_mask
@@ -47,18 +49,37 @@ class Policy:
     """Of a split model and of one with adapters: the plain model with empty parameters, which sampling fills."""
     without_adapters: bool = False
     """Log-probs are those of the model before it was given adapters."""
+    constraint: Constraint | None = None
+    """None: any list may be written. Else lists are held to the catalog, by whoever samples from the policy, too."""
 
     @property
     def device(self) -> torch.device:
         return self.allowed_V.device
 
-    def logprobs(self, groups: list[Group], *, temperature: float = 1.0) -> tuple[Pack, Tensor]:
-        """Pack whole groups and return the pack with the completions' token log-probabilities, (B, T) float32."""
+    def allowed_ids(self, groups: list[Group]) -> AllowedIds | None:
+        """The ids that were allowed at every token of every list; None for a policy that may write any list."""
+        return None if self.constraint is None else self.constraint.choices(groups).for_head().to(self.device)
+
+    def logprobs(
+        self, groups: list[Group], *, temperature: float = 1.0, allowed: AllowedIds | None = None
+    ) -> tuple[Pack, Tensor]:
+        """Pack whole groups and return the pack with the completions' token log-probabilities, (B, T) float32.
+
+        allowed: `allowed_ids` of the groups, where several passes share it.
+        """
         pack = build_pack(groups, self.device)
+        allowed = self.allowed_ids(groups) if allowed is None else allowed
         autocast = self.bfloat16 and self.sharding is None
         switch = adapters_off(self.model) if self.without_adapters else nullcontext()
         with switch, torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=autocast):
-            logp_BT = pack_logprobs(self.model, pack, temperature=temperature, impl=self.impl, allowed_V=self.allowed_V)
+            logp_BT = pack_logprobs(
+                self.model,
+                pack,
+                temperature=temperature,
+                impl=self.impl,
+                allowed_V=self.allowed_V,
+                allowed=allowed,
+            )
         return pack, logp_BT
 
     def paced(self, batch: Sequence[Item]) -> Iterator[Item]:
@@ -70,8 +91,9 @@ class Policy:
         num_passes = len(batch) if self.sharding is None else self.sharding.parallel.max(len(batch))
         yield from batch
         eos = self.tokenizer.eos_token_id
+        nothing = None if self.constraint is None else AllowedIds.from_lists([[eos]], [eos]).to(self.device)
         for _ in range(num_passes - len(batch)):
-            _, logp_BT = self.logprobs([Group([eos], [[eos]])])
+            _, logp_BT = self.logprobs([Group([eos], [[eos]])], allowed=nothing)
             if torch.is_grad_enabled():
                 (0.0 * logp_BT.sum()).backward()
 

@@ -8,7 +8,7 @@ not on what was sampled before it.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -49,11 +49,14 @@ class Sampler(Protocol):
         seeds: list[int],
         max_new_tokens: int,
         temperature: float = 1.0,
+        seen: Sequence[Sequence[int]] | None = None,
         on_progress: Callable[[int], object] | None = None,
     ) -> list[list[Rollout]]:
         """Sample `group_size` completions of every prompt; temperature 0 decodes greedily.
 
-        `on_progress(n)` hears of every n prompts that are done.
+        `seen` has catalog items for every prompt, which its lists do not name where lists are held to the catalog and
+        what was seen is forbidden; no list held to the catalog is cut. `on_progress(n)` hears of every n prompts that
+        are done.
         """
         ...
 

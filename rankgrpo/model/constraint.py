@@ -1,0 +1,71 @@
+"""Lists held to the catalog: the policy's distribution is over lists of K catalog lines, and over nothing else.
+
+    p(y | x) = prod_t softmax over allowed(y_<t) of logits_t, at y_t
+
+What is allowed is a function of the ids of the list alone (`rankgrpo.items.trie`), so sampler, trainer and reference
+agree without handing anything over. A token beside which nothing was allowed has log-prob 0 and no gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from rankgrpo.data.samples import Sample
+from rankgrpo.errors import ConfigError
+from rankgrpo.items.catalog import Catalog
+from rankgrpo.items.choices import Choices
+from rankgrpo.items.trie import CatalogTrie, Forbid
+from rankgrpo.items.walk import ListWalk
+from rankgrpo.model.packing import Group
+
+
+@dataclass(frozen=True)
+class Constraint:
+    """What a list may be. Made by `open_constraint`."""
+
+    trie: CatalogTrie
+    num_ranks: int
+    forbid: Forbid
+    max_tokens: int
+    """Of the longest list there can be, end token included: no list is cut."""
+
+    def start(self, seen: Sequence[int] = ()) -> ListWalk:
+        """A list before its first token, for a user who has seen these items."""
+        return self.trie.start(self.num_ranks, forbid=self.forbid, seen=seen)
+
+    def choices(self, groups: Sequence[Group]) -> Choices:
+        """What was allowed at every token of every list, group by group."""
+        lists = [ids for group in groups for ids in group.completion_ids]
+        seen = [group.seen for group in groups for _ in group.completion_ids]
+        return self.trie.choices(lists, self.num_ranks, forbid=self.forbid, seen=seen)
+
+
+def open_constraint(
+    catalog: Catalog, tokenizer: PreTrainedTokenizerBase, *, num_ranks: int, forbid: Forbid
+) -> Constraint:
+    """The constraint of a catalog under a tokenizer.
+
+    Raises ConfigError, which says which line, for a catalog that cannot be written so.
+    """
+    lines = [f"{item.title} ({item.year})" for item in catalog.items]
+    try:
+        trie = CatalogTrie.build(lines, tokenizer, num_ranks=num_ranks, eos_id=tokenizer.eos_token_id)
+    except ValueError as error:
+        raise ConfigError(f"rl.constrain = catalog: {error}; or set rl.constrain=none") from error
+    return Constraint(trie, num_ranks, forbid, longest_list(trie, num_ranks, repeats=forbid == "none"))
+
+
+def longest_list(trie: CatalogTrie, num_ranks: int, *, repeats: bool) -> int:
+    """Tokens of the longest list of `num_ranks` lines, the end token included; an upper bound by at most K tokens."""
+    longest = np.sort(trie.line_lengths())[::-1]
+    chosen = np.full(num_ranks, longest[0]) if repeats else longest[:num_ranks]
+    return int(chosen.sum())
+
+
+def seen_items(sample: Sample, catalog: Catalog) -> list[int]:
+    """The items that a user has seen, as catalog indices; a bare title means all its remakes."""
+    return list(dict.fromkeys(index for title in sample.seen_titles for index in catalog.title_indices(title)))
