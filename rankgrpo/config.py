@@ -203,6 +203,8 @@ class SftConfig:
     grad_clip: float = 1.0
     token_budget: PositiveInt = 16384
     """Tokens of one micro-batch: prompts once, lists after them."""
+    constrain: Literal["none", "catalog"] = "none"
+    """catalog: a demonstration's likelihood is that among the lists of the catalog; needs rl.constrain = catalog."""
     eval_every: PositiveInt = 100
     eval_samples: int = 64
     save_every: PositiveInt = 100
@@ -225,8 +227,8 @@ class RlConfig:
     gamma: Annotated[float, Field(gt=1)] = 2.0
     """Discount base of returns = exp."""
     reward: Annotated[Text, AfterValidator(_reward)] = "relevance"
-    """What a list earns, a weighted sum of parts such as `relevance + 0.1 * in_catalog` (see rankgrpo/config.py).
-    A part of your own is `package.module:function`; the file reward_parts.py has its signature."""
+    """What a list earns, a weighted sum of parts such as `relevance + 0.1 * in_catalog` (PARTS above). A part of
+    your own is `package.module:function`; rankgrpo/rollouts/parts.py has its signature."""
     reduction: Literal["rank", "token"] = "rank"
     """rank = Eq. 6; token = the released code's token mean."""
     token_mean: Literal["list", "batch", "max"] = "list"
@@ -242,6 +244,14 @@ class RlConfig:
     """Weight of the k3 KL to the SFT model; 0 drops the reference and skips groups without gradient."""
     updates_per_batch: PositiveInt = 1
     """mu: optimizer steps on one batch of rollouts."""
+    constrain: Literal["none", "catalog"] = "none"
+    """catalog: lists are held to the catalog wherever they are sampled, and trained on under the same probabilities.
+    They then have exactly K lines, so the penalties for stopping early and for overflow have nothing to do."""
+    forbid: Literal["repeats", "repeats+seen", "none"] = "repeats"
+    """Of lists held to the catalog: what they must not name, beside what is not in it."""
+    count_forced: bool = False
+    """Of lists held to the catalog: True counts tokens that the catalog forces in |y_k| too, as the paper counts all.
+    They carry no probability, and pull the ratio of an item to 1 by a factor that depends on its title."""
     overflow_penalty: float = -0.1
     early_eos_penalty: float = -0.1
     full_list_bonus: float = 0.0
@@ -310,6 +320,9 @@ class EvalConfig:
     """Above 1: also sample so many lists a conversation at rl.temperature and score their union, up to all of them."""
     list_samples: NonNegativeInt = 0
     """Samples that get eval.lists lists, from the beginning of the split; 0 is all."""
+    free_samples: NonNegativeInt = 0
+    """Where lists are held to the catalog: validation also draws a free list for so many samples, and logs how many of
+    its lines are in the catalog and how many repeat, so that a policy that drifts shows."""
 
     @model_validator(mode="after")
     def _rules(self) -> Self:

@@ -37,6 +37,10 @@ READ_WITH: Mapping[str, tuple[str, tuple[str, ...]]] = {
         (f"adapter.{key}" for key in ("rank", "alpha", "rslora", "targets")), ("adapter.kind", ("lora", "dora"))
     ),
     "rl.gamma": ("rl.returns", ("exp",)),
+    "rl.forbid": ("rl.constrain", ("catalog",)),
+    "rl.count_forced": ("rl.constrain", ("catalog",)),
+    "sft.constrain": ("rl.constrain", ("catalog",)),
+    "eval.free_samples": ("rl.constrain", ("catalog",)),
     "rl.second_phase_at": ("rl.schedule", ("two-phase",)),
     "rl.second_phase_lr": ("rl.schedule", ("two-phase",)),
     "rl.mismatch_cap": ("rl.mismatch_correction", ("truncate", "mask")),

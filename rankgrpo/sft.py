@@ -11,7 +11,9 @@ from rankgrpo.config import Config, DataConfig
 from rankgrpo.data.order import BatchOrder
 from rankgrpo.data.prompt import encode_prompts
 from rankgrpo.data.samples import Dataset, Sample
+from rankgrpo.errors import ConfigError
 from rankgrpo.evaluation.validate import validate
+from rankgrpo.model.constraint import hold_to_catalog
 from rankgrpo.model.packing import Group, plan_micro_batches
 from rankgrpo.model.policy import Policy, open_policy
 from rankgrpo.runtime.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
@@ -43,9 +45,15 @@ def train_sft(
     policy = open_policy(
         start, config.model, parallel.device, sharding=sharding, adapter=config.adapter, seed=config.seed
     )
+    held = hold_to_catalog(policy, config, dataset.catalog)  # lists are sampled so, and may be trained so
+    if sft.constrain == "catalog":
+        policy = held
     optimizer = make_optimizer(policy.model, lr=sft.lr, betas=sft.betas, weight_decay=sft.weight_decay)
-    train_groups = demonstration_groups(policy.tokenizer, demonstrations["train"], config.data)
-    val_groups = demonstration_groups(policy.tokenizer, demonstrations["validation"], config.data)
+    train_groups, val_groups = (
+        demonstration_groups(policy.tokenizer, demonstrations[split], config.data) for split in ("train", "validation")
+    )
+    for split, groups in (("train", train_groups), ("validation", val_groups)):
+        check_allowed(policy, groups, demonstrations[split])
     order = BatchOrder(len(train_groups), sft.batch_size, config.seed, parallel.dp_rank, parallel.dp_world)
 
     done = 0
@@ -81,9 +89,9 @@ def train_sft(
         num_done = step + 1
         if num_done % sft.eval_every == 0 or num_done == sft.num_steps:
             metrics |= validation_nll(policy, val_groups[: sft.eval_samples], sft.token_budget)
-            with ready_sampler(policy, config, parallel) as sampler:
+            with ready_sampler(held, config, parallel) as sampler:
                 samples = dataset.validation[: sft.eval_samples]
-                metrics |= validate(policy, sampler, samples, dataset.catalog, config, parallel)
+                metrics |= validate(held, sampler, samples, dataset.catalog, config, parallel)
         metrics["time/total_s"] = time.perf_counter() - began
         if log is not None:
             log.write(num_done, metrics)
@@ -104,6 +112,20 @@ def demonstration_groups(tokenizer, samples: list[Sample], data: DataConfig) -> 
     prompts = encode_prompts(tokenizer, samples, data.max_prompt_tokens, data.num_ranks)
     completions = tokenizer([sample.completion for sample in samples], add_special_tokens=False)["input_ids"]
     return [Group(p, [[*c, tokenizer.eos_token_id]]) for p, c in zip(prompts, completions, strict=True)]
+
+
+def check_allowed(policy: Policy, groups: list[Group], samples: list[Sample]) -> None:
+    """Raise ConfigError naming the first demonstration that a policy held to the catalog cannot write."""
+    if policy.constraint is None:
+        return
+    for group, sample in zip(groups, samples, strict=True):
+        try:
+            policy.constraint.choices([group])
+        except ValueError as error:
+            raise ConfigError(
+                f"sft.constrain = catalog: the demonstration of sample {sample.id!r} is no list of "
+                f"{policy.constraint.num_ranks} different catalog lines ({error}); set sft.constrain=none"
+            ) from error
 
 
 def backward_nll(policy: Policy, groups: list[Group], num_tokens: int, token_budget: int) -> float:

@@ -24,7 +24,10 @@ from rankgrpo.data.samples import Dataset
 from rankgrpo.errors import TrainingError
 from rankgrpo.evaluation.validate import validate
 from rankgrpo.files.atomic import point_link
+from rankgrpo.items.allowed_ids import AllowedIds
+from rankgrpo.items.choices import Choices
 from rankgrpo.loss import rank_grpo_loss
+from rankgrpo.model.constraint import hold_to_catalog
 from rankgrpo.model.packing import Group, Pack, plan_micro_batches
 from rankgrpo.model.policy import Policy, open_policy, open_reference
 from rankgrpo.parse import RankSegmenter
@@ -48,6 +51,8 @@ class MicroBatch:
     groups: list[Group]
     units: Units
     sampler_logp_BT: Tensor
+    allowed: AllowedIds | None = None
+    """Of lists held to the catalog: the ids that were allowed at their tokens."""
     old_logp_BT: Tensor | None = None
     """Under the policy that sampled: set by the first pass, which it makes."""
     ref_logp_BT: Tensor | None = None
@@ -57,24 +62,27 @@ class MicroBatch:
 
 
 def make_micro_batches(
-    prompts: list[list[int]],
+    groups: list[Group],
     rollouts: list[list[Rollout]],
     units: Units,
     chosen: list[int],
     rl: RlConfig,
     num_ranks: int,
+    choices: Choices | None = None,
 ) -> list[MicroBatch]:
-    """The groups `chosen` (rollouts[p] answers prompts[p]) in micro-batches of rl.token_budget tokens.
+    """The groups `chosen` (groups[p] holds the ids of rollouts[p]) in micro-batches of rl.token_budget tokens.
 
-    units: of the lists of all groups, in order.
+    units, choices: of the lists of all groups, in order.
     """
-    groups = [Group(prompts[p], [rollout.token_ids for rollout in rollouts[p]]) for p in chosen]
     batch = []
-    for micro in plan_micro_batches(groups, rl.token_budget):
-        lists = [chosen[i] * rl.group_size + g for i in micro for g in range(rl.group_size)]
-        logp = [torch.tensor(rollout.logp) for i in micro for rollout in rollouts[chosen[i]]]
+    for micro in plan_micro_batches([groups[p] for p in chosen], rl.token_budget):
+        places = [chosen[i] for i in micro]
+        lists = [p * rl.group_size + g for p in places for g in range(rl.group_size)]
+        logp = [torch.tensor(rollout.logp) for p in places for rollout in rollouts[p]]
         of_lists = take_lists(units, lists, at_least=num_ranks + 1)
-        batch.append(MicroBatch([groups[i] for i in micro], of_lists, pad_sequence(logp, batch_first=True)))
+        allowed = None if choices is None else choices.of_lists(lists).for_head()
+        own = [groups[p] for p in places]
+        batch.append(MicroBatch(own, of_lists, pad_sequence(logp, batch_first=True), allowed))
     return batch
 
 
@@ -99,7 +107,9 @@ class Updater:
         if self.ref is None:
             return
         for micro_batch in self.ref.paced(batch):
-            _, micro_batch.ref_logp_BT = self.ref.logprobs(micro_batch.groups, temperature=self.rl.temperature)
+            _, micro_batch.ref_logp_BT = self.ref.logprobs(
+                micro_batch.groups, temperature=self.rl.temperature, allowed=micro_batch.allowed
+            )
 
     def step(self, batch: list[MicroBatch], denominator: float, lr: float, where: str, means: Means) -> float:
         """One optimizer step on the whole batch; returns the gradient norm."""
@@ -116,7 +126,9 @@ class Updater:
 
     def _backward(self, micro_batch: MicroBatch, denominator: float, means: Means) -> Tensor:
         rl = self.rl
-        pack, logp_BT = self.policy.logprobs(micro_batch.groups, temperature=rl.temperature)
+        pack, logp_BT = self.policy.logprobs(
+            micro_batch.groups, temperature=rl.temperature, allowed=micro_batch.allowed
+        )
         if micro_batch.old_logp_BT is None:
             self._first_pass(micro_batch, pack, logp_BT.detach(), means)
         units = micro_batch.units
@@ -150,7 +162,8 @@ class Updater:
         means.add("tokens/saved_frac", pack.tokens_dense - pack.tokens_shared, pack.tokens_dense)
         means.add_sum("tokens/trained", pack.tokens_shared)
         micro_batch.old_logp_BT = logp_BT
-        micro_batch.gap = describe_mismatch(units, logp_BT, sampler_logp_BT, pack.mask_BT, self.rl, means)
+        counted_BT = pack.mask_BT & (units.unit_BT >= 0)  # a forced token is no evidence that the two agree
+        micro_batch.gap = describe_mismatch(units, logp_BT, sampler_logp_BT, counted_BT, self.rl, means)
         micro_batch.units = correct_units(units, logp_BT, sampler_logp_BT, self.rl, means)
 
     def _check(self, loss: float, gaps: list[Gap], where: str) -> None:
@@ -183,6 +196,7 @@ def train(config: Config, dataset: Dataset, start: str | Path, out: Path, parall
     rl, num_ranks = config.rl, config.data.num_ranks
     device, sharding = parallel.device, make_sharding(config.parallel, parallel)
     policy = open_policy(start, config.model, device, sharding=sharding, adapter=config.adapter, seed=config.seed)
+    policy = hold_to_catalog(policy, config, dataset.catalog)
     ref = open_reference(policy, start, config.model, device, sharding) if rl.kl_coef > 0 else None
     optimizer = make_optimizer(policy.model, lr=rl.lr, betas=rl.betas, weight_decay=rl.weight_decay, eps=rl.adam_eps)
     sampler = open_sampler(policy, config, parallel)
@@ -190,6 +204,7 @@ def train(config: Config, dataset: Dataset, start: str | Path, out: Path, parall
     scorer = Scorer.open(dataset.catalog, rl, num_ranks, RankSegmenter(policy.tokenizer), sampler.eos_ids)
     order = BatchOrder(len(dataset.train), rl.prompts_per_step, config.seed, parallel.dp_rank, parallel.dp_world)
     prompts = encode_prompts(policy.tokenizer, dataset.train, config.data.max_prompt_tokens, num_ranks)
+    seen = policy.seen(dataset.train, dataset.catalog)
     val_samples = dataset.validation[: rl.eval_samples]
 
     done, best = 0, {"ndcg": -1.0, "se": 0.0}
@@ -230,14 +245,20 @@ def train(config: Config, dataset: Dataset, start: str | Path, out: Path, parall
             seeds=[prompt_seed(config.seed, step, example.id) for example in examples],
             max_new_tokens=rl.max_new_tokens,
             temperature=rl.temperature,
+            seen=[seen[i] for i in indices],
         )
         sampler.sleep()
         sampled = time.perf_counter()
 
-        scored = score_groups(rollouts, examples, scorer, means)
+        groups = [
+            Group(prompts[i], [rollout.token_ids for rollout in lists], seen[i])
+            for i, lists in zip(indices, rollouts, strict=True)
+        ]
+        choices = None if policy.constraint is None else policy.constraint.choices(groups)
+        scored = score_groups(rollouts, examples, scorer, means, choices)
         # Without a KL term a group whose lists all earned the same moves nothing: leave it out, keep it in the count.
         chosen = [p for p in range(len(indices)) if scored.carries_gradient[p] or rl.kl_coef > 0]
-        batch = make_micro_batches([prompts[i] for i in indices], rollouts, scored.units, chosen, rl, num_ranks)
+        batch = make_micro_batches(groups, rollouts, scored.units, chosen, rl, num_ranks, choices)
         denominator = parallel.sum([scored.denominator])[0]
         num_tokens = sum(len(rollout.token_ids) for group in rollouts for rollout in group)
         scored_at = time.perf_counter()

@@ -228,7 +228,7 @@ class GivenLogprobs:
         self.old_logp_BT = old_BT
         self.logp_BT = (old_BT + pad([flat(answer.log_ratios) for answer in lists], 0.0)).requires_grad_()
 
-    def logprobs(self, groups, temperature):
+    def logprobs(self, groups, temperature, allowed):
         pack = SimpleNamespace(token_ids_BT=self.ids_BT, mask_BT=self.mask_BT, tokens_dense=2, tokens_shared=1)
         return pack, self.logp_BT
 

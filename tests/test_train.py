@@ -101,7 +101,7 @@ def test_lists_for_evaluation_are_greedy_or_drawn_by_seed_and_sample(warm):
     def lists(*words, of=samples):
         config = tiny_config(*words)
         policy = open_policy(warm[0], config.model, ALONE.device, trainable=False)
-        return recommend_lists(policy, hf_sampler(policy), of, config)
+        return recommend_lists(policy, hf_sampler(policy), of, tiny_dataset().catalog, config)
 
     assert lists() == lists("seed=1")
     drawn = lists("eval.temperature=1.0")

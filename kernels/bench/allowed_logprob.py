@@ -53,8 +53,8 @@ COLUMNS = {
 
 def open_tokenizer(name: str, data: Path):
     if name == "tiny":
-        from rankgrpo.data import load_dataset
-        from rankgrpo.tiny import TinyConfig, train_tokenizer
+        from rankgrpo.data.load import load_dataset
+        from rankgrpo.model.tiny import TinyConfig, train_tokenizer
 
         return train_tokenizer(load_dataset(data), TinyConfig().vocab)
     from transformers import AutoTokenizer

@@ -34,6 +34,8 @@ from rankgrpo.evaluation.evaluate import (
 from rankgrpo.evaluation.recommend import recommend
 from rankgrpo.evaluation.tables import format_table
 from rankgrpo.evaluation.validate import sample_lists
+from rankgrpo.items.catalog import Catalog
+from rankgrpo.model.constraint import hold_to_catalog
 from rankgrpo.model.policy import open_policy
 from rankgrpo.model.presets import resolve_model
 from rankgrpo.runtime.distributed import Parallel, start_parallel, wait_for_all
@@ -79,7 +81,7 @@ def score_source(source: Source, samples: list[Sample], dataset: Dataset, parall
             lists = fit_teacher(config, dataset, num_folds=0).rank_all(samples, num_items=num_ranks)
         return score_items(samples, lists, dataset.catalog, num_ranks=num_ranks, year_tolerance=year_tolerance)
     draws, temperature = config.eval.draws, config.eval.temperature
-    lists = draw_lists(source, samples, draws, temperature, f"evaluate {source.name}", parallel)
+    lists = draw_lists(source, samples, draws, temperature, f"evaluate {source.name}", dataset.catalog, parallel)
     evaluations = []
     for draw in range(draws):
         texts = [of_sample[draw] for of_sample in lists]
@@ -98,7 +100,7 @@ def describe_source(
         lists = [[row["completion"]] for row in score_source(source, samples, dataset, parallel).rows]
     else:
         title = f"{num_lists} lists of {source.name}"
-        lists = draw_lists(source, samples, num_lists, config.rl.temperature, title, parallel)
+        lists = draw_lists(source, samples, num_lists, config.rl.temperature, title, dataset.catalog, parallel)
     return describe_lists(
         samples,
         lists,
@@ -110,14 +112,21 @@ def describe_source(
 
 
 def draw_lists(
-    source: Source, samples: list[Sample], num_lists: int, temperature: float, title: str, parallel: Parallel
+    source: Source,
+    samples: list[Sample],
+    num_lists: int,
+    temperature: float,
+    title: str,
+    catalog: Catalog,
+    parallel: Parallel,
 ) -> list[list[str]]:
     """`num_lists` lists a sample of a model, as text; every process decodes its share of the samples and gets all."""
     policy = open_policy(source.location, source.config.model, parallel.device, trainable=False)
+    policy = hold_to_catalog(policy, source.config, catalog)
     mine = samples[parallel.dp_rank :: parallel.dp_world]
     with ready_sampler(policy, source.config, parallel) as sampler:
         groups = sample_lists(
-            policy, sampler, mine, source.config, num_lists=num_lists, temperature=temperature, title=title
+            policy, sampler, mine, catalog, source.config, num_lists=num_lists, temperature=temperature, title=title
         )
     parts = parallel.gather([json.dumps(texts) for texts in groups])
     world = parallel.dp_world
@@ -256,9 +265,10 @@ def recommend_from(model: str, data: str | None, conversation: str | None, batch
     if data is not None:
         config = replace(config, data=replace(config.data, path=data))
     parallel = start_parallel()
-    policy = open_policy(model, config.model, parallel.device, trainable=False)
+    catalog = load_catalog(config.data.path)
+    policy = hold_to_catalog(open_policy(model, config.model, parallel.device, trainable=False), config, catalog)
     with ready_sampler(policy, config, parallel) as sampler:
-        recommend(policy, sampler, load_catalog(config.data.path), config, conversation=conversation, batch=batch)
+        recommend(policy, sampler, catalog, config, conversation=conversation, batch=batch)
 
 
 def first_samples(dataset: Dataset, split: str, num_samples: int) -> list[Sample]:

@@ -40,11 +40,11 @@ def recommend(
     """Print one list for `conversation` (standard input when None), or a JSON line for every sample of `batch`."""
     if batch is None:
         turns = read_conversation(sys.stdin.read() if conversation is None else conversation)
-        (text,) = recommend_lists(policy, sampler, [Sample("command-line", turns, (), ())], config)
+        (text,) = recommend_lists(policy, sampler, [Sample("command-line", turns, (), ())], catalog, config)
         print(format_list(text, catalog))
         return
     samples, _ = read_samples(batch)
-    lists = recommend_lists(policy, sampler, samples, config, title="recommend")
+    lists = recommend_lists(policy, sampler, samples, catalog, config, title="recommend")
     for sample, text in zip(samples, lists, strict=True):
         items = [
             {"title": item.title, "year": item.year, "in_catalog": catalog.lookup(item.title, item.year) is not None}

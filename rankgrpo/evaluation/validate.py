@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from dataclasses import replace
 
 from tqdm import tqdm
 
@@ -16,10 +17,17 @@ from rankgrpo.model.policy import Policy
 from rankgrpo.runtime.distributed import Parallel
 from rankgrpo.runtime.means import Means
 from rankgrpo.sampler.base import Sampler, prompt_seed
+from rankgrpo.sampler.choose import hf_sampler
 
 
 def recommend_lists(
-    policy: Policy, sampler: Sampler, samples: list[Sample], config: Config, *, title: str | None = None
+    policy: Policy,
+    sampler: Sampler,
+    samples: list[Sample],
+    catalog: Catalog,
+    config: Config,
+    *,
+    title: str | None = None,
 ) -> list[str]:
     """One list a sample at eval.temperature, as text; a progress bar named `title` unless it is None.
 
@@ -27,7 +35,7 @@ def recommend_lists(
     `sampler` has the policy's weights.
     """
     temperature = config.eval.temperature
-    groups = sample_lists(policy, sampler, samples, config, num_lists=1, temperature=temperature, title=title)
+    groups = sample_lists(policy, sampler, samples, catalog, config, num_lists=1, temperature=temperature, title=title)
     return [text for (text,) in groups]
 
 
@@ -35,6 +43,7 @@ def sample_lists(
     policy: Policy,
     sampler: Sampler,
     samples: list[Sample],
+    catalog: Catalog,
     config: Config,
     *,
     num_lists: int,
@@ -52,6 +61,7 @@ def sample_lists(
             seeds=[prompt_seed(config.seed, 0, sample.id) for sample in samples],
             max_new_tokens=config.rl.max_new_tokens,
             temperature=temperature,
+            seen=policy.seen(samples, catalog),
             on_progress=bar.update,
         )
     return [[rollout.text for rollout in group] for group in groups]
@@ -69,7 +79,7 @@ def validate(
     means = Means()
     evaluation = score_completions(
         mine,
-        recommend_lists(policy, sampler, mine, config),
+        recommend_lists(policy, sampler, mine, catalog, config),
         catalog,
         num_ranks=config.data.num_ranks,
         year_tolerance=config.rl.year_tolerance,
@@ -83,4 +93,25 @@ def validate(
     metrics = means.reduce(parallel)
     variance = metrics.pop("square") - metrics[f"eval/{ndcg}"] ** 2
     metrics[f"eval/se_{ndcg}"] = math.sqrt(max(variance, 0.0) / len(samples))
+    if policy.constraint is not None and config.eval.free_samples:
+        metrics |= validate_freely(policy, samples[: config.eval.free_samples], catalog, config, parallel)
     return metrics | {"time/eval_s": time.perf_counter() - began}
+
+
+def validate_freely(
+    policy: Policy, samples: list[Sample], catalog: Catalog, config: Config, parallel: Parallel
+) -> dict[str, float]:
+    """What a policy that is held to the catalog writes when it is not: eval_free/*, means over `samples`.
+
+    Sampled with transformers: an engine that is held to the catalog stays so.
+    """
+    free = replace(policy, constraint=None)
+    mine = samples[parallel.dp_rank :: parallel.dp_world]
+    lists = recommend_lists(free, hf_sampler(free, config.rl.sampler_rows), mine, catalog, config)
+    evaluation = score_completions(
+        mine, lists, catalog, num_ranks=config.data.num_ranks, year_tolerance=config.rl.year_tolerance
+    )
+    means = Means()
+    for name, values in evaluation.metrics.items():
+        means.add(f"eval_free/{name}", float(values.sum()), len(values))
+    return means.reduce(parallel)

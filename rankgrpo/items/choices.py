@@ -89,6 +89,32 @@ class Choices:
         children = np.arange(begin, self.trie.first_child[self.node_C[choice] + 1])
         return self.trie.token[children[~np.isin(children, self.closed_X[self.choice_X == choice])]]
 
+    def of_lists(self, lists: Sequence[int]) -> Choices:
+        """The same for some of the lists, in the order given."""
+        lists = np.asarray(lists, np.int64)
+        length, list_C = self.length[lists], np.searchsorted(self.start, self.token_C, side="right") - 1
+        begin = np.full(len(self.length), -1)
+        begin[lists] = np.cumsum(length) - length
+        kept = (begin[list_C] >= 0).nonzero()[0]
+        token = self.token_C[kept] - self.start[list_C[kept]] + begin[list_C[kept]]
+        order = np.argsort(token, kind="stable")
+        kept = kept[order]
+        place = np.full(len(self.token_C), -1)
+        place[kept] = np.arange(len(kept))
+        choice_X = place[self.choice_X]
+        by_choice = np.argsort(choice_X, kind="stable")
+        by_choice = by_choice[choice_X[by_choice] >= 0]
+        return Choices(
+            self.trie,
+            length,
+            token[order],
+            self.node_C[kept],
+            self.child_C[kept],
+            choice_X[by_choice],
+            self.closed_X[by_choice],
+            [self.lines[which] for which in lists.tolist()],
+        )
+
     def _num_children(self) -> np.ndarray:
         return (self.trie.first_child[self.node_C + 1] - self.trie.first_child[self.node_C]).astype(np.int64)
 

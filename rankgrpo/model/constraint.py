@@ -9,7 +9,8 @@ agree without handing anything over. A token beside which nothing was allowed ha
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -21,6 +22,10 @@ from rankgrpo.items.choices import Choices
 from rankgrpo.items.trie import CatalogTrie, Forbid
 from rankgrpo.items.walk import ListWalk
 from rankgrpo.model.packing import Group
+
+if TYPE_CHECKING:
+    from rankgrpo.config import Config
+    from rankgrpo.model.policy import Policy
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,15 @@ def open_constraint(
     except ValueError as error:
         raise ConfigError(f"rl.constrain = catalog: {error}; or set rl.constrain=none") from error
     return Constraint(trie, num_ranks, forbid, longest_list(trie, num_ranks, repeats=forbid == "none"))
+
+
+def hold_to_catalog(policy: Policy, config: Config, catalog: Catalog) -> Policy:
+    """The policy under rl.constrain: itself, or the same with its lists held to the catalog."""
+    rl = config.rl
+    if rl.constrain == "none":
+        return policy
+    constraint = open_constraint(catalog, policy.tokenizer, num_ranks=config.data.num_ranks, forbid=rl.forbid)
+    return replace(policy, constraint=constraint)
 
 
 def longest_list(trie: CatalogTrie, num_ranks: int, *, repeats: bool) -> int:

@@ -19,12 +19,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rankgrpo.config import AdapterConfig, ModelConfig
+from rankgrpo.data.samples import Sample
 from rankgrpo.files.atomic import atomic_folder
 from rankgrpo.items.allowed_ids import AllowedIds
+from rankgrpo.items.catalog import Catalog
 from rankgrpo.logprob import Impl
 from rankgrpo.model.adapter import adapters_off, add_adapters, has_adapters, merged_parameters
 from rankgrpo.model.attention import use_shared_prefix
-from rankgrpo.model.constraint import Constraint
+from rankgrpo.model.constraint import Constraint, seen_items
 from rankgrpo.model.forward import pack_logprobs
 from rankgrpo.model.packing import Group, Pack, build_pack
 from rankgrpo.model.presets import load_policy, save_policy, valid_token_mask
@@ -55,6 +57,12 @@ class Policy:
     @property
     def device(self) -> torch.device:
         return self.allowed_V.device
+
+    def seen(self, samples: Sequence[Sample], catalog: Catalog) -> list[tuple[int, ...]]:
+        """For every sample the items that its lists must not name: none, unless what was seen is forbidden."""
+        if self.constraint is None or self.constraint.forbid != "repeats+seen":
+            return [()] * len(samples)
+        return [tuple(seen_items(sample, catalog)) for sample in samples]
 
     def allowed_ids(self, groups: list[Group]) -> AllowedIds | None:
         """The ids that were allowed at every token of every list; None for a policy that may write any list."""
@@ -148,7 +156,8 @@ def open_reference(
     """The frozen model `source` that `policy` was opened from: a second copy, or the policy without its adapters."""
     if has_adapters(policy.model):
         return replace(policy, without_adapters=True)
-    return open_policy(source, config, device, trainable=False, sharding=sharding)
+    ref = open_policy(source, config, device, trainable=False, sharding=sharding)
+    return replace(ref, constraint=policy.constraint)
 
 
 def empty_copy(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:

@@ -14,6 +14,7 @@ from rankgrpo.advantage import group_advantage
 from rankgrpo.config import RlConfig, reward_terms
 from rankgrpo.data.samples import Sample
 from rankgrpo.items.catalog import Catalog
+from rankgrpo.items.choices import Choices
 from rankgrpo.loss import rank_log_ratio
 from rankgrpo.parse import RankSegmenter
 from rankgrpo.reward import list_return, rank_returns, unlikeliness_reward
@@ -59,8 +60,18 @@ class ScoredGroups:
     """What these lists add to the denominator of the step's loss, whether they carry a gradient or not."""
 
 
-def score_groups(groups: list[list[Rollout]], examples: list[Sample], scorer: Scorer, means: Means) -> ScoredGroups:
-    """Score sampled groups against their examples; adds reward/*, reward_part/* and list/* to `means`."""
+def score_groups(
+    groups: list[list[Rollout]],
+    examples: list[Sample],
+    scorer: Scorer,
+    means: Means,
+    choices: Choices | None = None,
+) -> ScoredGroups:
+    """Score sampled groups against their examples; adds reward/*, reward_part/* and list/* to `means`.
+
+    choices: of lists held to the catalog, what was allowed at their tokens. Forced tokens then belong to no unit,
+    unless rl.count_forced.
+    """
     rl = scorer.rl
     P, G, K = len(groups), rl.group_size, scorer.num_ranks
     flat = [rollout for rollouts in groups for rollout in rollouts]
@@ -73,6 +84,10 @@ def score_groups(groups: list[list[Rollout]], examples: list[Sample], scorer: Sc
         _describe_list(answer, rollout, means)
     values = {name: measure(name, part, answers) for name, part in scorer.parts.items()}
     rank_BT, eos_BT = _ranks(flat, scorer)
+    if choices is not None:
+        _describe_choices(choices, flat, means)
+        if not rl.count_forced:
+            rank_BT = rank_BT.masked_fill(~_is_choice(choices, rank_BT >= 0), -1)
 
     reward_BK, scored_BU = torch.zeros(P * G, K), torch.zeros(P * G, K if rl.unit == "rank" else 1)
     for name, weight in reward_terms(rl.reward).items():
@@ -112,6 +127,12 @@ def _ranks(rollouts: list[Rollout], scorer: Scorer) -> tuple[Tensor, Tensor]:
     length_B1 = torch.tensor([[len(rollout.token_ids)] for rollout in rollouts])
     mask_BT = torch.arange(ids_BT.shape[1]) < length_B1
     return scorer.segmenter(ids_BT, mask_BT), torch.isin(ids_BT, scorer.eos_ids) & mask_BT
+
+
+def _is_choice(choices: Choices, mask_BT: Tensor) -> Tensor:
+    choice_BT = torch.zeros_like(mask_BT)
+    choice_BT[mask_BT] = torch.from_numpy(choices.is_choice)
+    return choice_BT
 
 
 def _denominator(units: Units, rl: RlConfig) -> float:
@@ -159,6 +180,13 @@ def _describe_list(answer: Answer, rollout: Rollout, means: Means) -> None:
     means.add("list/duplicate_frac", len(in_catalog) - len(set(in_catalog)), len(items))
     # E[-log p] over sampled tokens is the policy's entropy a token, estimated from the very samples.
     means.add("policy/entropy", -sum(rollout.logp), len(rollout.logp))
+
+
+def _describe_choices(choices: Choices, rollouts: list[Rollout], means: Means) -> None:
+    num_choices, num_tokens = len(choices.token_C), choices.num_tokens
+    means.add("list/forced_frac", num_tokens - num_choices, num_tokens)
+    means.add("list/allowed_mean", choices.num_allowed[choices.token_C].sum(), num_choices)
+    means.add("policy/entropy_a_choice", -sum(sum(rollout.logp) for rollout in rollouts), num_choices)
 
 
 def _describe_rewards(relevance_PGK: Tensor, reward_PGK: Tensor, scored_PGU: Tensor, means: Means) -> None:

@@ -11,7 +11,7 @@ It has no paged cache, no continuous batching and no tensor parallelism; that is
 # N key-value heads, R query heads a key-value head, H head size; p and l are P and L of the prompts read at once.
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -144,6 +144,7 @@ class HFSampler:
         seeds: list[int],
         max_new_tokens: int,
         temperature: float = 1.0,
+        seen: Sequence[Sequence[int]] | None = None,
         on_progress: Callable[[int], object] | None = None,
     ) -> list[list[Rollout]]:
         """Sample `group_size` completions a prompt; `on_progress(n)` hears of every n prompts that are done."""
