@@ -166,7 +166,7 @@ class _Reader:
 
     def _check_text(self, rows: np.ndarray, texts: list[str], ids: list[list[int]]) -> None:
         """Every text must come back as it was: as the sampler reads it, without special tokens."""
-        back = self.tokenizer.batch_decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        back = self.tokenizer.backend_tokenizer.decode_batch(ids, skip_special_tokens=True)
         if back == texts:
             return
         bad = next(i for i, (a, b) in enumerate(zip(texts, back, strict=True)) if a != b)
