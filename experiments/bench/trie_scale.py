@@ -1,8 +1,9 @@
 """The catalog's trie at 6,302, 100,000 and 1,000,000 lines: build time, memory, and what a token costs.
 
-The lines are made, the same on every machine: titles of two to six words, drawn from 20,000 words by a Zipf law (the
-words are syllables put together), some with a number or a subtitle, and a year. Every size is built in a process of its
-own, so that its peak is its own. Times of a build are wall time, of tokens CPU seconds of one thread.
+The lines are made, the same on every machine: titles of one to five words, drawn by a Zipf law from common words of
+titles and 20,000 names (syllables put together), some with a number or a subtitle, and a year. Every size is built in a
+process of its own, so that its peak is its own. Build times are wall and CPU time, those of tokens CPU time of one
+thread.
 
   python experiments/bench/trie_scale.py --tokenizer Qwen2.5-0.5B --out scale.json
 """
@@ -24,21 +25,28 @@ import numpy as np
 
 from rankgrpo.items.trie import CatalogTrie
 
+COMMON = """the of and in a to love man night day girl last house life black dark dead good great world war king time
+big little city death blood red white american home heart secret road city lost men story boys wild dream queen star
+women fire river summer blue ghost island first christmas murder street return game shadow beyond evil moon golden
+family mother father young old new angel devil train sea song sky winter road children friend party wedding school
+hotel state summer garden mountain bridge stranger doctor captain soldier hunter killer witness escape revenge justice
+honor glory paradise heaven hell storm rain wind sun light mirror window door room paper letter silence voice face
+hand eye body soul mind""".split()
 SYLLABLES = [c + v for c in "b c d f g h k l m n p r s t v w st br th ch".split() for v in "a e i o u ai en or".split()]
 
 
 def make_lines(num_lines: int) -> list[str]:
     """Distinct lines `Title (Year)`; the first n of a larger catalog are those of a smaller one."""
     random = np.random.default_rng(0)
-    words = ["The", "of", "and", "in", "a", "to", "Love", "Man", "Night", "Day"]
+    words = list(dict.fromkeys(word.capitalize() for word in COMMON))
     for size in random.integers(1, 4, 20_000):
         words.append("".join(SYLLABLES[i] for i in random.integers(len(SYLLABLES), size=size)).capitalize())
-    share = 1 / np.arange(2, len(words) + 2)
+    share = 1 / np.arange(20, len(words) + 20) ** 1.5
     cumulative = np.cumsum(share / share.sum())
     lines: dict[str, None] = {}
     while len(lines) < num_lines:
         draws = np.searchsorted(cumulative, random.random((100_000, 6)))
-        sizes, kinds = random.integers(2, 7, 100_000).tolist(), random.random(100_000).tolist()
+        sizes, kinds = random.integers(1, 6, 100_000).tolist(), random.random(100_000).tolist()
         years = random.integers(1920, 2026, 100_000).tolist()
         for draw, size, kind, year in zip(draws.tolist(), sizes, kinds, years, strict=True):
             title = " ".join([words[i] for i in draw[:size]])

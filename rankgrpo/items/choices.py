@@ -78,7 +78,7 @@ class Choices:
     @property
     def items(self) -> list[list[int]]:
         """The item of every finished line, the first of those that share it."""
-        return [[self.trie.items_of(line)[0] for line in lines] for lines in self.lines]
+        return [self.trie.item_of_line[lines].tolist() if lines else [] for lines in self.lines]
 
     def allowed_at(self, token: int) -> np.ndarray:
         """The ids allowed at a choice, given the token's number. For a look at one; `for_head` does all."""

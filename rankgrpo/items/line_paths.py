@@ -2,8 +2,9 @@
 
 A list is its lines joined by line breaks, with no break after the last one, and then the end token. What ids a line has
 may depend on where it stands: a tokenizer may merge `)` with the line break, the last line ends with the end token
-instead, and SentencePiece puts a space before the very first. So every line is read in each of those places, out of
-texts in which it has neighbours. Ids that hold the text of two lines are refused: such a line has no ids of its own.
+instead, and SentencePiece puts a space before the very first. So every line is read between neighbours and alone, and
+at each end of a list unless those two readings settle it; one line in twenty is read at both ends in any case, to be
+compared. Ids that hold the text of two lines are refused: such a line has no ids of its own.
 """
 
 # Shape letters: N lines, F ids of all lines one after the other, M ids of the texts read at once.
@@ -67,24 +68,34 @@ def read_line_paths(lines: Sequence[str], tokenizer, *, eos_id: int, num_ranks: 
     reader = _Reader(lines, tokenizer, eos_id)
     num_lines = len(lines)
     every = np.arange(num_lines)
+    alone = _with_end(reader.read(every[:, None])[0], eos_id)
     if num_lines == 1:
-        only = _with_end(reader.read(every[:, None])[0], eos_id)
-        return PathsByPlace(only, only, only, only)
-    # The neighbour here is another than in the windows: two contexts for every line.
-    first, last = reader.read(np.stack([every, (every + max(1, num_lines // 2)) % num_lines], 1))
-    last = _with_end(_rolled(last, max(1, num_lines // 2)), eos_id)
-    stride = WINDOW - 2
-    begin = np.arange(0, num_lines, stride)
+        return PathsByPlace(alone, alone, alone, alone)
+    begin = np.arange(0, num_lines, WINDOW - 2)
     windows = (begin[:, None] + np.arange(-1, WINDOW - 1)) % num_lines
-    middle = reader.read_windows(windows, first, last)
-    if middle.equals(first):
-        middle, only = first, last
+    columns = reader.read_windows(windows)
+    middle, last_seen = columns[1], _with_end(columns[2], eos_id)
+    if _differ_at_the_end(alone, middle):
+        # What is before a line and what is after it each change one end of it, if at all: none changes the beginning.
+        first, last, only = middle, alone, alone
     else:
-        only = None
-    if num_ranks == 1:
-        alone = _with_end(reader.read(every[:, None])[0], eos_id)
-        only = last if alone.equals(last) else alone
+        shift = max(1, num_lines // 2)
+        first, last = reader.read(np.stack([every, (every + shift) % num_lines], 1))
+        last = _with_end(_rolled(last, shift), eos_id)
+        first = middle if first.equals(middle) else first
+        only = last if alone.equals(last) else alone if num_ranks == 1 else None
+    reader.compare(windows[:, 0], columns[0], first)
+    reader.compare(windows[:, -1], last_seen, last)
     return PathsByPlace(first, middle, last, only)
+
+
+def _differ_at_the_end(alone: LinePaths, middle: LinePaths) -> bool:
+    """Whether every line begins alone with the ids it has in the middle, save the one that holds the line break."""
+    size = np.diff(middle.start) - 1
+    if (np.diff(alone.start) < size).any():
+        return False
+    begins = middle.ids_F[ragged_range(middle.start[:-1], size)]
+    return np.array_equal(begins, alone.ids_F[ragged_range(alone.start[:-1], size)])
 
 
 class _Reader:
@@ -109,27 +120,18 @@ class _Reader:
                 parts.append((ids_M[place_M == column], length_TW[:, column]))
         return [_joined(parts) for parts in columns]
 
-    def read_windows(self, lines_TW: np.ndarray, first: LinePaths, last: LinePaths) -> LinePaths:
-        """Ids of the lines between the first and the last of every text, which must be those of all N lines in order.
-
-        The first and the last of a text are compared with the ids they had beside another neighbour.
-        """
-        parts = []
-        done = 0
+    def read_windows(self, lines_TW: np.ndarray) -> tuple[LinePaths, LinePaths, LinePaths]:
+        """The ids of every text's first line, of those between, which are all N lines in order, and of its last."""
+        parts: tuple[list, list, list] = ([], [], [])
         for ids_M, place_M, length_TW in self._slabs(lines_TW):
-            rows = lines_TW[done : done + len(length_TW)]
-            done += len(rows)
-            inner = (place_M > 0) & (place_M < WINDOW - 1)
-            parts.append((ids_M[inner], length_TW[:, 1:-1].reshape(-1)))
-            for column, known in ((0, first), (-1, last)):
-                here = _joined([(ids_M[place_M == column % WINDOW], length_TW[:, column])])
-                if column == -1:
-                    here = _with_end(here, self.eos_id)
-                self._compare(rows[:, column], here, known)
-        middle = _joined(parts)
+            end = lines_TW.shape[1] - 1
+            parts[0].append((ids_M[place_M == 0], length_TW[:, 0]))
+            parts[1].append((ids_M[(place_M > 0) & (place_M < end)], length_TW[:, 1:-1].reshape(-1)))
+            parts[2].append((ids_M[place_M == end], length_TW[:, -1]))
+        first, middle, last = map(_joined, parts)
         # The last window goes round to the catalog's beginning.
         count = len(self.lines)
-        return LinePaths(middle.ids_F[: middle.start[count]], middle.start[: count + 1])
+        return first, LinePaths(middle.ids_F[: middle.start[count]], middle.start[: count + 1]), last
 
     def _slabs(self, lines_TW: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         """Ids of some of the texts one after the other, the column each id belongs to, and the ids of every line."""
@@ -166,7 +168,7 @@ class _Reader:
 
     def _check_text(self, rows: np.ndarray, texts: list[str], ids: list[list[int]]) -> None:
         """Every text must come back as it was: as the sampler reads it, without special tokens."""
-        back = self.tokenizer.batch_decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        back = self.tokenizer.backend_tokenizer.decode_batch(ids, skip_special_tokens=True)
         if back == texts:
             return
         bad = next(i for i, (a, b) in enumerate(zip(texts, back, strict=True)) if a != b)
@@ -176,7 +178,8 @@ class _Reader:
                 raise ValueError(f"the tokenizer cannot write {self._name(index)}: it reads back as {line!r}")
         raise ValueError(f"the tokenizer cannot write a list: {texts[bad]!r} reads back as {back[bad]!r}")
 
-    def _compare(self, index_T: np.ndarray, here: LinePaths, known: LinePaths) -> None:
+    def compare(self, index_T: np.ndarray, here: LinePaths, known: LinePaths) -> None:
+        """Lines read in one text must have the ids they are known by."""
         there = _taken(known, index_T)
         if here.equals(there):
             return

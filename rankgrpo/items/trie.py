@@ -39,6 +39,8 @@ class CatalogTrie:
         self.num_lines = len(paths.first)
         self.line_of_item = line_of_item
         """(I,) int32: equal lines of several items are one line."""
+        self.item_of_line = np.unique(line_of_item, return_index=True)[1].astype(np.int32)
+        """(N,) int32: the first of the items that share a line."""
         places = [paths.first, paths.middle, paths.last, *([] if paths.only is None else [paths.only])]
         distinct = [place for i, place in enumerate(places) if all(place is not other for other in places[:i])]
         root_of = [next(r for r, own in enumerate(distinct) if own is place) for place in places]
@@ -209,7 +211,7 @@ class CatalogTrie:
     @property
     def num_bytes(self) -> int:
         arrays = (self.token, self.first_child, self.first_leaf, self.line_of_leaf, self.leaf_of_line)
-        return sum(a.nbytes for a in (*arrays, self.line_of_item))
+        return sum(a.nbytes for a in (*arrays, self.line_of_item, self.item_of_line))
 
     def describe(self, items: Sequence[int] | None = None) -> dict[str, Any]:
         """Counts of the trie, and of the lines of given items (all lines for None): tokens and the share forced.
@@ -244,7 +246,6 @@ class CatalogTrie:
         leaf = np.sort(self.leaf_of_line[root * self.num_lines + lines])
         num_nodes, length, alone = 1, 0, 0
         fan_out = np.diff(self.first_child)
-        bounds = (root * self.num_lines, (root + 1) * self.num_lines)
         begin, end = root, root + 1
         while begin < end:
             # The node of this level that a leaf is under: the last that begins at it or before, if it has children.
@@ -255,7 +256,6 @@ class CatalogTrie:
             alone += int((fan_out[node] == 1).sum())
             begin, end = int(self.first_child[begin]), int(self.first_child[end])
             num_nodes += end - begin
-        assert bounds[1] - bounds[0] == self.num_lines
         return num_nodes, length, alone
 
 

@@ -39,7 +39,7 @@ class ListWalk:
     @property
     def items(self) -> list[int]:
         """The item of every finished line, the first of those that share it."""
-        return [self.trie.items_of(line)[0] for line in self.lines]
+        return self.trie.item_of_line[self.lines].tolist() if self.lines else []
 
     @property
     def at_line_start(self) -> bool:
