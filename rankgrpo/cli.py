@@ -133,6 +133,7 @@ def evaluate(
         int, arg(help="lists sampled a conversation; above 1 the table is of their union: Recall, coverage, popularity")
     ] = 1,
     markdown: Annotated[bool, arg(help="print the table in Markdown")] = False,
+    free: Annotated[bool, arg(help="decode freely where the run holds its lists to the catalog")] = False,
     set: Set = [],  # noqa: B006
 ) -> None:
     """Compare any number of models, the popularity list and EASE: Recall and NDCG with 95 % bootstrap intervals.
@@ -141,6 +142,7 @@ def evaluate(
       rankgrpo evaluate runs/tiny-demo popularity ease
       rankgrpo evaluate runs/tiny-demo --lists 16 --num-samples 200
       rankgrpo evaluate runs/tiny-demo --set eval.draws=16
+      rankgrpo evaluate runs/tiny-demo --free
       rankgrpo evaluate runs/a/sft/final runs/a/rl/best --data path/to/redial --split validation --out results
     """
     from rankgrpo.evaluation.compare import evaluate_models
@@ -148,7 +150,14 @@ def evaluate(
     if lists < 1:
         raise ValueError(f"--lists must be at least 1, got {lists}")
     table = evaluate_models(
-        models, data=data, split=split, num_samples=num_samples, out=out, markdown=markdown, num_lists=lists, words=set
+        models,
+        data=data,
+        split=split,
+        num_samples=num_samples,
+        out=out,
+        markdown=markdown,
+        num_lists=lists,
+        overrides=[*set, *(["rl.constrain=none"] if free else [])],
     )
     print(table)
 
@@ -183,6 +192,8 @@ def recommend(
         str | None, arg(help="data set whose catalog marks the items (default: the run's own, or demo)")
     ] = None,
     batch: Annotated[Path | None, arg(help="JSONL file of samples; prints one JSON line each")] = None,
+    free: Annotated[bool, arg(help="decode freely where the run holds its lists to the catalog")] = False,
+    set: Set = [],  # noqa: B006
 ) -> None:
     """Print a ranked list: `+` in the catalog, `?` not in the catalog, `!` not a title with a year.
 
@@ -193,7 +204,8 @@ def recommend(
     """
     from rankgrpo.evaluation.compare import recommend_from
 
-    recommend_from(model, data, conversation, batch)
+    overrides = [*set, *(["rl.constrain=none"] if free else [])]
+    recommend_from(model, data, conversation, batch, overrides)
 
 
 @app.command
@@ -232,16 +244,22 @@ def check(
     path: Positional[Data] = "demo",
     *,
     num_train: Annotated[int, arg(help="training samples used; 0 is all")] = 0,
+    tokenizer: Annotated[
+        str, arg(help="folder or hub id whose tokenizer the catalog is shown under as a trie; tiny makes its own")
+    ] = "tiny",
 ) -> None:
     """Health report of a data set: problems by file and line, counts, lengths, ground truth in the catalog, baselines.
 
     Try:
       rankgrpo data check path/to/redial
+      rankgrpo data check path/to/redial --tokenizer Qwen/Qwen2.5-0.5B-Instruct
     """
     from rankgrpo.data.load import load_dataset
     from rankgrpo.evaluation.health import check_dataset
+    from rankgrpo.model.presets import open_tokenizer
 
-    print(check_dataset(load_dataset(path, num_train=num_train or None)))
+    dataset = load_dataset(path, num_train=num_train or None)
+    print(check_dataset(dataset, tokenizer=open_tokenizer(tokenizer, dataset)))
 
 
 @data_app.command(name="import")

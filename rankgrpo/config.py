@@ -320,7 +320,7 @@ class EvalConfig:
     """Above 1: also sample so many lists a conversation at rl.temperature and score their union, up to all of them."""
     list_samples: NonNegativeInt = 0
     """Samples that get eval.lists lists, from the beginning of the split; 0 is all."""
-    free_samples: NonNegativeInt = 0
+    free_samples: NonNegativeInt = 64
     """Where lists are held to the catalog: validation also draws a free list for so many samples, and logs how many of
     its lines are in the catalog and how many repeat, so that a policy that drifts shows."""
 

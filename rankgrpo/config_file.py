@@ -40,7 +40,6 @@ READ_WITH: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "rl.forbid": ("rl.constrain", ("catalog",)),
     "rl.count_forced": ("rl.constrain", ("catalog",)),
     "sft.constrain": ("rl.constrain", ("catalog",)),
-    "eval.free_samples": ("rl.constrain", ("catalog",)),
     "rl.second_phase_at": ("rl.schedule", ("two-phase",)),
     "rl.second_phase_lr": ("rl.schedule", ("two-phase",)),
     "rl.mismatch_cap": ("rl.mismatch_correction", ("truncate", "mask")),

@@ -133,7 +133,7 @@ def test_the_standard_error_of_validation(monkeypatch):
     ideal = sum(1 / math.log2(rank + 2) for rank in range(min(1 + len(others), 5)))
     texts = ["nothing", f"{title} ({year})", "nothing", "nothing"]
     monkeypatch.setattr("rankgrpo.evaluation.validate.recommend_lists", lambda *_, **__: texts)
-    metrics = validate(None, None, samples, dataset.catalog, tiny_config(), ALONE)
+    metrics = validate(None, None, samples, dataset.catalog, tiny_config("eval.free_samples=0"), ALONE)
     assert metrics["eval/ndcg@5"] == pytest.approx(0.25 / ideal)
     assert metrics["eval/se_ndcg@5"] == pytest.approx((0.25 * 0.75) ** 0.5 / ideal / 2)
 

@@ -191,15 +191,15 @@ def evaluate_models(
     out: Path | None,
     markdown: bool = False,
     num_lists: int = 1,
-    words: Sequence[str] = (),
+    overrides: Sequence[str] = (),
 ) -> str:
     """Table of any models and baselines on one split of `data` (default: the first run's data set, or the demo).
 
-    `words` (section.key=value) override the settings of all: a run's own, and the defaults that other models go by.
+    `overrides` (section.key=value) change the settings of all: a run's own, and the defaults that other models go by.
     With more than one list a sample, the table is of what these lists find together. Raises ConfigError and ModelError
     for what cannot be evaluated, before anything is computed.
     """
-    sources = list_sources(models, data, words)
+    sources = list_sources(models, data, overrides)
     parallel = start_parallel()
     dataset = load_config_dataset(sources[0].config)
     samples = first_samples(dataset, split, num_samples)
@@ -219,18 +219,18 @@ def evaluate_models(
     return format_table(summaries, markdown=markdown)
 
 
-def list_sources(models: list[str], data: str | None, words: Sequence[str] = ()) -> list[Source]:
-    """What the words of `rankgrpo evaluate` stand for, in order, all on one data set."""
+def list_sources(models: list[str], data: str | None, overrides: Sequence[str] = ()) -> list[Source]:
+    """What the names given to `rankgrpo evaluate` stand for, in order, all on one data set."""
     if not models:
         raise ConfigError("nothing to evaluate: name run folders, models, `popularity` or `ease`")
     runs = [Path(model) for model in models if is_run(Path(model))]
-    common = load_config(runs[0] / "config.toml" if runs else None, words, saved=True)
+    common = load_config(runs[0] / "config.toml" if runs else None, overrides, saved=True)
     chosen = replace(common.data, path=data, num_train=0) if data is not None else common.data
     sources = []
     for model in models:
         folder = Path(model)
         if is_run(folder):
-            config = load_config(folder / "config.toml", words, saved=True)
+            config = load_config(folder / "config.toml", overrides, saved=True)
             config = replace(config, data=replace(config.data, path=chosen.path, num_train=chosen.num_train))
             stages = run_models(folder)
             sources += [Source(f"{folder.name}/{stage}", str(path), config) for stage, path in stages.items()]
@@ -254,10 +254,12 @@ def run_models(folder: Path) -> dict[str, Path]:
     return found
 
 
-def recommend_from(model: str, data: str | None, conversation: str | None, batch: Path | None) -> None:
+def recommend_from(
+    model: str, data: str | None, conversation: str | None, batch: Path | None, overrides: Sequence[str] = ()
+) -> None:
     """Recommend with a run's latest model, or with any model; the catalog is the run's unless `data` names another."""
     folder = Path(model)
-    config = load_config(folder / "config.toml", saved=True) if is_run(folder) else Config()
+    config = load_config(folder / "config.toml" if is_run(folder) else None, list(overrides), saved=True)
     if is_run(folder):
         *_, model = map(str, run_models(folder).values())
     elif model == DEFAULT_RUN and not folder.exists():

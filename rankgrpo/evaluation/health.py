@@ -8,20 +8,25 @@ oracle that knows the simulated tastes. It judges the data only; no language mod
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from rankgrpo.baselines.ease import EaseTeacher
 from rankgrpo.baselines.popularity import popularity_lists
-from rankgrpo.data.dialogs import dialog_ids, named_items
+from rankgrpo.data.dialogs import dialog_ids, groundtruth_items, named_items
 from rankgrpo.data.samples import SPLITS, Dataset, Sample
+from rankgrpo.errors import ConfigError
 from rankgrpo.evaluation.evaluate import score_items, summarise
 from rankgrpo.evaluation.tables import format_table
 from rankgrpo.files.rows import Problem
 from rankgrpo.items.catalog import Catalog
+from rankgrpo.model.constraint import open_constraint
 from rankgrpo.parse import parse_list
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 BASELINE_METRICS = tuple(f"{name}@{k}" for name in ("recall", "ndcg") for k in (5, 10, 20))
 MAX_SHOWN_A_KIND = 3
@@ -84,6 +89,8 @@ class HealthReport:
     """What would make results wrong or meaningless."""
     problems: list[Problem]
     """`Dataset.problems`."""
+    trie: dict[str, str] = field(default_factory=dict)
+    """Facts about the catalog as a trie of tokens, ready to print; empty without a tokenizer."""
 
     def __str__(self) -> str:
         return render(self)
@@ -103,8 +110,13 @@ def headline(dataset: Dataset) -> str:
     )
 
 
-def check_dataset(dataset: Dataset, *, baselines: bool = True) -> HealthReport:
-    """Examine a data set; seconds for thousands of conversations, most of them in EASE (fitted with its defaults)."""
+def check_dataset(
+    dataset: Dataset, *, baselines: bool = True, tokenizer: PreTrainedTokenizerBase | None = None, num_ranks: int = 20
+) -> HealthReport:
+    """Examine a data set; seconds for thousands of conversations, most of them in EASE (fitted with its defaults).
+
+    With a tokenizer, also what holding lists of `num_ranks` lines to the catalog would come to.
+    """
     train_items = {item for sample in dataset.train for item in _keys(sample, dataset.catalog)}
     return HealthReport(
         name=dataset.name,
@@ -113,7 +125,30 @@ def check_dataset(dataset: Dataset, *, baselines: bool = True) -> HealthReport:
         baselines=_baselines(dataset) if baselines else {},
         warnings=[*_leaks(dataset), *_catalog_warnings(dataset.catalog)],
         problems=dataset.problems,
+        trie=_trie_facts(dataset, tokenizer, num_ranks) if tokenizer is not None else {},
     )
+
+
+def _trie_facts(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, num_ranks: int) -> dict[str, str]:
+    try:
+        constraint = open_constraint(dataset.catalog, tokenizer, num_ranks=num_ranks, forbid="repeats")
+    except ConfigError as error:
+        return {"impossible": str(error)}
+    trie = constraint.trie
+    asked = [index for sample in dataset.test for index in groundtruth_items(sample, dataset.catalog)]
+    facts = trie.describe(asked or None)
+    places = {name: facts["places"][name] for name in ("first", "middle", "last")}
+    shown = {name: place for name, place in places.items() if name == "middle" or place != places["middle"]}
+    return {
+        "lines": f"{facts['lines']}, {facts['merged']} items share the line of another",
+        **{
+            f"nodes, {name} line": f"{place['nodes']}, {place['root']} at the root, {place['tokens_a_line']:.1f} tokens "
+            f"a line of the test ground truth, {place['forced']:.0%} forced"
+            for name, place in shown.items()
+        },
+        "longest list": f"{constraint.max_tokens} tokens for {num_ranks} lines",
+        "size": f"{facts['bytes'] / 1e6:.1f} MB, built in {facts['seconds']:.1f} s",
+    }
 
 
 def _keys(sample: Sample, catalog: Catalog) -> list[tuple[str, int]]:
@@ -249,6 +284,7 @@ def render(report: HealthReport) -> str:
         _section("Catalog", _pairs(report.catalog)),
         _section("Splits", _split_table(report.splits)),
         _section("To beat", "\n\n".join(format_table(summaries) for summaries in report.baselines.values())),
+        *([_section("Catalog as a trie of tokens", _pairs(report.trie))] if report.trie else []),
         _section("Warnings", "\n".join(report.warnings) or "none"),
         _section(f"Problems ({len(report.problems)})", _grouped_problems(report.problems)),
     ]

@@ -93,7 +93,7 @@ def validate(
     metrics = means.reduce(parallel)
     variance = metrics.pop("square") - metrics[f"eval/{ndcg}"] ** 2
     metrics[f"eval/se_{ndcg}"] = math.sqrt(max(variance, 0.0) / len(samples))
-    if policy.constraint is not None and config.eval.free_samples:
+    if config.eval.free_samples and policy.constraint is not None:
         metrics |= validate_freely(policy, samples[: config.eval.free_samples], catalog, config, parallel)
     return metrics | {"time/eval_s": time.perf_counter() - began}
 

@@ -32,7 +32,7 @@ from rankgrpo.data.samples import Dataset
 from rankgrpo.errors import ModelError
 from rankgrpo.files.atomic import atomic_folder
 from rankgrpo.model.smollm2 import PACKAGE, convert_smollm2
-from rankgrpo.model.tiny import TinyConfig, corpus_lines, make_tiny, title_line
+from rankgrpo.model.tiny import TinyConfig, corpus_lines, make_tiny, title_line, train_tokenizer
 
 RECIPE_FILE = "rankgrpo_init.json"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
@@ -169,6 +169,20 @@ def load_policy(
         )
     _set_stop_tokens(model, tokenizer, preset.location)
     return model.to(device), tokenizer
+
+
+def open_tokenizer(name_or_path: str, dataset: Dataset) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model, without its weights; `tiny` makes its own of the data set. Raises ModelError."""
+    if name_or_path in PRESETS and PRESETS[name_or_path].origin == "scratch":
+        return train_tokenizer(dataset, TinyConfig().vocab)
+    source = PRESETS[name_or_path].location if name_or_path in PRESETS else name_or_path
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{source}: no tokenizer can be read there ({_first_line(error)})") from error
+    if tokenizer.chat_template:
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end_of_turn_id(tokenizer))
+    return tokenizer
 
 
 def save_policy(
