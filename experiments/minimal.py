@@ -58,7 +58,7 @@ def train_step(
     reward of a list, summed over its ranks."""
     P, G, K = len(samples), group_size, num_ranks
     sampler, segmenter = hf_sampler(policy), RankSegmenter(policy.tokenizer)
-    prompts = encode_prompts(policy.tokenizer, samples, MAX_PROMPT_TOKENS)
+    prompts = encode_prompts(policy.tokenizer, samples, MAX_PROMPT_TOKENS, K)
     # y_1..y_G ~ pi_old(. | x): the policy as it is now.
     groups = sampler.sample(prompts, group_size=G, seeds=seeds, max_new_tokens=max_new_tokens)
 

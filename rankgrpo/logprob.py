@@ -1,4 +1,4 @@
-"""Token log-probabilities: the streamed head, the packed forward pass, and its dense oracle.
+"""Token log-probabilities by the streamed head. Torch only.
 
     logp_n = logits_n[ids_n] - logsumexp(logits_n),   logits_n = weight hidden_n / temperature
 
@@ -7,13 +7,9 @@ row of the weight is read once a pass, and its gradient is one product, written 
 the whole weight and its whole gradient once a chunk. Log-sum-exp and sums of gradients are float32 at least, matrix
 products run in the autocast type or the inputs' own. Tokens whose upstream gradient is exactly zero cost nothing in
 backward.
-
-`pack_logprobs` is the one forward path for policy, old and reference log-probabilities. `dense_logprobs` computes the
-same numbers through the model's ordinary padded forward; it is the oracle, never a fall-back.
 """
 
-# Shape letters: N tokens, C ids of a chunk, K chunks, V vocabulary, D hidden; in a pack: M predicted tokens, B lists,
-# T longest list; S tokens of a padded row.
+# Shape letters: N tokens, C ids of a chunk, K chunks, V vocabulary, D hidden.
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ TEXTS = {page: (ROOT / page).read_text(encoding="utf-8") for page in PAGES}
 NOT_RUN = {"gpu", "server", "hours", "download"}
 FIRST = "rankgrpo run --model tiny --data demo"
 """Makes the run that the other commands ask for."""
-LATER = {"experiments/minimal.py"}
+LATER: set[str] = set()
 """Linked before it is written."""
 
 

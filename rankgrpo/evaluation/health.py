@@ -142,8 +142,8 @@ def _trie_facts(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, num_ranks:
     return {
         "lines": f"{facts['lines']}, {facts['merged']} items share the line of another",
         **{
-            f"nodes, {name} line": f"{place['nodes']}, {place['root']} at the root, {place['tokens_a_line']:.1f} tokens "
-            f"a line of the test ground truth, {place['forced']:.0%} forced"
+            f"nodes, {name} line": f"{place['nodes']}, {place['root']} at the root, {place['tokens_a_line']:.1f} "
+            f"tokens a line of the test ground truth, {place['forced']:.0%} forced"
             for name, place in shown.items()
         },
         "longest list": f"{constraint.max_tokens} tokens for {num_ranks} lines",
