@@ -6,7 +6,7 @@
 Each runs in a process of its own, as the variable is read when torch is imported, and they take turns. Cases 1 to 256
 are a token of so many rows with the `hf` sampler, its share of reading the prompts included; `train` is forward and
 backward of 3,000 packed tokens. The busy process spins on the first core. `speedup` is the baseline's time over that of
-`passive`; `low` columns hold the fastest run, which other work on the machine disturbs least.
+`passive`; `low` columns hold the fastest run, and `load_average` tells of other work that the machine had meanwhile.
 """
 
 from __future__ import annotations
