@@ -100,6 +100,7 @@ bench: $(BENCH_READY) bench-sync
 	$(ENV) $(PYTHON) kernels/bench/linear_logprob.py --out $(BENCH)/linear_logprob.json
 	$(ENV) $(PYTHON) experiments/bench/update.py --shape $(SHAPE) --case p300 p700 p2048 mix --out $(BENCH)/update-$(SHAPE).json
 	$(ENV) $(PYTHON) experiments/bench/short_spans.py --device cpu --out $(BENCH)/short_spans.json
+	$(ENV) $(PYTHON) experiments/bench/threads.py --out $(BENCH)/threads.json
 	$(ENV) $(PYTHON) experiments/bench/step.py --out $(BENCH)/step.json --plot $(BENCH)/step.png
 
 # Weight sync, sleep and wake of vLLM: on a GPU a model of 0.5B, without one a tiny model and vLLM's CPU build.

@@ -378,6 +378,9 @@ def main() -> None:
     """Run the command line; a mistake in what the user gave is one message, not a traceback."""
     if os.environ.get("RANK", "0") != "0":
         os.environ["TQDM_DISABLE"] = "1"  # one process shows progress; read when tqdm is imported
+    # OpenMP's threads spin while they wait for each other, and once anything else runs they wait for one that has no
+    # core: steps took up to 18 times as long (experiments/bench/threads.py). Read when torch is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
         app.cli(prog="rankgrpo", description=__doc__)
     except (ValueError, RuntimeError) as error:

@@ -1,8 +1,10 @@
+import os
 import subprocess
 import sys
 
 import pytest
 
+from rankgrpo import cli
 from rankgrpo.cli import default_run_dir
 from rankgrpo.errors import ConfigError
 from rankgrpo.evaluation.compare import list_sources
@@ -52,12 +54,20 @@ def test_mistakes_are_one_message(tmp_path, words, message):
 
 
 def test_a_hub_model_without_network_says_how_to_give_a_path(tmp_path):
-    import os
-
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
     done = command("run", "--model", "qwen2.5-0.5b", "--set", "data.num_train=40", cwd=tmp_path, env=environment)
     assert done.returncode == 1
     assert "MODEL=/path/to/folder" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(("given", "expected"), [(None, "passive"), ("active", "active")])
+def test_threads_wait_asleep_unless_the_user_says_how(given, expected, monkeypatch):
+    monkeypatch.setenv("OMP_WAIT_POLICY", given or "")
+    if given is None:
+        monkeypatch.delenv("OMP_WAIT_POLICY")
+    monkeypatch.setattr(cli.app, "cli", lambda **_: None)
+    cli.main()
+    assert os.environ["OMP_WAIT_POLICY"] == expected
 
 
 def test_run_folder_names():

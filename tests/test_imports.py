@@ -32,3 +32,15 @@ def test_the_package_itself_imports_nothing():
     loaded = modules_after("import rankgrpo; assert rankgrpo.__version__")
     assert "torch" not in loaded
     assert {name for name in loaded if name.startswith("rankgrpo")} == {"rankgrpo"}
+
+
+def test_help_imports_no_torch():
+    loaded = modules_after("import rankgrpo.cli as cli\ntry: cli.app.cli(args=['--help'])\nexcept SystemExit: pass")
+    assert not {name.split(".")[0] for name in loaded} & {*HEAVY, "torch", "numpy"}
+
+
+def test_recommend_imports_no_more_than_its_model_needs():
+    # `triton` comes with transformers, whose flash attention imports torch's compiler.
+    loaded = modules_after("import rankgrpo.evaluation.compare")
+    unneeded = {"vllm", "peft", "matplotlib", "datasets", "rankgrpo_kernels"}
+    assert not {name.split(".")[0] for name in loaded} & unneeded

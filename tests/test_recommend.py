@@ -1,9 +1,14 @@
 import pytest
+from tiny_world import tiny_dataset
 
+from rankgrpo.data import load
 from rankgrpo.data.conversation import read_conversation
 from rankgrpo.data.samples import DataError, Turn
+from rankgrpo.evaluation.compare import recommend_from
 from rankgrpo.evaluation.recommend import format_list
 from rankgrpo.items.catalog import Catalog, Item
+from rankgrpo.model.presets import make_init
+from rankgrpo.model.tiny import TinyConfig
 
 
 def test_plain_text_is_one_user_turn():
@@ -35,3 +40,15 @@ def test_marks():
         "  3 ! what?",
     ]
     assert format_list("", catalog) == "(an empty list)"
+
+
+def test_the_demos_catalog_costs_no_conversations(tmp_path, monkeypatch, capsys):
+    size = TinyConfig(hidden=32, layers=1, ffn=64, heads=2, kv_heads=1, vocab=1024)
+    model = make_init("tiny", tiny_dataset(), tmp_path / "model", seed=0, tiny=size)
+
+    def make_nothing(*_, **__):
+        raise AssertionError("the conversations were made")
+
+    monkeypatch.setattr(load, "make_demo", make_nothing)
+    recommend_from(model, "demo", "Something like Alien (1979)?", None)
+    assert capsys.readouterr().out.strip()
