@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from rankgrpo.items.trie import CatalogTrie
 from rankgrpo.model.allowed import allowed_logprobs
-from rankgrpo.tiny import WORD_PATTERN
+from rankgrpo.model.tiny import WORD_PATTERN
 
 # ----------------------------------------------------------------------------------------------------------------------
 # A catalog of 40 lines with shared beginnings, and tokenizers of four kinds
