@@ -45,32 +45,47 @@ class ListWalk:
     def at_line_start(self) -> bool:
         return not self.done and self._node < self.trie.num_roots
 
+    @property
+    def node(self) -> int:
+        """The trie's node that the list stands at; a root at the start of a line."""
+        return self._node
+
     def allowed(self) -> np.ndarray:
         """The ids that may follow, sorted, int32; none once the list is done."""
         if self.done:
             return np.empty(0, np.int32)
-        begin, end, closed = self._children()
+        begin, end, closed = self.children()
         ids = self.trie.token[begin:end]
         return np.delete(ids, [child - begin for child in closed]) if closed else ids
 
     def forced_run(self) -> list[int]:
         """The ids that follow with no other allowed, up to the next choice or the end, end token included."""
-        token, first_child, first_leaf = self.trie.views
-        ahead, run = self.copy(), []
-        while not ahead.done:
-            begin, end, closed = ahead._children()
-            if end - begin - len(closed) > 1:
-                break
-            open_child = next(child for child in range(begin, end) if child not in closed)
-            run.append(token[open_child])
-            ahead._step(open_child, end)
+        return self.copy().follow()
+
+    def follow(self) -> list[int]:
+        """Take the ids of `forced_run`, and return them: the list then stands at a choice, or is done."""
+        token, first_child, _ = self.trie.views
+        run: list[int] = []
+        while not self.done:
+            node = self._node
+            begin, end = first_child[node], first_child[node + 1]
+            if end - begin == 1:
+                # What is closed ends above it, for an only child has its parent's lines.
+                child = begin
+            else:
+                closed = self.children()[2]
+                if end - begin - len(closed) > 1:
+                    break
+                child = next(child for child in range(begin, end) if child not in closed)
+            run.append(token[child])
+            self._step(child, end)
         return run
 
     def advance(self, token_id: int) -> None:
         """Take one id. Raises ValueError when it is not allowed."""
         token = self.trie.views[0]
         if not self.done:
-            begin, end, closed = self._children()
+            begin, end, closed = self.children()
             child = bisect_left(token, token_id, begin, end)
             if child < end and token[child] == token_id and child not in closed:
                 self._step(child, end)
@@ -95,8 +110,8 @@ class ListWalk:
             self._used = UsedLeaves(self.trie, root, self._closed if self._repeats else self._closed + self.lines)
         self._node, self._low, self._high = root, root * self.trie.num_lines, (root + 1) * self.trie.num_lines
 
-    def _children(self) -> tuple[int, int, Sequence[int]]:
-        """The first child, the one after the last, and the children that are closed."""
+    def children(self) -> tuple[int, int, Sequence[int]]:
+        """Of the node that the list stands at: its first child, the one after its last, and those that are closed."""
         first_child = self.trie.views[1]
         begin, end = first_child[self._node], first_child[self._node + 1]
         if self._node < self.trie.num_roots:
@@ -197,7 +212,7 @@ def allowed_batch(trie: CatalogTrie, walks: Sequence[ListWalk]) -> AllowedBatch:
     for row, walk in enumerate(walks):
         if walk.done:
             raise ValueError(f"list {row} of {len(walks)} is done: nothing may follow")
-        begin, end, closed_here = walk._children()
+        begin, end, closed_here = walk.children()
         begins.append(begin)
         ends.append(end)
         closed += closed_here

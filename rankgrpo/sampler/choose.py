@@ -6,7 +6,7 @@ and every model of the same shape that is sampled from later (the warm start, th
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -17,6 +17,7 @@ from rankgrpo.model.adapter import merged_parameters
 from rankgrpo.model.policy import Policy
 from rankgrpo.runtime.distributed import Parallel
 from rankgrpo.sampler.base import Sampler
+from rankgrpo.sampler.constrained import ConstrainedSampler
 from rankgrpo.sampler.hf import HFSampler
 from rankgrpo.sampler.rows import engine_rows
 from rankgrpo.sampler.sync import sync_weights
@@ -69,16 +70,20 @@ def ready_sampler(policy: Policy, config: Config, parallel: Parallel) -> Iterato
 
 
 def hf_sampler(policy: Policy, rows: int = 256) -> HFSampler:
-    """A sampler over these very weights, adapters merged. Of a split model all processes sample when one does."""
+    """A sampler over these very weights, adapters merged. Of a split model all processes sample when one does.
+
+    A policy held to the catalog gets a ConstrainedSampler.
+    """
+    kind: Callable[..., HFSampler] = HFSampler
     options = {"allowed_V": policy.allowed_V, "rows": rows}
+    if policy.constraint is not None:
+        kind, options = ConstrainedSampler, {"constraint": policy.constraint, "rows": rows}
     if policy.sharding is None:
         options["autocast"] = "bfloat16" if policy.bfloat16 else None
     if policy.skeleton is None:
-        return HFSampler(policy.model, policy.tokenizer, **options)
+        return kind(policy.model, policy.tokenizer, **options)
     dtype = torch.bfloat16 if policy.bfloat16 and policy.sharding is not None else None
-    return HFSampler(
-        policy.skeleton, policy.tokenizer, weights=lambda: merged_parameters(policy.model, dtype), **options
-    )
+    return kind(policy.skeleton, policy.tokenizer, weights=lambda: merged_parameters(policy.model, dtype), **options)
 
 
 def choose_sampler(name: str, device: torch.device) -> str:

@@ -27,13 +27,10 @@ ATTENTION_NAME = "rankgrpo_decode"
 PROMPTS_READ = 8  # at a time
 
 
-class GroupedCache:
-    """Keys and values of P prompts (once each) and of the tokens their B = P*G lists have sampled so far."""
+class PromptCache:
+    """Keys and values of P prompts, once each."""
 
-    def __init__(self, prompt_len_P: Tensor, group_size: int, max_new_tokens: int):
-        self.group_size = group_size
-        self.capacity = max_new_tokens
-        self.num_sampled = 0
+    def __init__(self, prompt_len_P: Tensor):
         self.reading: slice | None = None
         """The prompts that are being read; None while tokens are sampled."""
         longest = int(prompt_len_P.max())
@@ -42,7 +39,6 @@ class GroupedCache:
         self.padding_PL = padding_PL if bool(padding_PL.any()) else None
         self.prompt_shape = (len(prompt_len_P), longest)
         self.prompt: dict[int, tuple[Tensor, Tensor]] = {}
-        self.sampled: dict[int, tuple[Tensor, Tensor]] = {}
 
     def store_prompts(self, layer: int, key_pNlH: Tensor, value_pNlH: Tensor) -> None:
         """Store keys and values of the prompts that are being read, which may be padded to less than the longest."""
@@ -53,6 +49,22 @@ class GroupedCache:
             self.prompt[layer] = (key_pNlH.new_zeros(P, N, L, H), value_pNlH.new_zeros(P, N, L, H))
         for stored_PNLH, new_pNlH in zip(self.prompt[layer], (key_pNlH, value_pNlH), strict=True):
             stored_PNLH[self.reading, :, : new_pNlH.shape[2]] = new_pNlH
+
+    def keep_prompts(self, prompts: Tensor) -> None:
+        """Drop the prompts that are not listed."""
+        self.prompt = {layer: (k[prompts], v[prompts]) for layer, (k, v) in self.prompt.items()}
+        self.padding_PL = None if self.padding_PL is None else self.padding_PL[prompts]
+
+
+class GroupedCache(PromptCache):
+    """Keys and values of P prompts (once each) and of the tokens their B = P*G lists have sampled so far."""
+
+    def __init__(self, prompt_len_P: Tensor, group_size: int, max_new_tokens: int):
+        super().__init__(prompt_len_P)
+        self.group_size = group_size
+        self.capacity = max_new_tokens
+        self.num_sampled = 0
+        self.sampled: dict[int, tuple[Tensor, Tensor]] = {}
 
     def append(self, layer: int, key_BN1H: Tensor, value_BN1H: Tensor) -> tuple[Tensor, Tensor]:
         """Store one token's keys and values; returns those of all sampled tokens, this one included."""
@@ -71,9 +83,8 @@ class GroupedCache:
     def keep_groups(self, groups: Tensor) -> None:
         """Drop the prompts that are not listed, with their lists: a finished group costs nothing more."""
         rows = (groups[:, None] * self.group_size + torch.arange(self.group_size, device=groups.device)).flatten()
-        self.prompt = {layer: (k[groups], v[groups]) for layer, (k, v) in self.prompt.items()}
+        self.keep_prompts(groups)
         self.sampled = {layer: (k[rows], v[rows]) for layer, (k, v) in self.sampled.items()}
-        self.padding_PL = None if self.padding_PL is None else self.padding_PL[groups]
 
 
 def grouped_attention(module, query, key, value, attention_mask, *, scaling, grouped_cache: GroupedCache, **_):
@@ -81,12 +92,7 @@ def grouped_attention(module, query, key, value, attention_mask, *, scaling, gro
     layer = module.layer_idx
     query, key, value = in_autocast_type(query, key, value)  # once, or every step would round the whole cache again
     if grouped_cache.reading is not None:
-        # Prompts are padded on the right, so causality alone keeps real tokens from seeing padding.
-        grouped_cache.store_prompts(layer, key, value)
-        out = torch.nn.functional.scaled_dot_product_attention(
-            query, key, value, is_causal=True, scale=scaling, enable_gqa=True
-        )
-        return out.transpose(1, 2), None
+        return read_prompts(layer, query, key, value, scaling, grouped_cache), None
     key_PNLH, value_PNLH = grouped_cache.prompt[layer]
     key_BNTH, value_BNTH = grouped_cache.append(layer, key, value)
     (B, heads, _, H), (P, N, L, _) = query.shape, key_PNLH.shape
@@ -106,6 +112,16 @@ def grouped_attention(module, query, key, value, attention_mask, *, scaling, gro
     return out_BNRH.reshape(B, 1, heads, H), None
 
 
+def read_prompts(layer: int, query, key, value, scaling: float, cache: PromptCache) -> Tensor:
+    """Attention of the prompts that are being read, whose keys and values are stored."""
+    # Prompts are padded on the right, so causality alone keeps real tokens from seeing padding.
+    cache.store_prompts(layer, key, value)
+    out = torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, is_causal=True, scale=scaling, enable_gqa=True
+    )
+    return out.transpose(1, 2)
+
+
 ALL_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, grouped_attention)
 
 
@@ -119,6 +135,7 @@ class HFSampler:
     """
 
     owns_weights = False
+    attention = ATTENTION_NAME
 
     def __init__(
         self,
@@ -149,6 +166,8 @@ class HFSampler:
     ) -> list[list[Rollout]]:
         """Sample `group_size` completions a prompt; `on_progress(n)` hears of every n prompts that are done."""
         check_prompts(prompts, seeds)
+        if seen is not None and len(seen) != len(prompts):
+            raise ValueError(f"expected the seen items of {len(prompts)} prompts, got those of {len(seen)}")
         # Prompts of like length share a batch; the result is put back into the order asked for.
         order = sorted(range(len(prompts)), key=lambda p: len(prompts[p]), reverse=True)
         per_batch = max(1, self.rows // group_size)
@@ -158,9 +177,14 @@ class HFSampler:
         with self._ready():
             for start in range(0, len(order), per_batch):
                 chosen = order[start : start + per_batch]
-                uniform_BT = torch.cat([draw_uniforms(seeds[p], group_size, max_new_tokens) for p in chosen])
+                uniform_BT = torch.cat(
+                    [draw_uniforms(seeds[p], group_size, self._num_draws(max_new_tokens)) for p in chosen]
+                )
+                chosen_seen = [() if seen is None else seen[p] for p in chosen]
                 with torch.autocast(device_type, dtype=torch.bfloat16, enabled=enabled):
-                    ids, logps = self._decode([prompts[p] for p in chosen], group_size, uniform_BT, temperature)
+                    ids, logps = self._decode(
+                        [prompts[p] for p in chosen], chosen_seen, group_size, uniform_BT, temperature
+                    )
                 for place, p in enumerate(chosen):
                     rows = range(place * group_size, (place + 1) * group_size)
                     groups[p] = [self._rollout(ids[row], logps[row]) for row in rows]
@@ -177,7 +201,7 @@ class HFSampler:
             for name, tensor in self.weights() if self.weights is not None else ():
                 parameters[name].data = tensor
             self.model.eval()
-            self.model.config._attn_implementation = ATTENTION_NAME
+            self.model.config._attn_implementation = self.attention
             yield
         finally:
             self.model.train(was_training)
@@ -190,9 +214,19 @@ class HFSampler:
 
     def wake(self) -> None: ...
 
+    def _num_draws(self, max_new_tokens: int) -> int:
+        """Uniforms that a list may take."""
+        return max_new_tokens
+
     def _decode(
-        self, prompts: list[list[int]], group_size: int, uniform_BT: Tensor, temperature: float
+        self,
+        prompts: list[list[int]],
+        seen: list[Sequence[int]],
+        group_size: int,
+        uniform_BT: Tensor,
+        temperature: float,
     ) -> tuple[list[list[int]], list[list[float]]]:
+        """Ids and log-probabilities of `group_size` lists a prompt, one prompt's lists after the other's."""
         device = self.model.device
         B, max_new_tokens = uniform_BT.shape
         uniform_BT = uniform_BT.to(device)
@@ -230,7 +264,7 @@ class HFSampler:
             row[:n] for row, n in zip(logps, lengths, strict=True)
         ]
 
-    def _read(self, prompts: list[list[int]], cache: GroupedCache) -> Tensor:
+    def _read(self, prompts: list[list[int]], cache: PromptCache) -> Tensor:
         """Hidden state of every prompt's last token, (P, D). A few prompts at a time: the batch is sorted by length, so
         little of what is read is padding."""
         device, last_pD = self.model.device, []
@@ -246,7 +280,7 @@ class HFSampler:
         cache.reading = None
         return torch.cat(last_pD)
 
-    def _hidden(self, ids: Tensor, position_ids: Tensor, cache: GroupedCache) -> Tensor:
+    def _hidden(self, ids: Tensor, position_ids: Tensor, cache: PromptCache) -> Tensor:
         body = self.model.base_model
         return body(ids, position_ids=position_ids, use_cache=False, grouped_cache=cache).last_hidden_state
 
