@@ -79,7 +79,7 @@ def make_micro_batches(
         places = [chosen[i] for i in micro]
         lists = [p * rl.group_size + g for p in places for g in range(rl.group_size)]
         logp = [torch.tensor(rollout.logp) for p in places for rollout in rollouts[p]]
-        of_lists = take_lists(units, lists, at_least=num_ranks + 1)
+        of_lists = take_lists(units, lists, max(map(len, logp)), at_least=num_ranks + 1)
         allowed = None if choices is None else choices.of_lists(lists).for_head()
         own = [groups[p] for p in places]
         batch.append(MicroBatch(own, of_lists, pad_sequence(logp, batch_first=True), allowed))

@@ -119,15 +119,14 @@ def make_units(
     return Units(unit_BT, advantage_BU, torch.ones_like(advantage_BU), num_lists * num_ranks)
 
 
-def take_lists(units: Units, lists: Sequence[int], *, at_least: int = 1) -> Units:
-    """The units of some of the lists, cut to the longest of them and to the units in use, `at_least` so many.
+def take_lists(units: Units, lists: Sequence[int], num_tokens: int, *, at_least: int = 1) -> Units:
+    """The units of some of the lists, cut to `num_tokens` tokens and to the units in use, `at_least` so many.
 
     The denominator stays that of all lists. Raises ValueError without lists.
     """
     if not lists:
         raise ValueError("expected at least one list, got none")
     unit_BT = units.unit_BT[lists]
-    num_tokens = int((unit_BT >= 0).any(0).nonzero().max()) + 1
     num_units = max(int(unit_BT.max()) + 1, at_least)
     return replace(
         units,
