@@ -98,6 +98,7 @@ bench: $(BENCH_READY) bench-sync
 	$(ENV) $(PYTHON) kernels/bench/segmentation.py --out $(BENCH)/segmentation.json
 	$(ENV) $(PYTHON) kernels/bench/rank_ratio.py --out $(BENCH)/rank_ratio.json
 	$(ENV) $(PYTHON) kernels/bench/linear_logprob.py --out $(BENCH)/linear_logprob.json
+	$(ENV) $(PYTHON) kernels/bench/allowed_logprob.py --hidden 256 --out $(BENCH)/allowed_logprob.json
 	$(ENV) $(PYTHON) experiments/bench/update.py --shape $(SHAPE) --case p300 p700 p2048 mix --out $(BENCH)/update-$(SHAPE).json
 	$(ENV) $(PYTHON) experiments/bench/short_spans.py --device cpu --out $(BENCH)/short_spans.json
 	$(ENV) $(PYTHON) experiments/bench/threads.py --out $(BENCH)/threads.json

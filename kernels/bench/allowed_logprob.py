@@ -14,7 +14,6 @@ tokens.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,10 +23,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rankgrpo.data.load import load_dataset
 from rankgrpo.items.allowed_ids import AllowedIds
 from rankgrpo.items.trie import CatalogTrie
 from rankgrpo.logprob import token_logprobs
 from rankgrpo.model.allowed import allowed_logprobs
+from rankgrpo.model.presets import open_tokenizer
 from rankgrpo_kernels.bench.common import (
     choose_providers,
     machine_line,
@@ -49,17 +50,6 @@ COLUMNS = {
     "provider": "", "forward_s": ".4f", "backward_s": ".4f", "sum_s": ".4f", "low_s": ".4f", "runs": "d",
     "ratio": ".1f", "ratio_of_minima": ".1f", "workspace_mb": ".1f", "logp_error": ".1e", "grad_error": ".1e",
 }  # fmt: skip
-
-
-def open_tokenizer(name: str, data: Path):
-    if name == "tiny":
-        from rankgrpo.data.load import load_dataset
-        from rankgrpo.model.tiny import TinyConfig, train_tokenizer
-
-        return train_tokenizer(load_dataset(data), TinyConfig().vocab)
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(name)
 
 
 def popular_lists(trie: CatalogTrie, popularity: np.ndarray, num_tokens: int, num_ranks: int) -> list[list[int]]:
@@ -182,8 +172,8 @@ def bench(
 
 def main() -> None:
     parser = make_parser(__doc__, EXAMPLE, PROVIDERS)
-    parser.add_argument("--data", type=Path, required=True, help="a data folder; its catalog.jsonl is read")
-    parser.add_argument("--tokenizer", required=True, help="a Hugging Face folder or name, or tiny: fitted to the data")
+    parser.add_argument("--data", default="demo", help="a data set folder (default: demo)")
+    parser.add_argument("--tokenizer", default="tiny", help="folder or hub name (default: tiny, made of the data)")
     parser.add_argument("--vocabulary", type=int, help="V (default 151936, for tiny the tokenizer's)")
     parser.add_argument("--hidden", type=int, default=896, help="D (default 896)")
     parser.add_argument("--tokens", type=int, default=1840, help="N (default 1840: ten lists of 20 films)")
@@ -192,11 +182,12 @@ def main() -> None:
     torch.set_num_threads(1)
     device = torch.device(args.device)
     print(machine_line(device))
-    items = [json.loads(line) for line in (args.data / "catalog.jsonl").read_text().splitlines()]
-    tokenizer = open_tokenizer(args.tokenizer, args.data)
-    lines = [f"{item['title']} ({item['year']})" for item in items]
+    dataset = load_dataset(args.data)
+    tokenizer = open_tokenizer(args.tokenizer, dataset)
+    items = dataset.catalog.items
+    lines = [f"{item.title} ({item.year})" for item in items]
     trie = CatalogTrie.build(lines, tokenizer, num_ranks=args.ranks, eos_id=tokenizer.eos_token_id)
-    lists = popular_lists(trie, np.array([item.get("popularity", 0) for item in items]), args.tokens, args.ranks)
+    lists = popular_lists(trie, np.array([item.popularity for item in items]), args.tokens, args.ranks)
     choices = trie.choices(lists)
     counts = {
         "tokens": choices.num_tokens,
