@@ -53,7 +53,7 @@ def run_pipeline(
         raise ConfigError("sft.enabled = false leaves nothing to do before reinforcement learning; set it to true")
     parallel = start_parallel()
     dataset = load_config_dataset(config)
-    load_parts(config.rl.reward, dataset.catalog)  # what cannot be computed fails before anything is written
+    check_catalog(config, dataset)  # what cannot be computed fails before anything is written
     with only_one(run_dir) if parallel.is_main else nullcontext():
         run_stages(config, dataset, run_dir, parallel, until=until, rl_start=rl_start, evaluate=evaluate)
 
@@ -111,12 +111,23 @@ def say(parallel: Parallel, text: str) -> None:
         print(f"> {text}", flush=True)
 
 
+def check_catalog(config: Config, dataset: Dataset) -> None:
+    """Raise ConfigError for a reward, or for lists held to the catalog, that this catalog cannot give."""
+    load_parts(config.rl.reward, dataset.catalog)
+    num_ranks, num_items = config.data.num_ranks, len(dataset.catalog)
+    if config.rl.constrain == "catalog" and config.rl.forbid != "none" and num_ranks > num_items:
+        raise ConfigError(
+            f"data.num_ranks = {num_ranks}: the catalog of {config.data.path} has {num_items} items, and lists held to it "
+            f"name none twice; ask for fewer, or set rl.forbid=none or rl.constrain=none"
+        )
+
+
 def check_run(config: Config, run_dir: Path) -> None:
     """Raise what a run would raise later: about data, reward, sampler, and a run folder of another configuration."""
     if config.rl.sampler == "vllm":
         require_vllm()
     dataset = load_config_dataset(config)
-    load_parts(config.rl.reward, dataset.catalog)
+    check_catalog(config, dataset)
     num_demonstrations = count_demonstrations(config, warm_start_dataset(config, dataset), run_dir)
     check_resumable(with_steps(config, len(dataset.train), num_demonstrations), run_dir)
 

@@ -22,7 +22,7 @@ from rankgrpo.model.policy import open_policy
 from rankgrpo.model.presets import make_init
 from rankgrpo.model.tiny import TinyConfig
 from rankgrpo.parse import parse_list
-from rankgrpo.pipeline import run_pipeline
+from rankgrpo.pipeline import check_run, run_pipeline
 from rankgrpo.runtime.tracker import read_metrics
 from rankgrpo.sampler.choose import hf_sampler
 from rankgrpo.sft import train_sft
@@ -167,3 +167,9 @@ def test_a_run_is_evaluated_as_it_was_trained_or_freely(tmp_path):
 
 def test_a_sample_without_seen_titles_forbids_nothing():
     assert seen_items(Sample("a", (), (), ()), tiny_dataset().catalog) == []
+
+
+def test_a_catalog_too_small_is_refused_before_anything_is_made(tmp_path):
+    with pytest.raises(ConfigError, match="data.num_ranks = 601: the catalog of demo has 600 items"):
+        check_run(tiny_config(HELD, "data.num_ranks=601"), tmp_path / "run")
+    check_run(tiny_config(HELD, "data.num_ranks=601", "rl.forbid=none"), tmp_path / "run")
