@@ -117,8 +117,8 @@ def check_catalog(config: Config, dataset: Dataset) -> None:
     num_ranks, num_items = config.data.num_ranks, len(dataset.catalog)
     if config.rl.constrain == "catalog" and config.rl.forbid != "none" and num_ranks > num_items:
         raise ConfigError(
-            f"data.num_ranks = {num_ranks}: the catalog of {config.data.path} has {num_items} items, and lists held to it "
-            f"name none twice; ask for fewer, or set rl.forbid=none or rl.constrain=none"
+            f"data.num_ranks = {num_ranks}: the catalog of {config.data.path} has {num_items} items, and lists held to "
+            f"it name none twice; ask for fewer, or set rl.forbid=none or rl.constrain=none"
         )
 
 
