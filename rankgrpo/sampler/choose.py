@@ -10,10 +10,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from rankgrpo.config import Config
 from rankgrpo.model.adapter import merged_parameters
+from rankgrpo.model.constraint import Constraint
 from rankgrpo.model.policy import Policy
 from rankgrpo.runtime.distributed import Parallel
 from rankgrpo.sampler.base import Sampler
@@ -29,6 +31,7 @@ class _Engine:
     config: EngineConfig
     shape: str
     allowed: tuple[bool, ...]
+    constraint: Constraint | None
     sampler: VLLMSampler
 
 
@@ -40,8 +43,10 @@ def open_sampler(policy: Policy, config: Config, parallel: Parallel) -> Sampler:
     rl = config.rl
     if choose_sampler(rl.sampler, parallel.device) == "hf":
         return hf_sampler(policy, rows=rl.sampler_rows)
+    constraint = policy.constraint
+    longest = rl.max_new_tokens if constraint is None else constraint.max_tokens
     wanted = EngineConfig(
-        max_tokens=config.data.max_prompt_tokens + rl.max_new_tokens,
+        max_tokens=config.data.max_prompt_tokens + longest,
         rows=engine_rows(config, parallel.dp_world),
         dtype=torch.bfloat16 if config.model.autocast == "bfloat16" else torch.float32,
         memory=rl.vllm_memory,
@@ -51,10 +56,12 @@ def open_sampler(policy: Policy, config: Config, parallel: Parallel) -> Sampler:
     shape = {key: value for key, value in policy.model.config.to_dict().items() if not key.startswith("_")}
     key = (wanted, repr(sorted(shape.items())), tuple(policy.allowed_V.tolist()))
     for engine in _engines:
-        if (engine.config, engine.shape, engine.allowed) == key:
+        if (engine.config, engine.shape, engine.allowed) == key and same_lists(engine.constraint, constraint):
             return engine.sampler
-    sampler = VLLMSampler(policy.model, policy.tokenizer, wanted, parallel, allowed_V=policy.allowed_V)
-    _engines.append(_Engine(*key, sampler))
+    sampler = VLLMSampler(
+        policy.model, policy.tokenizer, wanted, parallel, allowed_V=policy.allowed_V, constraint=constraint
+    )
+    _engines.append(_Engine(*key, constraint, sampler))
     return sampler
 
 
@@ -67,6 +74,22 @@ def ready_sampler(policy: Policy, config: Config, parallel: Parallel) -> Iterato
         yield sampler
     finally:
         sampler.sleep()
+
+
+def same_lists(one: Constraint | None, other: Constraint | None) -> bool:
+    """Do both allow the same lists? A catalog that is opened again must not need an engine of its own."""
+    if one is None or other is None or one is other:
+        return one is other
+
+    def terms(of: Constraint) -> tuple:
+        trie = of.trie
+        roots = (trie.root_first, trie.root_middle, trie.root_last, trie.root_only)
+        return of.num_ranks, of.forbid, of.max_tokens, trie.eos_id, trie.num_lines, roots
+
+    def arrays(of: Constraint) -> tuple[np.ndarray, ...]:
+        return of.trie.token, of.trie.first_child, of.trie.line_of_leaf, of.trie.line_of_item
+
+    return terms(one) == terms(other) and all(map(np.array_equal, arrays(one), arrays(other)))
 
 
 def hf_sampler(policy: Policy, rows: int = 256) -> HFSampler:

@@ -4,19 +4,18 @@ The engine is built from the policy's configuration alone and filled by `load_we
 disk. The G lists of a prompt share its prefix in the cache. During updates the engine can sleep, which gives its memory
 to the trainer.
 
-Everything that differs between vLLM 0.25 and 0.33, or that reaches past its public interface, is in this file.
+Everything that differs between vLLM 0.25 and 0.33, or that reaches past its public interface, is in the files vllm*.py.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-import json
 import math
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -26,8 +25,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from rankgrpo.errors import SamplingError
+from rankgrpo.model.constraint import Constraint
 from rankgrpo.runtime.distributed import Parallel
 from rankgrpo.sampler.base import Rollout, check_prompts, eos_token_ids, fingerprint
+from rankgrpo.sampler.vllm_shards import share_requests, sum_of_shards
+from rankgrpo.sampler.vllm_trie import check_ids, check_lists, check_seen, processor_class, request_arguments
 
 OLDEST, NEWEST = (0, 25), (0, 33)
 PINNED = "0.32.0"
@@ -58,15 +60,24 @@ class VLLMSampler:
     owns_weights = True
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer, config: EngineConfig, parallel: Parallel, *, allowed_V: Tensor
+        self,
+        model: PreTrainedModel,
+        tokenizer,
+        config: EngineConfig,
+        parallel: Parallel,
+        *,
+        allowed_V: Tensor,
+        constraint: Constraint | None = None,
     ):
-        self.tokenizer, self.config, self.parallel = tokenizer, config, parallel
+        self.tokenizer, self.config, self.parallel, self.constraint = tokenizer, config, parallel, constraint
         self.eos_ids = eos_token_ids(model, tokenizer)
         self.dtype = config.dtype
         self.on_gpu = parallel.device.type == "cuda"
         self.asleep = self.holds_weights = False
         self.vllm = import_vllm()
-        self.llm = start_engine(self.vllm, model.config, config, parallel)
+        if constraint is not None:
+            check_ids(constraint, allowed_V)
+        self.llm = start_engine(self.vllm, model.config, config, parallel, constraint)
         (self.engine_model,) = self.llm.apply_model(lambda engine_model: engine_model)
         check_plain_weights(self.engine_model)
         if not bool(allowed_V.all()):
@@ -81,15 +92,19 @@ class VLLMSampler:
         seeds: list[int],
         max_new_tokens: int,
         temperature: float = 1.0,
+        seen: Sequence[Sequence[int]] | None = None,
         on_progress: Callable[[int], object] | None = None,
     ) -> list[list[Rollout]]:
         """Sample `group_size` completions a prompt; with tensor parallelism every process must call it."""
         check_prompts(prompts, seeds)
+        seen = check_seen(self.constraint, prompts, seen)
+        if self.constraint is not None:
+            max_new_tokens = self.constraint.max_tokens  # no list is cut
         longest = max((len(prompt) for prompt in prompts), default=0) + max_new_tokens
         if longest > self.config.max_tokens:
             raise ValueError(f"the engine holds {self.config.max_tokens} tokens a list, prompt included, not {longest}")
         draws = 1 if temperature == 0 else group_size  # vLLM refuses several greedy lists, which would all be equal
-        prompts, seeds, mine = self._share(prompts, seeds)
+        prompts, seeds, seen, mine = share_requests(self.parallel, self.config.tensor_parallel, prompts, seeds, seen)
         requests = [{"prompt_token_ids": prompt} for prompt in prompts]
         params = [
             self.vllm.SamplingParams(
@@ -100,11 +115,14 @@ class VLLMSampler:
                 stop_token_ids=self.eos_ids,
                 logprobs=0,
                 detokenize=False,
+                extra_args=None if self.constraint is None else request_arguments(items),
             )
-            for seed in seeds
+            for seed, items in zip(seeds, seen, strict=True)
         ]
         outputs = self.llm.generate(requests, params, use_tqdm=False) if requests else []
         groups = [[self._rollout(completion) for completion in output.outputs] for output in outputs[mine]]
+        if self.constraint is not None:
+            check_lists(self.constraint, prompts[mine], groups, seen[mine])
         if on_progress is not None:
             on_progress(len(groups))
         return [group * (group_size // draws) for group in groups]
@@ -149,18 +167,6 @@ class VLLMSampler:
             torch.cuda.empty_cache()  # what the trainer's allocator keeps is not free for the engine
             self.llm.wake_up()
             self.asleep = False
-
-    def _share(self, prompts: list[list[int]], seeds: list[int]) -> tuple[list[list[int]], list[int], slice]:
-        """The prompts of all processes of this engine, in one order for all of them, and where this process's are."""
-        size = self.config.tensor_parallel
-        if size == 1:
-            return prompts, seeds, slice(0, len(prompts))
-        first = self.parallel.dp_rank // size * size
-        texts = self.parallel.gather([json.dumps([prompts, seeds])])[first : first + size]
-        parts = [json.loads(text) for (text,) in texts]
-        before = sum(len(part[0]) for part in parts[: self.parallel.dp_rank - first])
-        mine = slice(before, before + len(prompts))
-        return [p for part in parts for p in part[0]], [s for part in parts for s in part[1]], mine
 
     def _rollout(self, completion) -> Rollout:
         ids = list(completion.token_ids)
@@ -210,7 +216,13 @@ def import_vllm() -> ModuleType:
     return vllm
 
 
-def start_engine(vllm: ModuleType, model_config: PreTrainedConfig, config: EngineConfig, parallel: Parallel) -> Any:
+def start_engine(
+    vllm: ModuleType,
+    model_config: PreTrainedConfig,
+    config: EngineConfig,
+    parallel: Parallel,
+    constraint: Constraint | None = None,
+) -> Any:
     """An engine with weights that mean nothing yet; SamplingError saying which setting to change when it cannot be."""
     on_gpu = parallel.device.type == "cuda"
     if config.tensor_parallel > 1 and parallel.dp_world % config.tensor_parallel:
@@ -227,21 +239,25 @@ def start_engine(vllm: ModuleType, model_config: PreTrainedConfig, config: Engin
         options["distributed_executor_backend"] = "external_launcher"  # processes are torchrun's, not vLLM's
     with tempfile.TemporaryDirectory() as folder:
         model_config.save_pretrained(folder)
+        options |= {
+            "model": folder,
+            "load_format": "dummy",
+            "skip_tokenizer_init": True,
+            "generation_config": "vllm",  # its own neutral defaults: a published one may set top-p or a penalty
+            "dtype": str(config.dtype).removeprefix("torch."),
+            "max_model_len": config.max_tokens,
+            "max_num_seqs": config.rows,
+            "tensor_parallel_size": config.tensor_parallel,
+            "logprobs_mode": "processed_logprobs",  # those of the distribution sampled from, temperature included
+            "enable_prefix_caching": True,
+            "disable_log_stats": True,
+        }
         try:
-            return vllm.LLM(
-                model=folder,
-                load_format="dummy",
-                skip_tokenizer_init=True,
-                generation_config="vllm",  # its own neutral defaults: a published one may set top-p or a penalty
-                dtype=str(config.dtype).removeprefix("torch."),
-                max_model_len=config.max_tokens,
-                max_num_seqs=config.rows,
-                tensor_parallel_size=config.tensor_parallel,
-                logprobs_mode="processed_logprobs",  # those of the distribution sampled from, temperature included
-                enable_prefix_caching=True,
-                disable_log_stats=True,
-                **options,
-            )
+            if constraint is not None:
+                options["logits_processors"] = [processor_class(vllm, options, constraint)]
+            return vllm.LLM(**options)
+        except SamplingError:
+            raise
         except (ValueError, RuntimeError, AssertionError) as error:
             raise SamplingError(explain_start(str(error), vllm.__version__, model_config, config, on_gpu)) from error
 
@@ -338,25 +354,6 @@ def mask_logits(engine_model: nn.Module, banned: Tensor) -> None:
         return logits if logits is None else logits.index_fill_(-1, banned, float("-inf"))
 
     engine_model.compute_logits = compute_masked_logits
-
-
-def sum_of_shards(engine_model: nn.Module, names: list[str], own: Tensor) -> list[int | None]:
-    """Of every parameter the fingerprint of the whole: the sum of its shards', or its own where it is not split."""
-    from vllm.distributed import get_tp_group
-    from vllm.model_executor.layers.linear import ColumnParallelLinear, QKVParallelLinear, RowParallelLinear
-    from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
-
-    total = own.clone()
-    torch.distributed.all_reduce(total, group=get_tp_group().device_group)
-    values: list[int | None] = []
-    for name, alone, together in zip(names, own.tolist(), total.tolist(), strict=True):
-        module_name, _, leaf = name.rpartition(".")
-        module = engine_model.get_submodule(module_name)
-        split = isinstance(module, ColumnParallelLinear | VocabParallelEmbedding)
-        split |= isinstance(module, RowParallelLinear) and leaf == "weight"
-        repeated = isinstance(module, QKVParallelLinear) and module.num_kv_head_replicas > 1
-        values.append(None if repeated else together if split else alone)
-    return values
 
 
 def packed_names(engine_model: nn.Module) -> dict[str, str]:

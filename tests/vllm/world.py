@@ -6,13 +6,14 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from rankgrpo.data.demo import make_demo
+from rankgrpo.model.constraint import Constraint
 from rankgrpo.model.presets import valid_token_mask
 from rankgrpo.model.tiny import train_tokenizer
 from rankgrpo.runtime.distributed import Parallel
 from rankgrpo.sampler.vllm import EngineConfig, VLLMSampler
 
 ALONE = Parallel(0, 1, torch.device("cpu"))
-MAX_TOKENS = 160
+MAX_TOKENS, MAX_PROMPT = 160, 48
 
 
 def make_model(*, tied: bool, more_rows: int = 0):
@@ -46,7 +47,11 @@ def prompts_of(tokenizer) -> list[list[int]]:
     return [tokenizer(text)["input_ids"] for text in texts]
 
 
-def engine(model, tokenizer, *, dtype: torch.dtype = torch.float32) -> VLLMSampler:
+def engine(
+    model, tokenizer, *, dtype: torch.dtype = torch.float32, rows: int = 16, constraint: Constraint | None = None
+) -> VLLMSampler:
     """An engine that has not been filled yet."""
-    config = EngineConfig(max_tokens=MAX_TOKENS, rows=16, dtype=dtype)
-    return VLLMSampler(model, tokenizer, config, ALONE, allowed_V=valid_token_mask(model, tokenizer))
+    max_tokens = MAX_TOKENS if constraint is None else MAX_PROMPT + constraint.max_tokens
+    config = EngineConfig(max_tokens=max_tokens, rows=rows, dtype=dtype)
+    allowed_V = valid_token_mask(model, tokenizer)
+    return VLLMSampler(model, tokenizer, config, ALONE, allowed_V=allowed_V, constraint=constraint)
