@@ -109,8 +109,8 @@ def test_an_unknown_suite_lists_those_there_are(tmp_path):
 
 
 def test_overrides_of_the_command_win(write):
-    suite = read_suite(write(), words=["rl.num_steps=9"])
-    assert suite.row("mine").words == ("rl.num_steps=5", "rl.lr=0.5", "rl.num_steps=9")
+    suite = read_suite(write(), overrides=["rl.num_steps=9"])
+    assert suite.row("mine").overrides == ("rl.num_steps=5", "rl.lr=0.5", "rl.num_steps=9")
     (run,) = [run for run in plan_runs(suite, "demo", Path("runs")) if run.folder.name == "mine-seed1"]
     assert (run.config.rl.num_steps, run.config.rl.lr, run.config.seed) == (9, 0.5, 1)
 

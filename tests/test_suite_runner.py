@@ -160,7 +160,7 @@ def test_a_killed_run_goes_on_from_its_checkpoint(monkeypatch, tmp_path):
     path.write_text(
         'title = "T"\nmodels = ["tiny"]\nseeds = [1]\n[[rows]]\nname = "zero"\nmethod = "r1-zero"\nstart = "none"\n'
     )
-    words = [*WORDS, "teacher.short_requests=0", "rl.num_steps=8", "rl.kl_coef=1e-3", "rl.repeat_penalty=0"]
+    overrides = [*WORDS, "teacher.short_requests=0", "rl.num_steps=8", "rl.kl_coef=1e-3", "rl.repeat_penalty=0"]
     started, folder = [], tmp_path / "runs" / "tiny" / "zero-seed1"
     monkeypatch.setattr(
         runner, "start_process", lambda *a, start=runner.start_process: started.append(start(*a)) or started[-1]
@@ -172,7 +172,9 @@ def test_a_killed_run_goes_on_from_its_checkpoint(monkeypatch, tmp_path):
         os.kill(started[0].pid, signal.SIGKILL)
 
     def run():
-        run_suite(open_suite(str(path), runs_dir=tmp_path / "runs", out=tmp_path / "out", words=words), [], None)
+        run_suite(
+            open_suite(str(path), runs_dir=tmp_path / "runs", out=tmp_path / "out", overrides=overrides), [], None
+        )
 
     threading.Thread(target=kill_after_a_checkpoint, daemon=True).start()
     with pytest.raises(ConfigError, match=r"1 runs failed; the same command tries them again.\n.*exit status -9"):

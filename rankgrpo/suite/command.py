@@ -35,10 +35,10 @@ def open_suite(
     sft: str | None = None,
     runs_dir: Path | None = None,
     out: Path | None = None,
-    words: list[str] | None = None,
+    overrides: list[str] | None = None,
 ) -> OpenSuite:
     """Read a suite and plan its runs. Raises ConfigError for whatever cannot be run, before anything runs."""
-    suite = read_suite(suite_path(name), words=words)
+    suite = read_suite(suite_path(name), overrides=overrides)
     data = data or suite.data
     if data != "demo" and not Path(data).is_dir():
         raise ConfigError(f"{data}: no such folder; --data takes a data set (`rankgrpo data check`), or demo")

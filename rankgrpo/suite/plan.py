@@ -53,12 +53,12 @@ class Run:
 
     @property
     def command(self) -> list[str]:
-        """Words after `rankgrpo`."""
-        words = ["run", "--model", self.model, "--data", self.data, "--run-dir", str(self.folder)]
-        words += ["--method", self.row.method] if self.row.method else []
-        words += ["--from-model", self.source] if self.source else []
-        words += ["--until", "sft"] if self.row.stage == "sft" else []
-        return [*words, "--set", *self.row.words_for(self.model), f"seed={self.seed}"]
+        """What follows `rankgrpo` on the command line."""
+        arguments = ["run", "--model", self.model, "--data", self.data, "--run-dir", str(self.folder)]
+        arguments += ["--method", self.row.method] if self.row.method else []
+        arguments += ["--from-model", self.source] if self.source else []
+        arguments += ["--until", "sft"] if self.row.stage == "sft" else []
+        return [*arguments, "--set", *self.row.overrides_for(self.model), f"seed={self.seed}"]
 
     @property
     def shell_command(self) -> str:

@@ -90,7 +90,7 @@ def recipe(row: Row, model: str) -> dict[str, Any]:
         "stage": row.stage,
         "start": row.start,
         "method": row.method,
-        "set": list(row.words_for(model)),
+        "set": list(row.overrides_for(model)),
         "config": own_keys(row_config(row, model, data="", seed=0)),
     }
 
