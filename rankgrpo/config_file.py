@@ -75,7 +75,7 @@ def load_config(
     saved: bool = False,
     **direct: Any,
 ) -> Config:
-    """Defaults, the TOML file, the method's, `overrides` (section.key=value), `direct` (section__key): the later wins.
+    """Join defaults, the TOML file, the method's, `overrides` (section.key=value), `direct` (section__key); later wins.
 
     saved: the file is the config.toml of a run, which names every key, also those that the run does not read.
     Raises ConfigError naming the file or override and the key, and for a method that is none of `method_files`.
@@ -109,7 +109,7 @@ def load_config(
 
 
 def flatten(config: Config) -> dict[str, Any]:
-    """{"seed": ..., "rl.lr": ..., ...}"""
+    """The values by dotted key: {"seed": ..., "rl.lr": ..., ...}."""
     flat = {}
     for f in dataclasses.fields(config):
         value = getattr(config, f.name)

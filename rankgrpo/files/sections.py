@@ -25,7 +25,7 @@ class Fault(NamedTuple):
     """The key it is about, then the keys it depends on, as `section.key`."""
     text: str
     is_rule: bool = False
-    """What a value of the right type broke, with a text that begins with the key; else it has the wrong type."""
+    """Whether a value of the right type broke a rule (the text then begins with the key); else its type is wrong."""
 
     def told(self, sources: Mapping[str, str]) -> str:
         """The fault with the file or the override that set the key, from `sources`."""
