@@ -210,7 +210,7 @@ def recommend(
 
 @app.command
 def report(run: Positional[RunDir] = Path("runs/tiny-demo")) -> None:
-    """Rebuild report.html and the plots of a run folder, finished or not.
+    """Rebuild report.html and the plots of a run folder, complete or not.
 
     Try:
       rankgrpo report runs/tiny-demo

@@ -1,7 +1,7 @@
 """Questions to a language model behind an OpenAI-compatible endpoint: many at once, retried, every answer kept.
 
 An answer is appended to a JSONL file, and flushed to disk, the moment it arrives; whoever asks the same again (the same
-model, prompt and sampling) reads it from there, so a run that was stopped or killed repeats no finished call. What can
+model, prompt and sampling) reads it from there, so a run that was stopped or killed repeats no answered call. What can
 pass is retried with exponential back-off: 408, 409, 429 (its Retry-After is obeyed), 5xx, time-outs, broken
 connections, empty answers, and answers that the caller cannot read. What is still wrong after that is counted by cause
 and left open, and the next run asks it again. A key or a model that the endpoint refuses, and an endpoint that fails

@@ -136,7 +136,7 @@ def draw_lists(
 def evaluate_run(
     config: Config, dataset: Dataset, run_dir: Path, stages: Mapping[str, str], parallel: Parallel
 ) -> None:
-    """Score the run's models (`stages`: name -> location) and the two baselines; what is finished is kept.
+    """Score the run's models (`stages`: name -> location) and the two baselines; what is done is kept.
 
     A score is the mean of eval.draws lists a conversation; with eval.lists above 1 the union of so many is scored too.
     Every process takes its share of the lists; the main one writes the scores.
