@@ -118,7 +118,7 @@ def _metrics(losses_2: Tensor, sum_M: Tensor) -> dict[str, Tensor]:
 
 
 def _rows(x_BT: Tensor | None) -> Tensor | None:
-    """The kernels walk along rows with stride 1; the rows may lie anywhere."""
+    """The tensor with stride 1 along its rows, as the kernels walk them; the rows may lie anywhere."""
     return x_BT if x_BT is None or x_BT.stride(1) == 1 else x_BT.contiguous()
 
 
@@ -134,7 +134,7 @@ def _check_inputs(
     ref_logp_BT: Tensor | None,
     weight_BK: Tensor | None,
 ) -> None:
-    """What the kernels' memory accesses rely on."""
+    """Raise ValueError unless the inputs are what the kernels' memory accesses rely on."""
     if not logp_BT.is_cuda and not INTERPRETED:
         raise ValueError(
             f"the Triton kernel needs tensors on a CUDA device, got {logp_BT.device}: use impl='torch', or set "
@@ -200,7 +200,7 @@ def _launch_forward(
     weight_BK: Tensor | None,
     options: _Options,
 ) -> tuple[Tensor, Tensor]:
-    """What the backward pass needs by unit, (B, K, F), see the kernel; and the sums over all lists, (M,)."""
+    """Run the forward kernel: what backward needs by unit, (B, K, F), see there, and the sums over all lists, (M,)."""
     (num_lists, num_tokens), num_units = logp_BT.shape, advantage_BK.shape[1]
     num_fields = 2 if ref_logp_BT is None else 3
     unit_BKF = torch.empty(num_lists, num_units, num_fields, dtype=torch.float32, device=logp_BT.device)

@@ -35,7 +35,7 @@ def _k3(x):
 
 @triton.jit
 def _bounded(x):
-    """Clamped to +-MAX_LOG_RATIO; NaN where x is not finite."""
+    """x clamped to +-MAX_LOG_RATIO; NaN where it is not finite."""
     clamped = tl.where(x > _MAX_LOG_RATIO, _MAX_LOG_RATIO, tl.where(x < -_MAX_LOG_RATIO, -_MAX_LOG_RATIO, x))
     return tl.where(tl.abs(x) < float("inf"), clamped, float("nan"))
 
@@ -169,7 +169,7 @@ def _close_units(
     ratio_low, ratio_high, kl_coef, scale,
     FIELDS: tl.constexpr, PER_TOKEN: tl.constexpr, KL_IN_LOSS: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """From the sums of every unit to what backward needs of it, and to the sums of the list."""
+    """Turn the sums of every unit into what backward needs of it, and into the sums of the list."""
     policy = tl.zeros((BLOCK_K,), tl.float32)
     kl = tl.zeros((BLOCK_K,), tl.float32)
     ratios = tl.zeros((BLOCK_K,), tl.float32)
@@ -230,8 +230,8 @@ def forward_kernel(
     FIELDS: tl.constexpr, PER_TOKEN: tl.constexpr, KL_IN_LOSS: tl.constexpr,
     ONE_BLOCK: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One list a program. The fields of a unit first hold its sums (log-ratio, tokens, k3), then what the backward pass
-    needs: d loss / d logp of its tokens, their number, the weight of a token's k3 in the loss."""
+    """A program reduces one list. The fields of a unit first hold its sums (log-ratio, tokens, k3), then what the
+    backward pass needs: d loss / d logp of its tokens, their number, the weight of a token's k3 in the loss."""
     row = tl.program_id(0).to(tl.int64)
     logp_ptr += row * stride_logp
     rank_ptr += row * stride_rank

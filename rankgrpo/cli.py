@@ -16,7 +16,7 @@ from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from rankgrpo.distill.settings import DistillConfig
 from rankgrpo.errors import UserError
-from rankgrpo.files.options import Set
+from rankgrpo.files.options import Overrides
 from rankgrpo.sizing.cli import plan
 from rankgrpo.suite.cli import experiments
 
@@ -50,7 +50,7 @@ def run(
     until: Annotated[
         Literal["sft", "rl"], arg(help="last stage of training: sft evaluates the warm start and stops there")
     ] = "rl",
-    set: Set = [],  # noqa: B006  (tyro reads the default, nothing writes to it)
+    overrides: Overrides = [],  # noqa: B006  (tyro reads the default, nothing writes to it)
     check: Annotated[bool, arg(help="only check the settings, the model's name, the data and the run folder")] = False,
 ) -> None:
     """The whole pipeline: demonstrations, warm start, Rank-GRPO, evaluation, report. Finished stages are not repeated.
@@ -65,7 +65,7 @@ def run(
     """
     from rankgrpo.pipeline import check_run, run_pipeline
 
-    settings = _settings(model, data, config, set, method, demonstrations)
+    settings = _settings(model, data, config, overrides, method, demonstrations)
     run_dir = run_dir or default_run_dir(model, data, method)
     if check:
         check_run(settings, run_dir)
@@ -81,7 +81,7 @@ def sft(
     run_dir: Annotated[Path | None, arg(help="run folder (default: runs/MODEL-DATA)")] = None,
     config: Annotated[Path | None, arg(help="TOML file (default: the preset's)")] = None,
     demonstrations: Demonstrations = None,
-    set: Set = [],  # noqa: B006
+    overrides: Overrides = [],  # noqa: B006
 ) -> None:
     """The pipeline up to the supervised warm start; `rankgrpo run` or `rankgrpo train` continues the same run folder.
 
@@ -90,7 +90,7 @@ def sft(
     """
     from rankgrpo.pipeline import run_pipeline
 
-    settings = _settings(model, data, config, set, demonstrations=demonstrations)
+    settings = _settings(model, data, config, overrides, demonstrations=demonstrations)
     run_pipeline(settings, run_dir or default_run_dir(model, data), until="sft", evaluate=False)
 
 
@@ -103,7 +103,7 @@ def train(
     run_dir: Annotated[Path | None, arg(help="run folder (default: runs/MODEL-DATA[-METHOD])")] = None,
     config: Annotated[Path | None, arg(help="TOML file (default: the preset's)")] = None,
     from_model: FromModel = None,
-    set: Set = [],  # noqa: B006
+    overrides: Overrides = [],  # noqa: B006
 ) -> None:
     """Rank-GRPO alone, from the run's warm start or from --from-model (an SFT model of your own).
 
@@ -114,7 +114,7 @@ def train(
     """
     from rankgrpo.pipeline import run_pipeline
 
-    settings = _settings(model, data, config, set, method)
+    settings = _settings(model, data, config, overrides, method)
     run_dir = run_dir or default_run_dir(model, data, method)
     run_pipeline(settings, run_dir, rl_start=from_model, evaluate=False)
 
@@ -134,7 +134,7 @@ def evaluate(
     ] = 1,
     markdown: Annotated[bool, arg(help="print the table in Markdown")] = False,
     free: Annotated[bool, arg(help="decode freely where the run holds its lists to the catalog")] = False,
-    set: Set = [],  # noqa: B006
+    overrides: Overrides = [],  # noqa: B006
 ) -> None:
     """Compare any number of models, the popularity list and EASE: Recall and NDCG with 95 % bootstrap intervals.
 
@@ -157,7 +157,7 @@ def evaluate(
         out=out,
         markdown=markdown,
         num_lists=lists,
-        overrides=[*set, *(["rl.constrain=none"] if free else [])],
+        overrides=[*overrides, *(["rl.constrain=none"] if free else [])],
     )
     print(table)
 
@@ -193,7 +193,7 @@ def recommend(
     ] = None,
     batch: Annotated[Path | None, arg(help="JSONL file of samples; prints one JSON line each")] = None,
     free: Annotated[bool, arg(help="decode freely where the run holds its lists to the catalog")] = False,
-    set: Set = [],  # noqa: B006
+    overrides: Overrides = [],  # noqa: B006
 ) -> None:
     """Print a ranked list: `+` in the catalog, `?` not in the catalog, `!` not a title with a year.
 
@@ -204,13 +204,13 @@ def recommend(
     """
     from rankgrpo.evaluation.compare import recommend_from
 
-    overrides = [*set, *(["rl.constrain=none"] if free else [])]
+    overrides = [*overrides, *(["rl.constrain=none"] if free else [])]
     recommend_from(model, data, conversation, batch, overrides)
 
 
 @app.command
 def report(run: Positional[RunDir] = Path("runs/tiny-demo")) -> None:
-    """Rebuild report.html and the plots of a run folder, finished or not.
+    """Rebuild report.html and the plots of a run folder, complete or not.
 
     Try:
       rankgrpo report runs/tiny-demo

@@ -182,7 +182,7 @@ class TeacherConfig:
     """Extra demonstrations a training sample: one-line requests that name a few items of its dialog."""
 
     def num_demonstrations(self, num_samples: int) -> int:
-        """How many EASE makes for so many samples: one of each, and its short requests."""
+        """How many demonstrations EASE makes for so many samples: one for each, and those of its short requests."""
         return num_samples * (1 + self.short_requests)
 
 
@@ -232,7 +232,8 @@ class RlConfig:
     reduction: Literal["rank", "token"] = "rank"
     """rank = Eq. 6; token = the released code's token mean."""
     token_mean: Literal["list", "batch", "max"] = "list"
-    """Of unit = token: list = GRPO (a mean a list), batch = DAPO (all tokens), max = Dr. GRPO (max_new_tokens)."""
+    """What unit = token divides by: list = GRPO (a mean a list), batch = DAPO (all tokens), max = Dr. GRPO
+    (max_new_tokens)."""
     unlikeliness: Fraction = 0.0
     """Cut of the reward of what the policy found likely ("Rewarding the Unlikely", there 0.25): by rank among the
     group's hits, or with units token and list by list."""
@@ -248,9 +249,9 @@ class RlConfig:
     """catalog: lists are held to the catalog wherever they are sampled, and trained on under the same probabilities.
     They then have exactly K lines, so the penalties for stopping early and for overflow have nothing to do."""
     forbid: Literal["repeats", "repeats+seen", "none"] = "repeats"
-    """Of lists held to the catalog: what they must not name, beside what is not in it."""
+    """What lists held to the catalog must not name, beside what is not in it."""
     count_forced: bool = False
-    """Of lists held to the catalog: True counts tokens that the catalog forces in |y_k| too, as the paper counts all.
+    """Where lists are held to the catalog, True counts tokens that it forces in |y_k| too, as the paper counts all.
     They carry no probability, and pull the ratio of an item to 1 by a factor that depends on its title."""
     overflow_penalty: float = -0.1
     early_eos_penalty: float = -0.1
@@ -312,12 +313,13 @@ class EvalConfig:
     num_samples: NonNegativeInt = 0
     """Samples of the split that are scored, from its beginning; 0 is all."""
     temperature: NonNegativeFloat = 0.0
-    """Of the lists that are scored, in validation too; 0 is greedy, as in the paper."""
+    """Temperature of the lists that are scored, in validation too; 0 is greedy, as in the paper."""
     draws: PositiveInt = 1
     """Lists a conversation whose scores are averaged, so that a model is not judged by the luck of one draw; needs a
     temperature. Validation has one."""
     lists: Annotated[int, Field(ge=1)] = 1
-    """Above 1: also sample so many lists a conversation at rl.temperature and score their union, up to all of them."""
+    """Above 1, the evaluation also samples so many lists a conversation at rl.temperature and scores their union, up to
+    all of them."""
     list_samples: NonNegativeInt = 0
     """Samples that get eval.lists lists, from the beginning of the split; 0 is all."""
     free_samples: NonNegativeInt = 64

@@ -1,7 +1,7 @@
-"""Configurations on disk and on the command line: TOML of a preset and of a method, and `section.key=value` words.
+"""Configurations on disk and on the command line: TOML of a preset and of a method, and `section.key=value` overrides.
 
-Unknown keys, wrong types and impossible values fail at load, naming the file or word and the key. The resolved copy is
-written into the run folder, and a run resumes only under the configuration it was started with.
+Unknown keys, wrong types and impossible values fail at load, naming the file or override and the key. The resolved copy
+is written into the run folder, and a run resumes only under the configuration it was started with.
 """
 
 from __future__ import annotations
@@ -75,13 +75,13 @@ def load_config(
     saved: bool = False,
     **direct: Any,
 ) -> Config:
-    """Defaults, the TOML file, the method's, `section.key=value` words, `direct` (`section__key`): the later wins.
+    """Join defaults, the TOML file, the method's, `overrides` (section.key=value), `direct` (section__key); later wins.
 
     saved: the file is the config.toml of a run, which names every key, also those that the run does not read.
-    Raises ConfigError naming the file or word and the key, and for a method that is none of `method_files`.
+    Raises ConfigError naming the file or override and the key, and for a method that is none of `method_files`.
     """
     flat: dict[str, Any] = {}
-    sources: dict[str, str] = {}  # of every key that is set, the file or word that set it last
+    sources: dict[str, str] = {}  # of every key that is set, the file or override that set it last
 
     def take(settings: dict[str, Any], source: str) -> None:
         flat.update(settings)
@@ -94,11 +94,11 @@ def load_config(
         if method not in files:
             raise ConfigError(f"unknown method {method!r}; methods are {', '.join(files)}")
         take(_read_settings(files[method]), str(files[method]))
-    for word in overrides or []:
-        key, separator, text = word.partition("=")
+    for override in overrides or []:
+        key, separator, text = override.partition("=")
         if not separator:
-            raise ConfigError(f"override {word!r}: expected section.key=value, for example rl.lr=1e-5")
-        take({key.strip(): _parse_word(text.strip())}, f"override {word!r}")
+            raise ConfigError(f"override {override!r}: expected section.key=value, for example rl.lr=1e-5")
+        take({key.strip(): _parse_value(text.strip())}, f"override {override!r}")
     take({key.replace("__", "."): value for key, value in direct.items()}, "")
     config, faults = _build(flat)
     if config is not None:
@@ -109,7 +109,7 @@ def load_config(
 
 
 def flatten(config: Config) -> dict[str, Any]:
-    """{"seed": ..., "rl.lr": ..., ...}"""
+    """The values by dotted key: {"seed": ..., "rl.lr": ..., ...}."""
     flat = {}
     for f in dataclasses.fields(config):
         value = getattr(config, f.name)
@@ -176,7 +176,7 @@ def _read_settings(path: Path) -> dict[str, Any]:
     return flat
 
 
-def _parse_word(text: str) -> Any:
+def _parse_value(text: str) -> Any:
     try:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:

@@ -51,7 +51,7 @@ class ListedItem:
     """
 
     title: str | None
-    """None when the line is not ``Title (year)``; `year` is None then, too."""
+    """The bare title; None when the line is not ``Title (year)``, and then `year` is None, too."""
     year: int | None
     chars: tuple[int, int]
     """[start, end) of the whole line in the text, without its line break."""
@@ -198,7 +198,7 @@ class RankSegmenter:
 
     @classmethod
     def from_token_bytes(cls, token_bytes: Sequence[bytes]) -> RankSegmenter:
-        """From the bytes each id stands for; ``b""`` for special and unused ids."""
+        """A segmenter from the bytes each id stands for; ``b""`` for special and unused ids."""
         segmenter = cls.__new__(cls)
         segmenter._set_vocabulary(list(token_bytes))
         return segmenter

@@ -191,7 +191,7 @@ def source_commit() -> str | None:
 
 
 def installed_version(package: str) -> str | None:
-    """None when the package is imported from a source tree that was never installed."""
+    """The version of the installed package; None when it is imported from a source tree that was never installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

@@ -52,13 +52,13 @@ class MicroBatch:
     units: Units
     sampler_logp_BT: Tensor
     allowed: AllowedIds | None = None
-    """Of lists held to the catalog: the ids that were allowed at their tokens."""
+    """The ids that were allowed at each token, where lists are held to the catalog."""
     old_logp_BT: Tensor | None = None
-    """Under the policy that sampled: set by the first pass, which it makes."""
+    """Log-probs under the policy that sampled; the first pass, which it makes, sets them."""
     ref_logp_BT: Tensor | None = None
-    """Set by `Updater.add_reference` when there is a reference."""
+    """Log-probs under the reference, set by `Updater.add_reference` when there is one."""
     gap: Gap = Gap(0.0, 0)
-    """Of the sampler to the trainer, found by the first pass."""
+    """Distance of the sampler from the trainer, found by the first pass."""
 
 
 def make_micro_batches(
@@ -72,7 +72,7 @@ def make_micro_batches(
 ) -> list[MicroBatch]:
     """The groups `chosen` (groups[p] holds the ids of rollouts[p]) in micro-batches of rl.token_budget tokens.
 
-    units, choices: of the lists of all groups, in order.
+    units, choices: those of the lists of all groups, in order.
     """
     batch = []
     for micro in plan_micro_batches([groups[p] for p in chosen], rl.token_budget):
@@ -167,7 +167,7 @@ class Updater:
         micro_batch.units = correct_units(units, logp_BT, sampler_logp_BT, self.rl, means)
 
     def _check(self, loss: float, gaps: list[Gap], where: str) -> None:
-        """Stop all processes alike, before the weights change: one has a loss that is not finite, or the sampler's
+        """Stop all processes alike, before the weights change, when one has a loss that is not finite, or the sampler's
         log-probs are not the trainer's."""
         total, num_tokens = (sum(column) for column in zip(Gap(0.0, 0), *gaps, strict=True))
         loss, total, num_tokens = self.parallel.sum([loss, total, num_tokens])

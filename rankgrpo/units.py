@@ -41,13 +41,13 @@ class Units:
     advantage_BU: Tensor
     """A unit that the list does not have keeps its advantage if it is a rank, and has 0 if it is not."""
     weight_BU: Tensor
-    """1; for unit="token" with mean_by_list 1/|y|, |y| the tokens of the list."""
+    """Weight of a unit: 1; for unit="token" with mean_by_list 1/|y|, |y| the tokens of the list."""
     denominator: int | Tensor
     """This call's share, for reduction="rank": B*K for ranks, whatever the penalties; for tokens without mean_by_list
     their number (0-dim tensor); else B. Sum it over the step."""
 
     def to(self, device: torch.device) -> Units:
-        """The same on another device; the denominator stays where it is."""
+        """These units on another device; the denominator stays where it is."""
         moved = {name: getattr(self, name).to(device) for name in ("unit_BT", "advantage_BU", "weight_BU")}
         return replace(self, **moved)
 

@@ -41,7 +41,7 @@ def test_toml_round_trip(tmp_path):
     assert config.rl.lr == 3e-5 and config.rl.betas == (0.8, 0.99) and config.rl.scale_by_std is False
 
 
-def test_words_win_over_the_file_and_direct_keys_over_both(tmp_path):
+def test_overrides_win_over_the_file_and_direct_keys_over_both(tmp_path):
     path = tmp_path / "a.toml"
     path.write_text("seed = 5\n[rl]\nlr = 1e-4\ngroup_size = 4\n[model]\nname = 'x'\n")
     config = load_config(path, ["rl.lr=1e-5"], model__name="tiny")
@@ -66,7 +66,7 @@ def test_words_win_over_the_file_and_direct_keys_over_both(tmp_path):
         ("model.kv_heads=3", "model.kv_heads"),
     ],
 )
-def test_bad_words_name_the_key(word, message):
+def test_bad_overrides_name_the_key(word, message):
     with pytest.raises(ConfigError, match="override|rl|teacher|model") as caught:
         load_config(None, [word])
     assert message in str(caught.value)
@@ -207,7 +207,7 @@ def test_settings_that_are_no_tables_and_tables_that_are_no_settings(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("words", "key", "owner"),
+    ("overrides", "key", "owner"),
     [
         (
             ["model.name=qwen2.5-0.5b", "model.layers=3"],
@@ -226,11 +226,11 @@ def test_settings_that_are_no_tables_and_tables_that_are_no_settings(tmp_path):
         (["adapter.rank=8"], "adapter.rank", "adapter.kind = lora or dora only, and adapter.kind is 'none'"),
     ],
 )
-def test_a_setting_that_nothing_reads_is_refused(words, key, owner):
+def test_a_setting_that_nothing_reads_is_refused(overrides, key, owner):
     with pytest.raises(ConfigError) as caught:
-        load_config(None, words)
+        load_config(None, overrides)
     assert str(caught.value).startswith(f"{key}: is read with {owner}")
-    assert str(caught.value).endswith(f"(override {words[-1]!r})")
+    assert str(caught.value).endswith(f"(override {overrides[-1]!r})")
 
 
 def test_a_file_with_sizes_is_refused_for_another_model(tmp_path):

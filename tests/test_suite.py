@@ -18,8 +18,8 @@ from rankgrpo.suite import page
 from rankgrpo.suite.command import list_suite, open_suite, rebuild_page
 from rankgrpo.suite.figures import FIGURES, draw_figures
 from rankgrpo.suite.page import gains_table, read_paper, scores_table, stages_table, union_table
-from rankgrpo.suite.plan import choose_runs, plan_runs
 from rankgrpo.suite.results import read_results, write_results
+from rankgrpo.suite.runs import choose_runs, plan_runs
 from rankgrpo.suite.spec import OWN_START, read_suite, suite_path
 
 SUITE = """
@@ -109,8 +109,8 @@ def test_an_unknown_suite_lists_those_there_are(tmp_path):
 
 
 def test_overrides_of_the_command_win(write):
-    suite = read_suite(write(), words=["rl.num_steps=9"])
-    assert suite.row("mine").words == ("rl.num_steps=5", "rl.lr=0.5", "rl.num_steps=9")
+    suite = read_suite(write(), overrides=["rl.num_steps=9"])
+    assert suite.row("mine").overrides == ("rl.num_steps=5", "rl.lr=0.5", "rl.num_steps=9")
     (run,) = [run for run in plan_runs(suite, "demo", Path("runs")) if run.folder.name == "mine-seed1"]
     assert (run.config.rl.num_steps, run.config.rl.lr, run.config.seed) == (9, 0.5, 1)
 
@@ -182,7 +182,7 @@ def test_a_folder_that_began_from_another_model_is_refused(write, tmp_path):
     mine = opened.runs[1]
     finish(mine)
     (mine.folder / "meta.json").write_text(json.dumps({"from_model": mine.source}))
-    assert open_suite(str(write()), runs_dir=tmp_path / "runs").runs[1].is_finished
+    assert open_suite(str(write()), runs_dir=tmp_path / "runs").runs[1].is_done
     (mine.folder / "meta.json").write_text(json.dumps({"from_model": "other/final"}))
     with pytest.raises(ConfigError, match="another configuration .--from-model: other/final -> .*sft-seed1/sft/final"):
         open_suite(str(write()), runs_dir=tmp_path / "runs")
@@ -194,7 +194,7 @@ def finish(run, **options) -> None:
     add_scores(run, run.stage, **options)
 
 
-def test_what_is_finished_is_not_missing(write, tmp_path):
+def test_what_is_done_is_not_missing(write, tmp_path):
     opened = open_suite(str(write()), runs_dir=tmp_path / "runs", out=tmp_path / "out")
     assert list_suite(opened, [], None).endswith("6 of 6 runs are missing")
     for run in opened.runs[:2]:

@@ -18,9 +18,9 @@ from rankgrpo.files.atomic import only_one
 from rankgrpo.runtime.checkpoint import list_checkpoints
 from rankgrpo.suite import runner
 from rankgrpo.suite.command import open_suite, run_suite
-from rankgrpo.suite.plan import plan_runs
 from rankgrpo.suite.results import read_results
 from rankgrpo.suite.runner import run_missing
+from rankgrpo.suite.runs import plan_runs
 from rankgrpo.suite.spec import read_suite
 
 
@@ -118,21 +118,21 @@ def test_a_run_that_another_command_was_faster_to_begin_is_no_failure(fake, tmp_
 
     monkeypatch.setattr(runner, "is_busy", busy_when_it_has_failed)
     outcome, order = fake("mine-seed1")
-    assert not outcome.failed and len(outcome.finished) == 6
+    assert not outcome.failed and len(outcome.done) == 6
     assert order.count("mine-seed1") == 2
 
 
 def test_time_runs_out_within_a_run(fake):
     outcome, order = fake("sleep", max_minutes=0.02)
     assert outcome.stopped and order in ([], ["sft-seed1"])
-    assert not outcome.finished and not outcome.failed
+    assert not outcome.done and not outcome.failed
 
 
 TERMINATED = """
 import sys
 from pathlib import Path
 from rankgrpo.suite import runner
-from rankgrpo.suite.plan import plan_runs
+from rankgrpo.suite.runs import plan_runs
 from rankgrpo.suite.spec import read_suite
 note = "import os, sys, time; open(sys.argv[1], 'w').write(str(os.getpid())); time.sleep(60)"
 runner._launcher = lambda num_processes: [sys.executable, "-c", note, sys.argv[3]]
@@ -160,7 +160,7 @@ def test_a_killed_run_goes_on_from_its_checkpoint(monkeypatch, tmp_path):
     path.write_text(
         'title = "T"\nmodels = ["tiny"]\nseeds = [1]\n[[rows]]\nname = "zero"\nmethod = "r1-zero"\nstart = "none"\n'
     )
-    words = [*WORDS, "teacher.short_requests=0", "rl.num_steps=8", "rl.kl_coef=1e-3", "rl.repeat_penalty=0"]
+    overrides = [*WORDS, "teacher.short_requests=0", "rl.num_steps=8", "rl.kl_coef=1e-3", "rl.repeat_penalty=0"]
     started, folder = [], tmp_path / "runs" / "tiny" / "zero-seed1"
     monkeypatch.setattr(
         runner, "start_process", lambda *a, start=runner.start_process: started.append(start(*a)) or started[-1]
@@ -172,7 +172,9 @@ def test_a_killed_run_goes_on_from_its_checkpoint(monkeypatch, tmp_path):
         os.kill(started[0].pid, signal.SIGKILL)
 
     def run():
-        run_suite(open_suite(str(path), runs_dir=tmp_path / "runs", out=tmp_path / "out", words=words), [], None)
+        run_suite(
+            open_suite(str(path), runs_dir=tmp_path / "runs", out=tmp_path / "out", overrides=overrides), [], None
+        )
 
     threading.Thread(target=kill_after_a_checkpoint, daemon=True).start()
     with pytest.raises(ConfigError, match=r"1 runs failed; the same command tries them again.\n.*exit status -9"):

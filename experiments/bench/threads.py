@@ -4,7 +4,7 @@
   passive    all threads, which wait asleep: OMP_WAIT_POLICY=passive, as the command line sets it
   one        one thread
 Each runs in a process of its own, as the variable is read when torch is imported, and they take turns. Cases 1 to 256
-are a token of so many rows with the `hf` sampler, its share of reading the prompts included; `train` is forward and
+are a token of so many lists with the `hf` sampler, its share of reading the prompts included; `train` is forward and
 backward of 3,000 packed tokens. The busy process spins on the first core. `speedup` is the baseline's time over that of
 `passive`; `low` columns hold the fastest run, and `load_average` tells of other work that the machine had meanwhile.
 """
@@ -131,7 +131,9 @@ def main() -> None:
         description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", choices=SIZES, default="tiny", help="shape of the weights, which are random")
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), help="rows decoded at once, or train")
+    parser.add_argument(
+        "--cases", nargs="+", choices=CASES, default=list(CASES), help="lists decoded at once, or train"
+    )
     parser.add_argument("--baseline", choices=VARIANTS, default="spinning", help="what `passive` is compared with")
     parser.add_argument("--trials", type=int, default=5, help="timed runs a variant (default 5)")
     parser.add_argument("--out", type=Path, help="write the result as JSON here")

@@ -56,7 +56,7 @@ MIX = (180, 260, 350, 450, 560, 720, 1032, 2048)  # prompt lengths, mean 700
 
 @dataclass(frozen=True)
 class Shape:
-    """Qwen2 architecture, tied embeddings."""
+    """Sizes of a model of the Qwen2 architecture with tied embeddings."""
 
     hidden: int
     layers: int
@@ -90,7 +90,7 @@ def make_model(shape: Shape, device: torch.device, dtype: torch.dtype) -> Qwen2F
 
 
 def make_groups(case: str, vocab: int) -> list[Group]:
-    """pN: one group with a prompt of N tokens; mix: eight prompts of mean 700; tiny: 32 small uneven groups."""
+    """Groups of pN: one with a prompt of N tokens; of mix: eight prompts of mean 700; of tiny: 32 small uneven ones."""
     rng = random.Random(0)
 
     def ids(size: int) -> list[int]:
@@ -289,7 +289,7 @@ def measure_case(args, case: str, model) -> dict:
 
 
 def best_sizes(wall: dict[str, float]) -> list[str]:
-    """Of the names `provider@size` the fastest of each provider; all other names."""
+    """The fastest name `provider@size` of each provider, and every name without a size."""
     best: dict[str, str] = {}
     for name in wall:
         provider = name.partition("@")[0]

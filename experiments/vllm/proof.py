@@ -20,7 +20,7 @@ from rankgrpo.config_file import load_config, presets_dir
 from rankgrpo.pipeline import describe_machine, run_pipeline
 from rankgrpo.runtime.tracker import read_metrics
 
-WORDS = {
+OVERRIDES = {
     # Warm, so that its lists have lines; the KL term gives every step after the first a gradient.
     "tiny": [
         *("data.num_train=1000", "teacher.short_requests=0", "sft.num_steps=60", "sft.eval_samples=8"),
@@ -35,12 +35,12 @@ WORDS = {
 SMALL = ["rl.sampler=vllm", "rl.prompts_per_step=2", "rl.group_size=4", "rl.eval_samples=4", "rl.eval_every=1000"]
 
 
-def prove(model: str, data: str, steps: int, run_dir: Path, words: Sequence[str] = ()) -> dict:
+def prove(model: str, data: str, steps: int, run_dir: Path, overrides: Sequence[str] = ()) -> dict:
     """The mismatch of every step of a run in `run_dir`, which continues one that is there."""
-    words = [*WORDS[model], *SMALL, f"rl.num_steps={steps}", *words]
-    config = load_config(presets_dir() / f"{model}.toml", words, model__name=model, data__path=data)
+    overrides = [*OVERRIDES[model], *SMALL, f"rl.num_steps={steps}", *overrides]
+    config = load_config(presets_dir() / f"{model}.toml", overrides, model__name=model, data__path=data)
     run_pipeline(config, run_dir, until="rl", evaluate=False)
-    return summarise(run_dir) | {"settings": words}
+    return summarise(run_dir) | {"settings": overrides}
 
 
 def summarise(run_dir: Path) -> dict:
@@ -73,7 +73,7 @@ def summarise(run_dir: Path) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=sorted(WORDS), default="tiny")
+    parser.add_argument("--model", choices=sorted(OVERRIDES), default="tiny")
     parser.add_argument("--data", default="demo", help="`demo` or a folder")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--bfloat16", action="store_true")
@@ -81,9 +81,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="JSON file")
     parser.add_argument("--bound", type=float, help="fail when mean exp|difference| of a step is above it")
     args = parser.parse_args()
-    words = [f"model.autocast={'bfloat16' if args.bfloat16 else 'none'}"]
+    overrides = [f"model.autocast={'bfloat16' if args.bfloat16 else 'none'}"]
     with tempfile.TemporaryDirectory() as folder:
-        result = prove(args.model, args.data, args.steps, args.run_dir or Path(folder) / "run", words)
+        result = prove(args.model, args.data, args.steps, args.run_dir or Path(folder) / "run", overrides)
     result["machine"]["command"] = " ".join(["experiments/vllm/proof.py", *sys.argv[1:]])
     if args.out is not None:
         args.out.parent.mkdir(parents=True, exist_ok=True)

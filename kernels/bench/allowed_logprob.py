@@ -74,7 +74,7 @@ def timed_pass(head: Callable[[], Tensor], grad_N: Tensor, clock: Callable[[], f
 
 
 def errors_of(hidden_ND: Tensor, weight_VD: Tensor, trie: CatalogTrie, ids: list[int]) -> dict[str, float]:
-    """Against float64 logits of the whole vocabulary, masked, on one list's first 64 tokens."""
+    """Errors against float64 logits of the whole vocabulary, masked, on one list's first 64 tokens."""
     walk = trie.start()
     ids = ids[:64]
     mask_NV = torch.zeros(len(ids), len(weight_VD), dtype=torch.bool)
@@ -95,7 +95,7 @@ def errors_of(hidden_ND: Tensor, weight_VD: Tensor, trie: CatalogTrie, ids: list
 
 
 def workspace_mb(run: Callable[[], Tensor], leaves: list[Tensor], grad_N: Tensor, device: torch.device) -> float:
-    """Peak beyond the inputs and the gradients that are made; leaves that have a gradient keep it."""
+    """Peak memory in MB beyond the inputs and the gradients that are made; leaves that have a gradient keep it."""
     before = [leaf.grad for leaf in leaves]
 
     def both() -> None:

@@ -121,7 +121,7 @@ def git_commit() -> str | None:
 
 
 def record(op: str, device: torch.device, **fields: Any) -> dict[str, Any]:
-    """A result file: where and from what it was measured, then what."""
+    """What a result file holds: where and with which code it was measured, then the measured `fields`."""
     head = {"op": op, "machine": machine_line(device), "versions": versions(), "commit": git_commit()}
     return {**head, "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]), **fields}
 
@@ -163,7 +163,7 @@ def make_parser(description: str | None, example: str, providers: Sequence[str])
 
 
 def choose_providers(asked: Sequence[str] | None, missing: Mapping[str, str], known: Sequence[str]) -> list[str]:
-    """Those asked for, else all that can run, saying why the others cannot.
+    """The providers asked for, else all that can run; it prints why the others cannot.
 
     Raises SystemExit for one that was asked for and cannot run.
     """

@@ -113,7 +113,7 @@ def liger_pass(inputs: Inputs) -> Callable[[], object]:
 
 
 def bare_passes(inputs: Inputs) -> dict[str, Callable[[], object]]:
-    """Products in slices of 16,384 ids, so that no more than a slice of logits is held; all rows, whatever is live."""
+    """The products alone, in slices of 16,384 ids, so that one slice of logits is held; all rows, whatever is live."""
     hidden_ND, weight_VD = inputs.hidden_ND.detach(), inputs.weight_VD.detach()
     slices = weight_VD.split(16384)
 
@@ -147,7 +147,7 @@ def passes_of(head: Head, inputs: Inputs) -> dict[str, Callable[[], object]]:
 
 
 def errors_of(head: Head, inputs: Inputs) -> dict[str, float]:
-    """Against float64 on the first 64 tokens with a gradient."""
+    """Errors against float64 on the first 64 tokens with a gradient."""
     rows = (inputs.grad_N != 0).nonzero()[:64, 0]
     hidden, weight = inputs.hidden_ND.detach()[rows].requires_grad_(), inputs.weight_VD.detach()
     ids, grad = inputs.ids_N[rows], torch.ones(len(rows), device=rows.device)

@@ -106,7 +106,7 @@ def passes_of(loss: Loss, inputs: dict, kl_coef: float) -> dict[str, Callable[[]
 
 
 def check_agreement(losses: dict[str, Loss], inputs: dict, kl_coef: float) -> None:
-    """Against float64, to 1e-5 of the loss and of the largest gradient."""
+    """Check every provider against float64, to 1e-5 of the loss and of the largest gradient."""
     exact_inputs = {k: v.double() if v is not None and v.is_floating_point() else v for k, v in inputs.items()}
     exact_inputs["logp_BT"] = inputs["logp_BT"].detach().double().requires_grad_()
     exact = {name: run() for name, run in passes_of(rank_grpo_loss, exact_inputs, kl_coef).items()}
@@ -139,7 +139,7 @@ def bench(args: argparse.Namespace, device: torch.device, losses: dict[str, Loss
 
 
 def sweep(args: argparse.Namespace, device: torch.device, copy: float) -> list[dict]:
-    """Forward kernel with other blocks and warps than `forward_config` chooses."""
+    """Time the forward kernel with other blocks and warps than `forward_config` chooses."""
     import rankgrpo_kernels.rank_ratio as op
 
     rows, chosen = [], op.forward_config

@@ -60,7 +60,7 @@ class Dataset:
     test: list[Sample]
     catalog: Catalog
     problems: list[Problem] = field(default_factory=list)
-    """None of them stopped the reading."""
+    """What looked wrong in the files and did not stop their reading."""
     num_dropped: dict[str, int] = field(default_factory=dict)
     """Samples by split that were left out because their ground truth is empty."""
 

@@ -105,7 +105,7 @@ class Candidates:
 
 
 def candidate_likelihood(candidates: Candidates, rows: Sequence[int], *, scale: float = 1.0) -> Likelihood:
-    """The same over the candidates of each of `rows`; a right item that is none of them adds nothing."""
+    """`catalog_likelihood` over the candidates of each of `rows`; a right item that is none of them adds nothing."""
     chosen_S = torch.tensor(rows, dtype=torch.long)
     item_SC, hit_SC, mask_SC = candidates.item_SC[chosen_S], candidates.hit_SC[chosen_S], candidates.mask_SC[chosen_S]
     score_SC = scale * candidates.score_SC[chosen_S]

@@ -65,7 +65,7 @@ class Tfidf:
 
     @classmethod
     def fit(cls, documents: Sequence[str], *, min_df: int = 2, max_df_frac: float = 0.2) -> Tfidf:
-        """Raises ValueError when no word is left."""
+        """Learn the weights from documents. Raises ValueError when no word is left."""
         df = Counter(word for document in documents for word in set(words(document)))
         limit = max(max_df_frac * len(documents), min_df)
         kept = sorted(word for word, count in df.items() if min_df <= count <= limit)

@@ -30,7 +30,7 @@ class TeacherLists:
     """By sample, places in `items`, best first; None where the teacher gave no list."""
 
     def text(self, sample: int, num_items: int) -> str:
-        """The first of a sample's list as the teacher gave it: `Title (Year)` lines."""
+        """The first `num_items` of a sample's list as the teacher gave it: `Title (Year)` lines."""
         return "\n".join(item_name(self.items[index]) for index in (self.lists[sample] or ())[:num_items])
 
 

@@ -1,7 +1,7 @@
 """Questions to a language model behind an OpenAI-compatible endpoint: many at once, retried, every answer kept.
 
 An answer is appended to a JSONL file, and flushed to disk, the moment it arrives; whoever asks the same again (the same
-model, prompt and sampling) reads it from there, so a run that was stopped or killed repeats no finished call. What can
+model, prompt and sampling) reads it from there, so a run that was stopped or killed repeats no answered call. What can
 pass is retried with exponential back-off: 408, 409, 429 (its Retry-After is obeyed), 5xx, time-outs, broken
 connections, empty answers, and answers that the caller cannot read. What is still wrong after that is counted by cause
 and left open, and the next run asks it again. A key or a model that the endpoint refuses, and an endpoint that fails
@@ -49,7 +49,7 @@ class Endpoint:
     model: str
     concurrency: int = 8
     requests_per_minute: int = 0
-    """0 is no limit."""
+    """Rate limit; 0 is none."""
     max_attempts: int = 6
     timeout_s: float = 120.0
     backoff_s: float = 1.0
@@ -75,7 +75,7 @@ class ReplyLog:
     """The answers so far, in memory and in an append-only JSONL file of {"key", "reply", "prompt_tokens", ...}."""
 
     def __init__(self, path: Path) -> None:
-        """Raises ValueError naming file and line for what is no such row; a last line cut by a kill is dropped."""
+        """Read the file; a last line cut by a kill is dropped. Raises ValueError naming file and line of a bad one."""
         self.path = path
         self.replies: dict[str, str] = {}
         if not path.exists():
@@ -113,7 +113,7 @@ class CallReport:
 
     num_questions: int = 0
     num_known: int = 0
-    """Answered by an earlier run, or asked twice in this one."""
+    """Questions that an earlier run answered, or that this one asked twice."""
     num_answered: int = 0
     retries: Counter[str] = field(default_factory=Counter)
     """Attempts that failed, by cause."""
@@ -157,7 +157,7 @@ class Estimate:
         return Estimate(*(round(part * number) for number in (self.num_calls, self.prompt_tokens, self.reply_tokens)))
 
     def describe(self, price_in: float, price_out: float) -> str:
-        """For the screen; prices are for a million tokens, and 0 for both says nothing about money."""
+        """The estimate as a sentence; prices are for a million tokens, and 0 for both says nothing about money."""
         text = (
             f"{self.num_calls:,} calls, about {self.prompt_tokens:,} tokens to read and at most {self.reply_tokens:,} "
             "to write"

@@ -74,7 +74,7 @@ class Judge:
     endpoint: Endpoint
 
     def prompts(self) -> list[str]:
-        """One a sample."""
+        """One question a sample."""
         items = self.catalog.items
         return [
             judge_prompt(sample, [items[index] for index in indices])
@@ -122,7 +122,7 @@ class ReflectScores:
         return self.scores.num_items
 
     def block(self, samples: Sequence[int]) -> Tensor:
-        """Float32 (B, N)."""
+        """Scores of a block of samples, float32 (B, N)."""
         scores_BN = self.scores.block(samples)
         for row, sample in enumerate(samples):
             rated = self.ratings[sample]

@@ -38,7 +38,7 @@ class Scores(Protocol):
     num_items: int
 
     def block(self, samples: Sequence[int]) -> Tensor:
-        """Float32 (B, N), a tensor of the caller's own."""
+        """Scores of a block of samples, float32 (B, N), in a tensor of the caller's own."""
         ...
 
 
@@ -50,7 +50,7 @@ class RemapScores:
     """Items by sample, best first, as rows of `item_UD`; those below `num_items` are catalog items."""
     num_items: int
     item_UD: Tensor | None = None
-    """Unit rows; None leaves p I_ic alone, the teacher's list without what the catalog does not hold."""
+    """Unit rows of the items' texts; None leaves p I_ic alone, the teacher's list without what the catalog lacks."""
     context_SD: Tensor | None = None
     item_weight: float = 1.0
     context_weight: float = 1.0
@@ -60,7 +60,7 @@ class RemapScores:
         return len(self.lists)
 
     def block(self, samples: Sequence[int]) -> Tensor:
-        """Float32 (B, N)."""
+        """Scores of a block of samples, float32 (B, N)."""
         listed = sorted({item for sample in samples for item in self.lists[sample]})
         column = {item: place for place, item in enumerate(listed)}
         places: dict[tuple[int, int], float] = {}
@@ -90,7 +90,7 @@ class RemapScores:
 
 @dataclass(frozen=True)
 class SelectedScores:
-    """The scores of some samples, which are 0, 1, ... here."""
+    """The scores of some samples, which are numbered 0, 1, ... here."""
 
     scores: Scores
     samples: Sequence[int]
@@ -104,7 +104,7 @@ class SelectedScores:
         return self.scores.num_items
 
     def block(self, samples: Sequence[int]) -> Tensor:
-        """Float32 (B, N)."""
+        """Scores of a block of samples, float32 (B, N)."""
         return self.scores.block([self.samples[sample] for sample in samples])
 
 
@@ -131,7 +131,7 @@ class HeldScores:
         return cls(held_SN)
 
     def block(self, samples: Sequence[int]) -> Tensor:
-        """Float32 (B, N)."""
+        """Scores of a block of samples, float32 (B, N)."""
         return self.scores_SN[list(samples)]
 
 

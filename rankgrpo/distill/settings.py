@@ -85,7 +85,7 @@ class DistillConfig:
     timeout: float = 120.0
     """Seconds an attempt may take."""
     temperature: float = 0.0
-    """Of the teacher and of the judge."""
+    """Sampling temperature of the teacher and of the judge."""
     extra: str = "{}"
     """Further fields of every request, in JSON: '{"chat_template_kwargs": {"enable_thinking": false}}'"""
     price_in: float = 0.0
@@ -165,11 +165,11 @@ class DistillConfig:
         return self.has_model and self.metadata != "catalog"
 
     def teacher_endpoint(self) -> Endpoint:
-        """Raises ValueError for EASE."""
+        """The server that the teacher is asked at. Raises ValueError for EASE."""
         return self._endpoint(self.teacher, self.model)
 
     def judge_endpoint(self) -> Endpoint | None:
-        """None when there is nobody to judge."""
+        """The server that the judge is asked at; None when there is nobody to judge."""
         address = self.judge or (self.teacher if self.has_model else "")
         return self._endpoint(address, self.judge_model or self.model) if address else None
 

@@ -136,10 +136,10 @@ def draw_lists(
 def evaluate_run(
     config: Config, dataset: Dataset, run_dir: Path, stages: Mapping[str, str], parallel: Parallel
 ) -> None:
-    """Score the run's models (`stages`: name -> location) and the two baselines; what is finished is kept.
+    """Score the run's models (`stages`: name -> location) and the two baselines; what is done is kept.
 
-    The mean of eval.draws lists a conversation, and with eval.lists above 1 also the union of so many. Every process
-    takes its share of the lists; the main one writes the scores.
+    A score is the mean of eval.draws lists a conversation; with eval.lists above 1 the union of so many is scored too.
+    Every process takes its share of the lists; the main one writes the scores.
     """
     split, locations = config.eval.split, {**stages, **{name: name for name in BASELINES}}
     samples = first_samples(dataset, split, config.eval.num_samples)

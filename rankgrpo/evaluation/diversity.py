@@ -1,6 +1,6 @@
 """What many lists a conversation find together, and how wide and how popular their choice is.
 
-Every conversation has the same number M of lists, sampled at the temperature of training. Of them:
+Every conversation has the same number M of lists, sampled at the temperature of training. The metrics:
   recall@K_of_n   Recall of the union of n lists, n = 1, 2, 4, ..., M: pass@n for lists (`metrics.union_recall`)
   ndcg@K          NDCG of a list, mean over the conversation's M
   coverage_of_n   share of the catalog recommended to anybody, with n lists a conversation, expected over which n
@@ -51,13 +51,13 @@ class _Group:
     holding: Counter[int]
     """Catalog index -> number of lists that name it."""
     found: Counter[int]
-    """The same for hits."""
+    """Catalog index -> number of lists in which it is a hit."""
     num_groundtruth: int
     ndcg: float
 
 
 def union_sizes(num_lists: int) -> list[int]:
-    """1, 2, 4, ... up to `num_lists`, and `num_lists` itself."""
+    """The sizes n of the unions: 1, 2, 4, ... up to `num_lists`, and `num_lists` itself."""
     return [*(2**power for power in range(num_lists.bit_length()) if 2**power < num_lists), num_lists]
 
 

@@ -70,10 +70,10 @@ class Evaluation:
     metrics: dict[str, Tensor]
     """Metric name -> (N,) float64, one value a sample, in the order of `sample_ids`."""
     hits: Tensor
-    """(N, K) 0 or 1, or means of these."""
+    """Whether each rank is a hit, (N, K): 0 or 1, or means of these."""
     rows: list[dict[str, Any]]
-    """What a `.lists.jsonl` file holds: conversation, ground truth, answer, marks of every line, metrics. Of several
-    answers the first, with the means of all as metrics and as `hit_by_rank`."""
+    """What a `.lists.jsonl` file holds: conversation, ground truth, answer, marks of every line, metrics. With several
+    answers it holds the first, and as metrics and `hit_by_rank` the means of all."""
 
 
 # ---------------------------------------------------------------------------------------------------------- scoring

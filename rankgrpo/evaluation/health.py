@@ -217,7 +217,7 @@ def _catalog_facts(catalog: Catalog) -> dict[str, str]:
 
 
 def _titles(catalog: Catalog) -> list[str]:
-    """One spelling of every title."""
+    """The titles of the catalog, each in one spelling."""
     return list({catalog.title_key(item.title): item.title for item in catalog.items}.values())
 
 

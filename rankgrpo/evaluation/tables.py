@@ -139,7 +139,7 @@ def _padded(column: list[str]) -> list[str]:
 
 
 def _fitting(columns: list[list[str]], width: int) -> list[list[list[str]]]:
-    """The first column again before every group of columns that fits into `width`; a group has one column at least."""
+    """Columns in groups that fit into `width`, each behind the first column again; a group has one of them at least."""
     head, *rest = columns
     blocks: list[list[list[str]]] = []
     for column in rest:

@@ -103,7 +103,7 @@ def validate_freely(
 ) -> dict[str, float]:
     """What a policy that is held to the catalog writes when it is not: eval_free/*, means over `samples`.
 
-    Sampled with transformers: an engine that is held to the catalog stays so.
+    The lists are sampled with transformers: an engine that is held to the catalog stays so.
     """
     free = replace(policy, constraint=None)
     mine = samples[parallel.dp_rank :: parallel.dp_world]

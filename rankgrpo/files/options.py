@@ -6,7 +6,7 @@ from typing import Annotated
 
 from tyro.conf import arg
 
-Set = Annotated[
+Overrides = Annotated[
     list[str],
     arg(name="set", metavar="KEY=VALUE", help="override the configuration, for example rl.lr=1e-5 sft.num_steps=200"),
 ]

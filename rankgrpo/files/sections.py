@@ -1,7 +1,7 @@
 """How a section of the configuration is checked, and what is said of a value that cannot be.
 
 `section` makes the frozen dataclasses of `config`; pydantic checks them, and what it finds is told in this project's
-words: key, what may stand there, what did. `config_file` adds the file or the override word it came from.
+words: key, what may stand there, what did. `config_file` adds the file or the override it came from.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ class Fault(NamedTuple):
     """The key it is about, then the keys it depends on, as `section.key`."""
     text: str
     is_rule: bool = False
-    """What a value of the right type broke, with a text that begins with the key; else it has the wrong type."""
+    """Whether a value of the right type broke a rule (the text then begins with the key); else its type is wrong."""
 
     def told(self, sources: Mapping[str, str]) -> str:
-        """The fault with the file or the override word that set the key, from `sources`."""
+        """The fault with the file or the override that set the key, from `sources`."""
         source = next((sources[key] for key in self.keys if sources.get(key)), "")
         if not source:
             return self.text
@@ -36,7 +36,7 @@ class Fault(NamedTuple):
 
 
 class SectionError(ConfigError):
-    """All that is wrong with one section, which nobody has asked a file or a word for yet."""
+    """All that is wrong with one section, not yet traced to the file or the override that set it."""
 
     def __init__(self, faults: list[Fault]):
         super().__init__(faults)

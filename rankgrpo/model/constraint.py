@@ -36,7 +36,7 @@ class Constraint:
     num_ranks: int
     forbid: Forbid
     max_tokens: int
-    """Of the longest list there can be, end token included: no list is cut."""
+    """Tokens of the longest list there can be, end token included: no list is cut."""
 
     def start(self, seen: Sequence[int] = ()) -> ListWalk:
         """A list before its first token, for a user who has seen these items."""

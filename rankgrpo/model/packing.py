@@ -8,7 +8,7 @@ Positions of a list continue where its prompt ends. A group of one list shares n
 sequence and costs what it costs anywhere. Nothing is padded inside a pack; only the (B, T) view of its targets is.
 
 This module only counts, orders and indexes. The attention that makes the layout exact is in `attention`, the forward
-pass over it in `logprob`.
+pass over it in `forward`.
 """
 
 # Shape letters: N packed tokens, M predicted tokens (all tokens of all lists, list by list), B lists, T longest list.

@@ -42,17 +42,17 @@ class Policy:
     allowed_V: Tensor
     """(V,) bool: ids the tokenizer knows. The others are masked in sampling and in training alike."""
     bfloat16: bool
-    """bfloat16 matrix products; parameters stay float32."""
+    """Whether matrix products are in bfloat16; parameters stay float32."""
     impl: Impl = "torch"
-    """Of the head and the loss."""
+    """Implementation of the head and the loss."""
     sharding: Sharding | None = None
-    """None: the model is whole on every process."""
+    """How the model is split among the processes; None: it is whole on every one."""
     skeleton: PreTrainedModel | None = None
-    """Of a split model and of one with adapters: the plain model with empty parameters, which sampling fills."""
+    """The plain model with empty parameters, which sampling fills; a split model has one, and a model with adapters."""
     without_adapters: bool = False
-    """Log-probs are those of the model before it was given adapters."""
+    """Whether log-probs are those of the model before it was given adapters."""
     constraint: Constraint | None = None
-    """None: any list may be written. Else lists are held to the catalog, by whoever samples from the policy, too."""
+    """What lists are held to, also by whoever samples from the policy; None: any list may be written."""
 
     @property
     def device(self) -> torch.device:

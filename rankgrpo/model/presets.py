@@ -50,7 +50,8 @@ class Preset:
 
     name: str
     origin: Literal["scratch", "package", "hub", "folder"]
-    """scratch and package: `make_init` writes a folder; hub and folder: `load_policy` opens `location`."""
+    """Where it comes from: scratch or package, of which `make_init` writes a folder; hub or folder, which `load_policy`
+    opens at `location`."""
     location: str
     """Hub id, folder or package; empty for scratch."""
     about: str

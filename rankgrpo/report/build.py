@@ -1,9 +1,9 @@
 """The report of a run: one self-contained HTML page and the PNG figures, from the files of a run folder.
 
-Works on an unfinished run: what is missing is left out and named on the page. Everything read is written as text
+It works on an incomplete run: what is missing is left out and named on the page. Everything read is written as text
 (escaped), the figures are embedded, and the page loads nothing, so it opens offline and can be sent as one file.
 
-This module reads the folder; `report_plots.py` makes the figures, `report_page.py` says what stands on the page, and
+This module reads the folder; `plots.py` makes the figures, `page.py` says what stands on the page, and
 `template.html` how it looks. None of them evaluates, trains or changes anything else in the folder.
 """
 
@@ -22,7 +22,7 @@ from rankgrpo.evaluation.evaluate import read_evaluation, read_lists
 from rankgrpo.evaluation.tables import model_label
 from rankgrpo.files.atomic import write_lines
 from rankgrpo.report.figures import Curves, RunCurves
-from rankgrpo.report.page import MODEL_ORDER, STAGES, Run, last_step, page_context
+from rankgrpo.report.page import MODEL_ORDER, STAGES, RunRecord, last_step, page_context
 from rankgrpo.report.plots import draw_plots
 from rankgrpo.runtime.tracker import read_metrics
 
@@ -48,7 +48,7 @@ def build_report(run_dir: str | Path) -> Path:
 # ---------------------------------------------------------------------------------------------------------- reading
 
 
-def read_run(run_dir: Path) -> Run:
+def read_run(run_dir: Path) -> RunRecord:
     """Read what a run folder holds; the notes name what it does not."""
     if not run_dir.is_dir():
         raise ValueError(f"{run_dir}: no such run folder")
@@ -70,7 +70,7 @@ def read_run(run_dir: Path) -> Run:
             notes.append(f"eval/{split}/{path.name} is missing, so its lists are not shown or compared.")
     notes += _progress_notes(config, sft, rl, evaluations, split)
     curves = RunCurves(sft, rl, evaluations, split)
-    return Run(run_dir.resolve().name, curves, lists, config, _read_meta(run_dir / "meta.json", notes), notes)
+    return RunRecord(run_dir.resolve().name, curves, lists, config, _read_meta(run_dir / "meta.json", notes), notes)
 
 
 def read_curves(path: Path) -> tuple[Curves, list[str]]:
@@ -153,7 +153,7 @@ def _progress_notes(config: dict, sft: Curves, rl: Curves, evaluations: dict, sp
     return notes
 
 
-def _left_out_notes(run: Run, left_out: list[str]) -> list[str]:
+def _left_out_notes(run: RunRecord, left_out: list[str]) -> list[str]:
     if not run.curves.rl:
         left_out = [text for text in left_out if "rl/metrics.jsonl" not in text or "sft/" in text]
     return [f"Figures left out: {'; '.join(left_out)}."] if left_out else []

@@ -1,6 +1,6 @@
 """A few conversations of the report, with the lists of the stages of training side by side.
 
-Chosen by a rule that cannot see which ones flatter the model. Plain values only; escaping is the template's.
+They are chosen by a rule that cannot see which ones flatter the model. Plain values only; escaping is the template's.
 """
 
 from __future__ import annotations

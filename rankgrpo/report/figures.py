@@ -4,7 +4,7 @@ A figure function takes the curves of a run and returns a matplotlib figure, or 
 it shows. Colours are the Okabe-Ito set (safe for colour-blind readers) and never the only difference between two lines.
 No pyplot, so no global state and no display.
 
-Reads and writes no files: titles, captions and output are in `report_plots.py`.
+Reads and writes no files: titles, captions and output are in `plots.py`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Curves = dict[str, tuple[np.ndarray, np.ndarray]]  # metric key -> (steps, value
 MAX_POINTS = 300  # a line of more points is averaged down to this many: the file stays small, the shape stays
 SHOWN_RANKS = (0, 4, 9, 19)  # 0-based; shown to the reader as ranks 1, 5, 10 and 20
 
-# Colours on a light page, as matplotlib writes them into an SVG; `report_plots.DARK` has their partners.
+# Colours on a light page, as matplotlib writes them into an SVG; `plots.DARK` has their partners.
 TEXT, GRID, GREY = "#1f2328", "#d8dee4", "#7a828b"
 BLUE, ORANGE, GREEN, PURPLE, SKY = "#0072b2", "#d55e00", "#009e73", "#b8609a", "#56b4e9"
 RANK_COLOURS = ("#440154", "#31688e", "#35b779", "#c9a400")  # evenly apart in lightness

@@ -66,7 +66,7 @@ GLOSSARY = (
 
 
 @dataclass(frozen=True)
-class Run:
+class RunRecord:
     """All that was found in a run folder."""
 
     name: str
@@ -88,8 +88,8 @@ class Run:
         return self.curves.evaluations.get(self.split, [])
 
 
-def page_context(run: Run, drawn: Sequence[DrawnPlot], notes: Sequence[str]) -> dict[str, Any]:
-    """The variables of `report_template.html`."""
+def page_context(run: RunRecord, drawn: Sequence[DrawnPlot], notes: Sequence[str]) -> dict[str, Any]:
+    """The variables of `template.html`."""
     pair, comparison_notes = _comparable_pair(run)
     gains = compare(run.lists[pair[0]], run.lists[pair[1]]) if pair else {}
     examples = examples_context(run.lists, pair, [name for name in STAGES if name in run.lists]) if pair else None
@@ -117,7 +117,7 @@ def page_context(run: Run, drawn: Sequence[DrawnPlot], notes: Sequence[str]) -> 
 # ---------------------------------------------------------------------------------------------------------- result
 
 
-def _comparable_pair(run: Run) -> tuple[tuple[str, str] | None, list[str]]:
+def _comparable_pair(run: RunRecord) -> tuple[tuple[str, str] | None, list[str]]:
     """The last stage of training whose lists there are, after the one before it."""
     stages = [name for name in STAGES if name in run.lists]
     if len(stages) < 2:
@@ -138,7 +138,7 @@ def _percent_interval(interval: Mapping[str, float]) -> str:
     return f"[{_percent(interval['low'])}, {_percent(interval['high'])}]"
 
 
-def _sentences(run: Run, pair: tuple[str, str] | None, gains: Mapping[str, Any]) -> list[str]:
+def _sentences(run: RunRecord, pair: tuple[str, str] | None, gains: Mapping[str, Any]) -> list[str]:
     if not run.summaries:
         return ["This run has not been evaluated yet; the curves show how far it has come."]
     if pair is None:
@@ -167,7 +167,7 @@ def _sentences(run: Run, pair: tuple[str, str] | None, gains: Mapping[str, Any])
     return [first, f"For comparison: {' and '.join(baselines)}."] if baselines else [first]
 
 
-def _tiles(run: Run, pair: tuple[str, str] | None, gains: Mapping[str, Any]) -> list[dict[str, str]]:
+def _tiles(run: RunRecord, pair: tuple[str, str] | None, gains: Mapping[str, Any]) -> list[dict[str, str]]:
     tiles = []
     stages = [summary for summary in run.summaries if summary["name"] in STAGES]
     if stages:
@@ -198,7 +198,7 @@ def _tile(label: str, value: str, detail: str) -> dict[str, str]:
     return {"label": label, "value": value, "detail": detail}
 
 
-def _bars(run: Run) -> dict[str, Any] | None:
+def _bars(run: RunRecord) -> dict[str, Any] | None:
     if not run.summaries:
         return None
     key = main_metric(run.summaries[0]["metrics"])
@@ -287,7 +287,7 @@ def _gain_table(pair: tuple[str, str], gains: Mapping[str, Any]) -> dict[str, An
 # ---------------------------------------------------------------------------------------------------------- curves
 
 
-def _plot_sections(run: Run, drawn: Sequence[DrawnPlot]) -> list[dict[str, Any]]:
+def _plot_sections(run: RunRecord, drawn: Sequence[DrawnPlot]) -> list[dict[str, Any]]:
     return [
         {
             "anchor": anchor,
@@ -300,7 +300,7 @@ def _plot_sections(run: Run, drawn: Sequence[DrawnPlot]) -> list[dict[str, Any]]
     ]
 
 
-def _cost_table(run: Run) -> dict[str, Any] | None:
+def _cost_table(run: RunRecord) -> dict[str, Any] | None:
     rows = []
     for label, curves in (("SFT", run.curves.sft), ("RL", run.curves.rl)):
         seconds = {name: _total(values) for name, (_, values) in phase_seconds(curves).items()}
@@ -321,7 +321,7 @@ def _total(values: np.ndarray) -> float:
     return float(np.nansum(values))
 
 
-def _stage_seconds(run: Run) -> dict[str, float]:
+def _stage_seconds(run: RunRecord) -> dict[str, float]:
     stages = {"SFT": run.curves.sft, "RL": run.curves.rl}
     return {label: _total(curves["time/total_s"][1]) for label, curves in stages.items() if "time/total_s" in curves}
 
@@ -337,7 +337,7 @@ def _duration(seconds: float) -> str:
 # ---------------------------------------------------------------------------------------------------------- facts
 
 
-def _subtitle(run: Run) -> str:
+def _subtitle(run: RunRecord) -> str:
     model, data = run.config.get("model", {}).get("name"), run.config.get("data", {}).get("path")
     parts = [f"Model {model}" if model else "", f"data {data}" if data else ""]
     for label, curves in (("SFT", run.curves.sft), ("RL", run.curves.rl)):
@@ -349,7 +349,7 @@ def last_step(curves: Curves) -> int:
     return max((int(steps[-1]) for steps, _ in curves.values()), default=0)
 
 
-def _facts(run: Run) -> list[dict[str, Any]]:
+def _facts(run: RunRecord) -> list[dict[str, Any]]:
     training = []
     for label, curves in (("SFT", run.curves.sft), ("RL", run.curves.rl)):
         if curves:

@@ -1,7 +1,7 @@
 """Which figures stand in a run report, what is said about them, and their files.
 
 Every figure is written as a PNG and returned as SVG for a light and a dark page. The drawing itself is in
-`report_figures.py`.
+`figures.py`.
 """
 
 from __future__ import annotations

@@ -55,7 +55,7 @@ class Answer:
 
     @cached_property
     def indices(self) -> list[int | None]:
-        """Of every line, the item of `catalog.items` that it names; None for a line that names none."""
+        """By line, the index in `catalog.items` of the item that it names; None for a line that names none."""
         return [None if item.title is None else self.catalog.lookup(item.title, item.year) for item in self.items]
 
 
@@ -164,7 +164,7 @@ def repetition(answer: Answer) -> Tensor:
 
 
 def _novelty(answer: Answer) -> Tensor:
-    """1 - log(1 + count) / log(1 + highest count); 0 for a line outside the catalog."""
+    """1 - log(1 + count) / log(1 + highest count) by line, count that of its item; 0 for one outside the catalog."""
     highest = math.log1p(_highest_popularity(answer.catalog))
     counts = [None if index is None else answer.catalog.items[index].popularity for index in answer.indices]
     return _by_rank([0.0 if count is None else 1 - math.log1p(count) / highest for count in counts], answer.num_ranks)

@@ -39,7 +39,7 @@ class Scorer:
     def open(
         cls, catalog: Catalog, rl: RlConfig, num_ranks: int, segmenter: RankSegmenter, eos_ids: Sequence[int]
     ) -> Scorer:
-        """Raises ConfigError for a part of rl.reward that cannot be computed."""
+        """Open what scoring needs. Raises ConfigError for a part of rl.reward that cannot be computed."""
         parts = load_parts("relevance", catalog) | load_parts(rl.reward, catalog)
         return cls(catalog, rl, num_ranks, segmenter, torch.tensor(eos_ids), parts)
 
@@ -53,9 +53,9 @@ class ScoredGroups:
     advantage_PGU: Tensor
     """Advantage of every rank, or one a list (last axis 1) when the unit is the token or the list."""
     units: Units
-    """Of all B lists, penalties included."""
+    """Units of all B lists, penalties included."""
     carries_gradient: list[bool]
-    """By group: has any unit of its lists an advantage?"""
+    """By group, whether any unit of its lists has an advantage."""
     denominator: float
     """What these lists add to the denominator of the step's loss, whether they carry a gradient or not."""
 
@@ -69,7 +69,7 @@ def score_groups(
 ) -> ScoredGroups:
     """Score sampled groups against their examples; adds reward/*, reward_part/* and list/* to `means`.
 
-    choices: of lists held to the catalog, what was allowed at their tokens. Forced tokens then belong to no unit,
+    choices: what was allowed at every token, where lists are held to the catalog. Forced tokens then belong to no unit,
     unless rl.count_forced.
     """
     rl = scorer.rl
@@ -136,7 +136,7 @@ def _is_choice(choices: Choices, mask_BT: Tensor) -> Tensor:
 
 
 def _denominator(units: Units, rl: RlConfig) -> float:
-    """The units' own, but for the two means that are not over units: over tokens, and over a fixed length."""
+    """The denominator of the units, but for the two means that are not over units: over tokens, over a fixed length."""
     if rl.reduction == "token":
         return int((units.unit_BT >= 0).sum())
     if rl.token_mean == "max":
@@ -145,7 +145,7 @@ def _denominator(units: Units, rl: RlConfig) -> float:
 
 
 def _returns(value: Tensor, rl: RlConfig, num_ranks: int) -> tuple[Tensor, Tensor]:
-    """From what a part gives the ranks, or whole lists, to the returns of the ranks (B, K) and of the units (B, U)."""
+    """Turn what a part gives ranks, or whole lists, into the returns of the ranks (B, K) and of the units (B, U)."""
     if value.ndim == 1:
         return value[:, None].expand(-1, num_ranks), value[:, None]
     gamma = rl.gamma if rl.returns == "exp" else None

@@ -142,7 +142,7 @@ class Sharding:
     """How a model is split among the processes."""
 
     mesh: DeviceMesh
-    """One axis: split over it. Two: copied along the first, split along the second."""
+    """With one axis the model is split over it; with two it is copied along the first and split along the second."""
     cpu_offload: bool
     parallel: Parallel
 

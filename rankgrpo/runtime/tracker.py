@@ -36,7 +36,7 @@ class MetricsLog:
         self.board = _tensorboard(path.parent / "tensorboard")
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Append the row of `step` (finished optimizer steps; 0 is the state before training)."""
+        """Append the row of `step` (optimizer steps done; 0 is the state before training)."""
         row = {"step": step, **metrics}
         self.file.write(json.dumps(row) + "\n")
         self.file.flush()

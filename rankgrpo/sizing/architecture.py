@@ -89,7 +89,7 @@ PRESETS = {
 
 
 def find_architecture(name: str, config: ModelConfig) -> Architecture:
-    """Of a preset, `tiny` with its sizes in `config`, or a folder with a config.json. ConfigError for anything else."""
+    """The sizes of a preset (of tiny those in `config`) or of a folder with a config.json; ConfigError for others."""
     if name == "tiny":
         head_dim = config.hidden // config.heads
         return Architecture(

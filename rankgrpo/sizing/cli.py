@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import Positional, arg
 
-from rankgrpo.files.options import Set
+from rankgrpo.files.options import Overrides
 
 if TYPE_CHECKING:
     from rankgrpo.sizing.plan import Rates
@@ -22,7 +22,7 @@ def plan(
     gpu_memory: Annotated[float, arg(help="GB of one GPU")] = 80.0,
     num_train: Annotated[int, arg(help="training samples; with them the hours of the whole RL run are shown")] = 0,
     config: Annotated[Path | None, arg(help="TOML file (default: the preset's)")] = None,
-    set: Set = [],  # noqa: B006
+    overrides: Overrides = [],  # noqa: B006
     rates: Annotated[
         list[str], arg(metavar="NAME=VALUE", help="assumptions behind the seconds, for example train_mfu=0.3")
     ] = [],  # noqa: B006
@@ -39,7 +39,7 @@ def plan(
     from rankgrpo.sizing.architecture import find_architecture
     from rankgrpo.sizing.plan import Machine, make_plan, render
 
-    settings = load_config(config or preset_file(model), set, model__name=model)
+    settings = load_config(config or preset_file(model), overrides, model__name=model)
     arch = find_architecture(model, settings.model)
     if num_train > 0:
         settings = with_steps(settings, num_train)

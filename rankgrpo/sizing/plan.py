@@ -26,11 +26,11 @@ TORCH_CHUNK_ELEMENTS = 2**25
 
 @dataclass(frozen=True)
 class Machine:
-    """Example: Machine(gpus=4, gpu_memory=80)"""
+    """The GPUs of a run. Example: Machine(gpus=4, gpu_memory=80)"""
 
     gpus: int
     gpu_memory: float
-    """GB (10^9 bytes) of one GPU."""
+    """Memory of one GPU in GB (10^9 bytes)."""
 
     def __post_init__(self) -> None:
         if self.gpus < 1 or self.gpu_memory <= 0:
@@ -55,9 +55,9 @@ class Rates:
     decode_efficiency: float = 0.5
     """Share of the bandwidth that decoding reaches."""
     decode_overhead_ms: float = 4.0
-    """Of one decoding step, beside reading weights and cache."""
+    """Milliseconds of one decoding step beside reading weights and cache."""
     sync_gbs: float = 50
-    """At which weights reach the sampler."""
+    """Rate at which weights reach the sampler."""
 
     def __post_init__(self) -> None:
         for f in fields(self):
@@ -235,7 +235,7 @@ def engine_bytes(arch: Architecture, config: Config, gpus: int) -> dict[str, flo
 
 
 def group_forward_flops(arch: Architecture, prompt: float, length: float, group_size: int) -> float:
-    """Of one group with the prompt once: matrix products of the blocks, attention, and the head on the lists."""
+    """Operations of one group, its prompt once: matrix products of the blocks, attention, and the head on the lists."""
     tokens = prompt + group_size * length
     pairs = prompt**2 / 2 + group_size * (length * prompt + length**2 / 2)
     attention = 4 * arch.query_size * arch.layers * pairs

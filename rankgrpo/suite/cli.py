@@ -7,7 +7,7 @@ from typing import Annotated
 
 from tyro.conf import Positional, arg
 
-from rankgrpo.files.options import Set
+from rankgrpo.files.options import Overrides
 
 
 def experiments(
@@ -24,7 +24,7 @@ def experiments(
     out: Annotated[Path | None, arg(help="folder of the page and the results (default: experiments)")] = None,
     page: Annotated[bool, arg(help="run nothing: only the tables and plots, from what there is")] = False,
     plan: Annotated[bool, arg(help="run nothing: list the runs, what is missing and the command of each")] = False,
-    set: Set = [],  # noqa: B006
+    overrides: Overrides = [],  # noqa: B006
 ) -> None:
     """Run what is missing of a suite of experiments and rebuild its tables and plots. Interrupt it at any time.
 
@@ -35,7 +35,7 @@ def experiments(
     """
     from rankgrpo.suite.command import list_suite, open_suite, rebuild_page, run_suite
 
-    opened = open_suite(suite, data=data, sft=sft, runs_dir=runs_dir, out=out, words=set)
+    opened = open_suite(suite, data=data, sft=sft, runs_dir=runs_dir, out=out, overrides=overrides)
     if plan:
         print(list_suite(opened, only, seeds))
     elif page:

@@ -10,9 +10,9 @@ import torch
 
 from rankgrpo.errors import ConfigError
 from rankgrpo.suite.page import build_page
-from rankgrpo.suite.plan import Run, choose_runs, plan_runs
 from rankgrpo.suite.results import collect_results, read_results, write_results
 from rankgrpo.suite.runner import run_missing
+from rankgrpo.suite.runs import PlannedRun, choose_runs, plan_runs
 from rankgrpo.suite.spec import Suite, read_suite, suite_path
 
 
@@ -20,7 +20,7 @@ from rankgrpo.suite.spec import Suite, read_suite, suite_path
 class OpenSuite:
     suite: Suite
     data_name: str
-    runs: list[Run]
+    runs: list[PlannedRun]
     out: Path
 
     @property
@@ -35,10 +35,10 @@ def open_suite(
     sft: str | None = None,
     runs_dir: Path | None = None,
     out: Path | None = None,
-    words: list[str] | None = None,
+    overrides: list[str] | None = None,
 ) -> OpenSuite:
     """Read a suite and plan its runs. Raises ConfigError for whatever cannot be run, before anything runs."""
-    suite = read_suite(suite_path(name), words=words)
+    suite = read_suite(suite_path(name), overrides=overrides)
     data = data or suite.data
     if data != "demo" and not Path(data).is_dir():
         raise ConfigError(f"{data}: no such folder; --data takes a data set (`rankgrpo data check`), or demo")
@@ -73,7 +73,7 @@ def run_suite(
 
 
 def rebuild_page(opened: OpenSuite) -> Path:
-    """Write results.json from the finished runs, then the page and the figures of all results; returns the page."""
+    """Write results.json from the complete runs, then the page and the figures of all results; returns the page."""
     path = opened.results_path
     earlier = read_results(path) if path.is_file() else None
     results = collect_results(opened.suite, opened.runs, opened.data_name, earlier)
@@ -85,5 +85,5 @@ def rebuild_page(opened: OpenSuite) -> Path:
 def list_suite(opened: OpenSuite, only: list[str], num_seeds: int | None) -> str:
     """Every run with its state and its command, and what is left."""
     runs = choose_runs(opened.suite, opened.runs, only, num_seeds)
-    lines = [f"{'finished' if run.is_finished else 'missing ':8}  {run.shell_command}" for run in runs]
-    return "\n".join([*lines, f"{sum(not run.is_finished for run in runs)} of {len(runs)} runs are missing"])
+    lines = [f"{'finished' if run.is_done else 'missing ':8}  {run.shell_command}" for run in runs]
+    return "\n".join([*lines, f"{sum(not run.is_done for run in runs)} of {len(runs)} runs are missing"])

@@ -41,7 +41,7 @@ class SuiteFigure:
     title: str
     caption: str
     draw: Callable[[Board, Sequence[str]], Figure | None]
-    """From the board and the names of the rows that all are compared with."""
+    """Draws the figure from the board and the names of the rows that all are compared with."""
 
 
 def draw_figures(board: Board, against: Sequence[str], folder: Path, prefix: str) -> list[tuple[SuiteFigure, Path]]:
@@ -230,7 +230,7 @@ def learning_curves(board: Board, against: Sequence[str]) -> Figure | None:
 
 
 def _rl_only(board: Board, names: Sequence[str]) -> list[str]:
-    """A warm start's curve has other steps on its axis."""
+    """The names without warm starts, whose curves have other steps on their axis."""
     return [row["name"] for row in trained_rows(board) if row["name"] in names]
 
 
@@ -294,7 +294,7 @@ def union_recall(board: Board, against: Sequence[str]) -> Figure | None:
 
 
 def union_gain(board: Board, against: Sequence[str]) -> Figure | None:
-    """The same, less the first row that all are compared with."""
+    """Recall of the union of lists, less that of the first row that all are compared with."""
     if not against:
         return None
 
@@ -308,7 +308,7 @@ def union_gain(board: Board, against: Sequence[str]) -> Figure | None:
 
 
 def _union(board: Board, row: Result) -> tuple[tuple[int, ...], tuple[float, ...]] | None:
-    """Sizes of the union and its Recall."""
+    """Sizes of the union and its Recall at each; None where fewer than two are known."""
     prefix = f"recall@{board['num_ranks']}_of_"
     union = row.get("union", {})
     points = [(int(key.removeprefix(prefix)), union[key]["mean"]) for key in union if key.startswith(prefix)]

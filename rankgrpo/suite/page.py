@@ -296,18 +296,18 @@ def recipes_table(board: Board, command: str) -> list[str]:
     lines = []
     for row in board["rows"]:
         if "recipe" in row:
-            words = " ".join(f"`{word}`" for word in _own_words(row, board))
+            overrides = " ".join(f"`{override}`" for override in _own_overrides(row, board))
             method = f"`{row['recipe']['method']}`" if row["recipe"]["method"] else ""
-            lines.append([row["label"], row["about"], method, words, f"`{command} ONLY={row['name']}`"])
-    shared = " ".join(f"`{word}`" for word in _shared_words(board))
+            lines.append([row["label"], row["about"], method, overrides, f"`{command} ONLY={row['name']}`"])
+    shared = " ".join(f"`{override}`" for override in _shared_overrides(board))
     return [*([f"Every row: {shared}", ""] if shared else []), *_table(["", "", "method", "set", "command"], lines)]
 
 
-def _shared_words(board: Board) -> list[str]:
+def _shared_overrides(board: Board) -> list[str]:
     sets = [row["recipe"]["set"] for row in board["rows"] if "recipe" in row]
-    return [word for word in sets[0] if all(word in other for other in sets)] if sets else []
+    return [override for override in sets[0] if all(override in other for other in sets)] if sets else []
 
 
-def _own_words(row: Result, board: Board) -> list[str]:
-    shared = _shared_words(board)
-    return [word for word in row["recipe"]["set"] if word not in shared]
+def _own_overrides(row: Result, board: Board) -> list[str]:
+    shared = _shared_overrides(board)
+    return [override for override in row["recipe"]["set"] if override not in shared]

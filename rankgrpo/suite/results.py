@@ -1,4 +1,4 @@
-"""What the finished runs of a suite are worth, as one compact JSON without any text of the data.
+"""What the complete runs of a suite are worth, as one compact JSON without any text of the data.
 
 Everything the page and the figures show is in it, so both can be made again without the runs. A row is the mean over
 its seeds: every conversation's scores are averaged over the seeds first, and the bootstrap resamples conversations, so
@@ -27,7 +27,7 @@ from rankgrpo.files.atomic import write_lines
 from rankgrpo.metrics import paired_bootstrap
 from rankgrpo.report.build import read_curves
 from rankgrpo.report.figures import Curves, curve_matrix, rank_keys, thin
-from rankgrpo.suite.plan import Run, machine_of
+from rankgrpo.suite.runs import PlannedRun, machine_of
 from rankgrpo.suite.spec import BASELINE_ROWS, NO_START, OWN_START, Row, Suite, row_config
 
 FORMAT = 1
@@ -40,18 +40,18 @@ TRAINING_CURVES = (
 
 
 def collect_results(
-    suite: Suite, runs: Sequence[Run], data_name: str, earlier: dict[str, Any] | None
+    suite: Suite, runs: Sequence[PlannedRun], data_name: str, earlier: dict[str, Any] | None
 ) -> dict[str, Any]:
-    """Results of the finished runs, and the rows of `earlier` that the suite still has unchanged.
+    """Results of the complete runs, and the rows of `earlier` that the suite still has unchanged.
 
-    Of a row that is in both, the one with more seeds counts, and of equally many the finished runs. Raises ValueError
+    Of a row that is in both, the one with more seeds counts, and of equally many the complete runs. Raises ValueError
     for runs that were evaluated on different conversations.
     """
     boards = {}
     for model in suite.models:
         old = earlier["boards"].get(model) if earlier else None
         old = old or {"rows": []}
-        board = _Board(suite, model, [run for run in runs if run.model == model and run.is_finished])
+        board = _Board(suite, model, [run for run in runs if run.model == model and run.is_done])
         boards[model] = {**old, **board.facts, "rows": _with_earlier(board.results(), suite, old["rows"], model)}
     return {
         "format": FORMAT,
@@ -90,15 +90,15 @@ def recipe(row: Row, model: str) -> dict[str, Any]:
         "stage": row.stage,
         "start": row.start,
         "method": row.method,
-        "set": list(row.words_for(model)),
+        "set": list(row.overrides_for(model)),
         "config": own_keys(row_config(row, model, data="", seed=0)),
     }
 
 
 class _Board:
-    """The finished runs of one model, with their scores by conversation."""
+    """The complete runs of one model, with their scores by conversation."""
 
-    def __init__(self, suite: Suite, model: str, runs: Sequence[Run]):
+    def __init__(self, suite: Suite, model: str, runs: Sequence[PlannedRun]):
         self.suite, self.model = suite, model
         self.runs = {row.name: [run for run in runs if run.row.name == row.name] for row in suite.rows}
         self.runs = {name: found for name, found in self.runs.items() if found}
@@ -114,7 +114,7 @@ class _Board:
                 self._add(name, [(source, name)])
         self.facts = self._facts(runs)
 
-    def _add(self, name: str, sources: list[tuple[Run, str]]) -> None:
+    def _add(self, name: str, sources: list[tuple[PlannedRun, str]]) -> None:
         evaluations = [_read_scores(run.evaluation(stage).with_suffix(".lists.jsonl")) for run, stage in sources]
         self.scores[name] = mean_evaluation(evaluations)
         self.by_seed[name] = {
@@ -125,7 +125,7 @@ class _Board:
         if described:
             self.unions[name] = mean_diversity(described)
 
-    def _facts(self, runs: Sequence[Run]) -> dict[str, Any]:
+    def _facts(self, runs: Sequence[PlannedRun]) -> dict[str, Any]:
         if not runs:
             return {}
         sizes = {len(evaluation.sample_ids) for evaluation in self.scores.values()}
@@ -205,7 +205,7 @@ def _read_scores(path: Path) -> Evaluation:
 
 
 def mean_diversity(found: Sequence[Diversity]) -> Diversity:
-    """The same for what the union of lists finds."""
+    """`mean_evaluation` for what the union of lists finds."""
     first = found[0]
     if any(one.sample_ids != first.sample_ids or one.num_lists != first.num_lists for one in found):
         raise ValueError("the seeds of a row have lists of different conversations, or different numbers of them")
@@ -221,12 +221,12 @@ def mean_diversity(found: Sequence[Diversity]) -> Diversity:
 # ---------------------------------------------------------------------------------------------------------- cost
 
 
-def _read_run_curves(run: Run) -> Curves:
+def _read_run_curves(run: PlannedRun) -> Curves:
     path = run.folder / ("sft" if run.row.stage == "sft" else "rl") / "metrics.jsonl"
     return read_curves(path)[0] if path.is_file() else {}
 
 
-def _cost(runs: Sequence[Run]) -> dict[str, Any]:
+def _cost(runs: Sequence[PlannedRun]) -> dict[str, Any]:
     """Means over the seeds: hours and tokens of the training that the row itself did, and the steps kept."""
     curves = [_read_run_curves(run) for run in runs]
     curves = [one for one in curves if "time/total_s" in one]
@@ -249,7 +249,7 @@ def _cost(runs: Sequence[Run]) -> dict[str, Any]:
     }
 
 
-def _curves(runs: Sequence[Run]) -> dict[str, Any]:
+def _curves(runs: Sequence[PlannedRun]) -> dict[str, Any]:
     """metric -> [steps, values], means over the seeds at the steps that all have; rewards by rank as one matrix."""
     found = [_read_run_curves(run) for run in runs]
     curves: dict[str, Any] = {}
@@ -277,7 +277,7 @@ def mean_curve(curves: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndar
 
 
 def write_results(path: Path, results: dict[str, Any]) -> None:
-    """One row of a board a line: a changed row is a changed line."""
+    """Write results.json with one row of a board a line: a changed row is a changed line."""
     boards = results["boards"]
     lines = ["{"]
     lines += [f" {json.dumps(key)}: {json.dumps(value)}," for key, value in results.items() if key != "boards"]
@@ -293,7 +293,7 @@ def write_results(path: Path, results: dict[str, Any]) -> None:
 
 
 def read_results(path: Path) -> dict[str, Any]:
-    """Raises ValueError naming the file when it is no result of a suite."""
+    """Read a results.json. Raises ValueError naming the file when it is no result of a suite."""
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:

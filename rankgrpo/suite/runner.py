@@ -21,7 +21,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from rankgrpo.files.atomic import is_busy
-from rankgrpo.suite.plan import Run, share_evaluations, steps_done
+from rankgrpo.suite.runs import PlannedRun, share_evaluations, steps_done
 
 POLL_SECONDS, SHOW_SECONDS = 0.5, 10.0
 GRACE_SECONDS = 60  # for a process to end after it was asked to
@@ -29,23 +29,25 @@ GRACE_SECONDS = 60  # for a process to end after it was asked to
 
 @dataclass
 class Outcome:
-    finished: list[Run] = field(default_factory=list)
+    done: list[PlannedRun] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)
     """Title of a run -> the end of what it printed."""
     stopped: bool = False
-    """Time ran out before everything had run."""
+    """Whether time ran out before everything had run."""
 
 
-def run_missing(runs: list[Run], *, num_jobs: int, num_processes: int, max_minutes: float | None = None) -> Outcome:
-    """Run every unfinished run, at most `num_jobs` at once with `num_processes` processes each, and wait for those that
+def run_missing(
+    runs: list[PlannedRun], *, num_jobs: int, num_processes: int, max_minutes: float | None = None
+) -> Outcome:
+    """Run every incomplete run, at most `num_jobs` at once with `num_processes` processes each, and wait for those that
     are at work elsewhere.
 
     After `max_minutes`, and when this process is interrupted or terminated, those that run are stopped: they lose the
     steps since their last checkpoint.
     """
     deadline = time.monotonic() + 60 * max_minutes if max_minutes is not None else None
-    waiting = [run for run in runs if not run.is_finished]
-    active: dict[str, tuple[Run, subprocess.Popen]] = {}
+    waiting = [run for run in runs if not run.is_done]
+    active: dict[str, tuple[PlannedRun, subprocess.Popen]] = {}
     outcome, shown = Outcome(), time.monotonic()
     done = len(runs) - len(waiting)
     with (
@@ -57,8 +59,8 @@ def run_missing(runs: list[Run], *, num_jobs: int, num_processes: int, max_minut
                 if deadline is not None and time.monotonic() > deadline:
                     outcome.stopped = True
                     break
-                _drop_finished(waiting, bar)
-                ready = [run for run in waiting if run.start is None or run.start.is_finished]
+                _drop_done(waiting, bar)
+                ready = [run for run in waiting if run.start is None or run.start.is_done]
                 for run in ready:
                     if len(active) == num_jobs:
                         break
@@ -86,7 +88,7 @@ def run_missing(runs: list[Run], *, num_jobs: int, num_processes: int, max_minut
     return outcome
 
 
-def start_process(run: Run, at_once: int, num_processes: int) -> subprocess.Popen:
+def start_process(run: PlannedRun, at_once: int, num_processes: int) -> subprocess.Popen:
     """Begin or continue the run in processes of its own, beside `at_once` - 1 others."""
     run.folder.mkdir(parents=True, exist_ok=True)
     share_evaluations(run)
@@ -130,16 +132,16 @@ def _launcher(num_processes: int) -> list[str]:
     return [sys.executable, *torchrun, "-m", "rankgrpo"]
 
 
-def _drop_finished(waiting: list[Run], bar: tqdm) -> None:
-    """What another command has finished meanwhile."""
-    for run in [run for run in waiting if run.is_finished]:
+def _drop_done(waiting: list[PlannedRun], bar: tqdm) -> None:
+    """Drop what another command has completed meanwhile."""
+    for run in [run for run in waiting if run.is_done]:
         waiting.remove(run)
         bar.write(f"> {run.title}: finished elsewhere")
         bar.update()
 
 
-def _drop_hopeless(waiting: list[Run], outcome: Outcome, bar: tqdm) -> None:
-    """A run whose warm start failed cannot run."""
+def _drop_hopeless(waiting: list[PlannedRun], outcome: Outcome, bar: tqdm) -> None:
+    """Drop the runs whose warm start failed, which cannot run."""
     for run in list(waiting):
         if run.start is not None and run.start.title in outcome.failed:
             waiting.remove(run)
@@ -147,9 +149,9 @@ def _drop_hopeless(waiting: list[Run], outcome: Outcome, bar: tqdm) -> None:
             bar.update()
 
 
-def _note_end(run: Run, code: int, outcome: Outcome, bar: tqdm) -> None:
-    if code == 0 and run.is_finished:
-        outcome.finished.append(run)
+def _note_end(run: PlannedRun, code: int, outcome: Outcome, bar: tqdm) -> None:
+    if code == 0 and run.is_done:
+        outcome.done.append(run)
         bar.write(f"> {run.title}: finished")
     else:
         outcome.failed[run.title] = f"exit status {code}; {run.folder / 'log.txt'} ends with\n{tail(run.folder)}"

@@ -54,14 +54,14 @@ class Row:
     """Row of stage sft that reinforcement learning starts from."""
     method: str | None = None
     group: str = ""
-    words: tuple[str, ...] = ()
-    """Overrides as `section.key=value`, the suite's first."""
-    model_words: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """Further overrides with one model; the command line's are the last of each."""
+    overrides: tuple[str, ...] = ()
+    """`section.key=value` of every model, the suite's first and the command line's last."""
+    model_overrides: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Further ones by model, again with the command line's last."""
     seeds: tuple[int, ...] = ()
 
-    def words_for(self, model: str) -> tuple[str, ...]:
-        return (*self.words, *self.model_words.get(model, ()))
+    def overrides_for(self, model: str) -> tuple[str, ...]:
+        return (*self.overrides, *self.model_overrides.get(model, ()))
 
 
 @dataclass(frozen=True)
@@ -127,16 +127,16 @@ def suite_path(name: str) -> Path:
     return folder / f"{name}.toml"
 
 
-def read_suite(path: Path, *, words: list[str] | None = None) -> Suite:
-    """Read a suite; `words` are overrides of every row that win over the file's.
+def read_suite(path: Path, *, overrides: list[str] | None = None) -> Suite:
+    """Read a suite; `overrides` (section.key=value) hold for every row and win over the file's.
 
     Raises ConfigError naming file, row and key for whatever no run could be made of.
     """
     raw = read_toml(path, what="suite")
     _check_keys(raw, _SUITE_KEYS, str(path), required=("title", "models", "seeds", "rows"))
-    shared = _words(raw.get("set", {}))
+    shared = _as_overrides(raw.get("set", {}))
     rows = tuple(
-        _read_row(row, place, path, shared, list(words or []), tuple(raw["seeds"]))
+        _read_row(row, place, path, shared, list(overrides or []), tuple(raw["seeds"]))
         for place, row in enumerate(raw["rows"])
     )
     suite = Suite(
@@ -160,9 +160,9 @@ def read_suite(path: Path, *, words: list[str] | None = None) -> Suite:
 
 def row_config(row: Row, model: str, data: str, seed: int, *, where: str = "") -> Config:
     """The configuration of a row's run; steps that follow from epochs are still 0."""
-    words = [*row.words_for(model), f"seed={seed}"]
+    overrides = [*row.overrides_for(model), f"seed={seed}"]
     try:
-        return load_config(preset_file(model), words, method=row.method, model__name=model, data__path=data)
+        return load_config(preset_file(model), overrides, method=row.method, model__name=model, data__path=data)
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}" if where else str(error)) from None
 
@@ -181,7 +181,7 @@ def _check_keys(raw: Any, known: Mapping[str, type], where: str, required: tuple
             raise ConfigError(f"{where}: seeds must be whole numbers, got {value!r}")
 
 
-def _read_row(raw: Any, place: int, path: Path, shared: list[str], words: list[str], seeds: tuple[int, ...]) -> Row:
+def _read_row(raw: Any, place: int, path: Path, shared: list[str], overrides: list[str], seeds: tuple[int, ...]) -> Row:
     where = f"{path}: row {raw.get('name', place + 1) if isinstance(raw, dict) else place + 1}"
     _check_keys(raw, _ROW_KEYS, where, required=("name",))
     if raw.get("stage", "rl") not in ("rl", "sft"):
@@ -194,21 +194,23 @@ def _read_row(raw: Any, place: int, path: Path, shared: list[str], words: list[s
         start=raw.get("start", ""),
         method=raw.get("method"),
         group=raw.get("group", ""),
-        words=(*shared, *_words(raw.get("set", {})), *words),
-        model_words={model: (*_words(table), *words) for model, table in raw.get("model_set", {}).items()},
+        overrides=(*shared, *_as_overrides(raw.get("set", {})), *overrides),
+        model_overrides={
+            model: (*_as_overrides(table), *overrides) for model, table in raw.get("model_set", {}).items()
+        },
         seeds=tuple(raw.get("seeds", ())) or (seeds if raw.get("stage", "rl") == "rl" else seeds[:1]),
     )
 
 
-def _words(table: Mapping[str, Any], prefix: str = "") -> list[str]:
+def _as_overrides(table: Mapping[str, Any], prefix: str = "") -> list[str]:
     """{"rl": {"lr": 1e-4}} and {"rl.lr": 1e-4} alike as ["rl.lr=0.0001"]."""
-    words = []
+    overrides = []
     for key, value in table.items():
         if isinstance(value, dict):
-            words += _words(value, f"{prefix}{key}.")
+            overrides += _as_overrides(value, f"{prefix}{key}.")
         else:
-            words.append(f"{prefix}{key}={value if isinstance(value, str) else json.dumps(value)}")
-    return words
+            overrides.append(f"{prefix}{key}={value if isinstance(value, str) else json.dumps(value)}")
+    return overrides
 
 
 def _with_starts(rows: tuple[Row, ...], path: Path) -> tuple[Row, ...]:
@@ -233,7 +235,7 @@ def _check_names(suite: Suite, path: Path) -> None:
             f"{path}: two rows are named {twice[0]!r} (before, popularity and ease are always there, and start is "
             f"a word of its own)"
         )
-    named = [*suite.paper, *(model for row in suite.rows for model in row.model_words)]
+    named = [*suite.paper, *(model for row in suite.rows for model in row.model_overrides)]
     if unknown := [model for model in named if model not in suite.models]:
         raise ConfigError(f"{path}: no such model {unknown[0]!r} in it; models are {', '.join(suite.models)}")
     for key in ("against", "against_union", "ablation"):

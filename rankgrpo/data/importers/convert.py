@@ -37,9 +37,9 @@ class ImportOptions:
     catalog: Path | None = None
     """Catalog file; else the source's own, else every film of the ground truth."""
     columns: Mapping[str, str] = field(default_factory=dict)
-    """Of tables: our field -> their column."""
+    """Columns of a table: our field -> theirs."""
     groundtruth: Choice = "accepted"
-    """Of ReDial: which of the recommender's films count."""
+    """Which of the recommender's films are ground truth in ReDial."""
     validation_frac: float = 0.1
     """Share of the training conversations that become a missing validation split."""
     test_frac: float = 0.1
@@ -74,7 +74,7 @@ def import_dataset(source: Path, out: Path, options: ImportOptions) -> tuple[str
 
 
 def parse_columns(words: Sequence[str]) -> dict[str, str]:
-    """{"conversation": "dialog"} from ["conversation=dialog"]."""
+    """The columns written as OURS=THEIRS: {"conversation": "dialog"} from ["conversation=dialog"]."""
     columns = {}
     for word in words:
         name, separator, column = word.partition("=")

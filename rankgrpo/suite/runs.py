@@ -1,7 +1,7 @@
 """From a suite to runs: their folders, their commands, and which of them are missing.
 
 A run belongs to a row, a model and a seed, and is one `rankgrpo run` command in a folder of its own; what it is worth
-is in that folder once it has finished. Nothing is run here.
+is in that folder once it is done. Nothing is run here.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from rankgrpo.suite.spec import NO_START, Row, Suite, row_config
 
 
 @dataclass(frozen=True)
-class Run:
+class PlannedRun:
     """One row of a suite with one model and one seed."""
 
     row: Row
@@ -32,7 +32,7 @@ class Run:
     data: str
     folder: Path
     config: Config
-    start: Run | None = None
+    start: PlannedRun | None = None
     """The run whose warm start it continues."""
     from_model: str | None = None
     """Model given in place of a warm start that is trained here."""
@@ -53,12 +53,12 @@ class Run:
 
     @property
     def command(self) -> list[str]:
-        """Words after `rankgrpo`."""
-        words = ["run", "--model", self.model, "--data", self.data, "--run-dir", str(self.folder)]
-        words += ["--method", self.row.method] if self.row.method else []
-        words += ["--from-model", self.source] if self.source else []
-        words += ["--until", "sft"] if self.row.stage == "sft" else []
-        return [*words, "--set", *self.row.words_for(self.model), f"seed={self.seed}"]
+        """What follows `rankgrpo` on the command line."""
+        arguments = ["run", "--model", self.model, "--data", self.data, "--run-dir", str(self.folder)]
+        arguments += ["--method", self.row.method] if self.row.method else []
+        arguments += ["--from-model", self.source] if self.source else []
+        arguments += ["--until", "sft"] if self.row.stage == "sft" else []
+        return [*arguments, "--set", *self.row.overrides_for(self.model), f"seed={self.seed}"]
 
     @property
     def shell_command(self) -> str:
@@ -76,11 +76,11 @@ class Run:
         return diversity_path(self.folder, self.config.eval.split, name or self.stage)
 
     @property
-    def is_finished(self) -> bool:
+    def is_done(self) -> bool:
         return self.evaluation().is_file() and (self.config.eval.lists == 1 or self.diversity().is_file())
 
 
-def plan_runs(suite: Suite, data: str, runs_dir: Path, *, sft: str | None = None) -> list[Run]:
+def plan_runs(suite: Suite, data: str, runs_dir: Path, *, sft: str | None = None) -> list[PlannedRun]:
     """All runs of the suite in the order they are run: seed by seed, each seed in the order of the rows.
 
     sft: model that stands in for the first warm start. Raises ModelError for an unknown model, and ConfigError for a
@@ -93,12 +93,12 @@ def plan_runs(suite: Suite, data: str, runs_dir: Path, *, sft: str | None = None
         resolve_model(sft)
         if first_sft is None:
             raise ConfigError(f'suite {suite.name} has no row with stage = "sft" that {sft} could stand for')
-    runs: dict[tuple[str, str, int], Run] = {}
+    runs: dict[tuple[str, str, int], PlannedRun] = {}
     for model in suite.models:
         for row in sorted(suite.rows, key=lambda row: row.stage != "sft"):
             for seed in row.seeds:
                 start = None if row.start == NO_START else suite.row(row.start)
-                runs[model, row.name, seed] = Run(
+                runs[model, row.name, seed] = PlannedRun(
                     row, model, seed, data,
                     folder=runs_dir / Path(model).name / f"{row.name}-seed{seed}",
                     config=row_config(row, model, data, seed),
@@ -114,7 +114,7 @@ def plan_runs(suite: Suite, data: str, runs_dir: Path, *, sft: str | None = None
     return planned
 
 
-def choose_runs(suite: Suite, runs: list[Run], only: list[str], num_seeds: int | None) -> list[Run]:
+def choose_runs(suite: Suite, runs: list[PlannedRun], only: list[str], num_seeds: int | None) -> list[PlannedRun]:
     """The runs of the rows `only` (default: all) with so many of their seeds, and the warm starts they need.
 
     Raises ConfigError for an unknown row, and for less than one seed.
@@ -127,7 +127,7 @@ def choose_runs(suite: Suite, runs: list[Run], only: list[str], num_seeds: int |
     return [run for run in runs if run in chosen or run in needed]
 
 
-def check_folder(run: Run) -> None:
+def check_folder(run: PlannedRun) -> None:
     """Raise ConfigError when the run's folder holds a run of another configuration, or from another model."""
     saved = run.folder / "config.toml"
     if not saved.is_file():
@@ -145,7 +145,7 @@ def check_folder(run: Run) -> None:
         )
 
 
-def _saved_source(run: Run) -> str | None:
+def _saved_source(run: PlannedRun) -> str | None:
     """The model that the run in the folder was started from."""
     machine = machine_of(run)
     if "from_model" in machine:
@@ -154,7 +154,7 @@ def _saved_source(run: Run) -> str | None:
     return json.loads(started.read_text(encoding="utf-8"))["from_model"] if started.is_file() else None
 
 
-def share_evaluations(run: Run) -> None:
+def share_evaluations(run: PlannedRun) -> None:
     """Link the scores of the warm start and of the baselines into `run`, so that they are not computed again."""
     if run.start is None:
         return
@@ -168,14 +168,14 @@ def share_evaluations(run: Run) -> None:
                     link.symlink_to(os.path.relpath(file, link.parent))
 
 
-def steps_done(run: Run) -> int:
-    """Finished steps of the stage that the run trains."""
+def steps_done(run: PlannedRun) -> int:
+    """Optimizer steps done in the stage that the run trains."""
     metrics = run.folder / ("sft" if run.row.stage == "sft" else "rl") / "metrics.jsonl"
     rows = read_metrics(metrics)[0] if metrics.is_file() else []
     return rows[-1]["step"] if rows else 0
 
 
-def machine_of(run: Run) -> dict:
+def machine_of(run: PlannedRun) -> dict:
     """meta.json of the run's folder; {} without one."""
     path = run.folder / "meta.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
