@@ -12,13 +12,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from tiny_world import tiny_dataset
+from tiny_world import ALONE, tiny_config, tiny_dataset
 
+import rankgrpo.sampler.choose as choose
 from rankgrpo.errors import SamplingError
 from rankgrpo.model.constraint import open_constraint
+from rankgrpo.model.policy import Policy
 from rankgrpo.model.tiny import train_tokenizer
 from rankgrpo.sampler.base import Rollout
-from rankgrpo.sampler.choose import same_lists
 from rankgrpo.sampler.vllm_trie import (
     RowLists,
     SlotLists,
@@ -279,13 +280,34 @@ def test_seen_items():
 def test_engines_are_shared_by_equal_catalogs_alone():
     catalog = tiny_dataset().catalog
     again = open_constraint(catalog, tokenizer(), num_ranks=NUM_RANKS, forbid="repeats+seen")
-    assert again is not constraint() and same_lists(again, constraint())
-    assert same_lists(None, None) and not same_lists(None, again) and not same_lists(again, None)
-    assert not same_lists(again, constraint("repeats"))
+    assert again is not constraint() and choose.same_lists(again, constraint())
+    assert choose.same_lists(None, None) and not choose.same_lists(None, again) and not choose.same_lists(again, None)
+    assert not choose.same_lists(again, constraint("repeats"))
     longer = open_constraint(catalog, tokenizer(), num_ranks=NUM_RANKS + 1, forbid="repeats+seen")
-    assert not same_lists(again, longer)
+    assert not choose.same_lists(again, longer)
     other = type(catalog)(catalog.items[:-1])
-    assert not same_lists(again, open_constraint(other, tokenizer(), num_ranks=NUM_RANKS, forbid="repeats+seen"))
+    assert not choose.same_lists(again, open_constraint(other, tokenizer(), num_ranks=NUM_RANKS, forbid="repeats+seen"))
+
+
+def test_an_engine_is_opened_for_a_constraint_and_holds_its_longest_list(monkeypatch):
+    made = []
+
+    def engine(model, tokenizer, config, parallel, **options):
+        made.append((config.max_tokens, options["constraint"]))
+        return object()
+
+    monkeypatch.setattr(choose, "VLLMSampler", engine)
+    monkeypatch.setattr(choose, "_engines", [])
+    model = SimpleNamespace(config=SimpleNamespace(to_dict=dict))
+    again = open_constraint(tiny_dataset().catalog, tokenizer(), num_ranks=NUM_RANKS, forbid="repeats+seen")
+    config = tiny_config("rl.sampler=vllm", "data.max_prompt_tokens=100")
+    held, free, same, other = (
+        choose.open_sampler(Policy(model, None, torch.ones(4).bool(), False, constraint=which), config, ALONE)
+        for which in (constraint(), None, again, constraint("repeats"))
+    )
+    assert held is same and held is not free and other not in (held, free)
+    longest = 100 + constraint().max_tokens
+    assert made == [(longest, constraint()), (100 + config.rl.max_new_tokens, None), (longest, constraint("repeats"))]
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ samples from, and reports as log-probs, is the policy's distribution over allowe
 vLLM has two model runners whose processors have nothing in common but the name. `RowLists` is one for V1 (CPUs, and
 GPUs without Triton), `SlotLists` one for V2 (GPUs). They are plain classes with the methods that vLLM calls;
 `processor_class` puts the one that is needed on vLLM's own base class. The trie reaches it as an attribute of that
-class and not by name through a registry: the engine lives in this process, nothing is pickled, and two engines can not
+class and not by name through a registry: the engine lives in this process, nothing is pickled, and two engines cannot
 take each other's catalog. What differs between requests, the items that a user has seen, travels in
 SamplingParams.extra_args.
 """

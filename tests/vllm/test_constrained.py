@@ -2,9 +2,11 @@
 
 import copy
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from processes import finish, launch
 from tiny_world import tiny_dataset
 from world import engine, make_model, prompts_of
 
@@ -210,3 +212,10 @@ def test_a_catalog_written_with_banned_ids_is_refused(world):
     allowed_V[policy.constraint.trie.line_ids(0, 0)[0]] = False
     with pytest.raises(SamplingError, match="lines need ids that are masked"):
         vllm_trie.check_ids(policy.constraint, allowed_V)
+
+
+def test_processes_that_share_an_engine():
+    """Every process draws all lists of both, so what was seen has to reach both."""
+    said = finish(launch(str(Path(__file__).parent / "shared_engine.py"), num_processes=2), timeout_s=300)
+    assert "process 0: 2 groups as the trainer has them" in said
+    assert "process 1: 1 groups as the trainer has them" in said
