@@ -8,7 +8,7 @@ gradients. As a slice spans all rows, each row of the weight gradient is one pro
 
 Rows whose upstream gradient is exactly zero are dropped before the backward pass (which waits for the device once, to
 learn how many are left). Tile shapes depend on the dtype alone and nothing is added by atomics: on one machine equal
-inputs give bitwise equal results. Float64, and a gradient through the entropy, are the plain implementation's job.
+inputs give bitwise equal results. Float64 is the plain implementation's job.
 """
 
 # Shape letters: N tokens, L of them with a gradient, V vocabulary, W slice of it, D hidden, S parts of the vocabulary.
@@ -38,8 +38,7 @@ def fused_token_logprobs(
     *,
     temperature: float = 1.0,
     allowed_V: Tensor | None = None,
-    entropy: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor:
     """log softmax(weight hidden / temperature) at ids, in nats.
 
     logp_n = z_n[ids_n] - log sum_v exp(z_n[v]),   z_n = weight hidden_n / temperature,   v over the allowed ids
@@ -50,19 +49,15 @@ def fused_token_logprobs(
       ids_N: integer. Their values are not looked at here, which would wait for the device: an id outside [0, V) has
         log-prob NaN, one that is not allowed -inf.
       allowed_V: bool; the softmax runs over the ids it allows.
-      entropy: return the entropy of every row's distribution too, without gradient.
 
-    Returns: (N,) float32, or a pair of them with entropy=True. Gradients, in the dtypes of their inputs, flow to hidden
-    and weight; for tied embeddings autograd adds the latter to the embedding's.
+    Returns: (N,) float32. Gradients, in the dtypes of their inputs, flow to hidden and weight; for tied embeddings
+    autograd adds the latter to the embedding's.
     Raises ValueError for wrong shapes, dtypes, devices or temperature, and where the kernel cannot run: it needs
     tensors on a CUDA device, or TRITON_INTERPRET=1 in the environment before triton is imported (slow; for tests).
     """
     product_dtype = _product_dtype(hidden_ND, weight_VD)
     _check_inputs(hidden_ND, weight_VD, ids_N, allowed_V, temperature, product_dtype)
-    logp_N, entropy_N = _FusedHead.apply(
-        hidden_ND, weight_VD, ids_N, allowed_V, 1.0 / temperature, product_dtype, entropy
-    )
-    return (logp_N, entropy_N) if entropy else logp_N
+    return _FusedHead.apply(hidden_ND, weight_VD, ids_N, allowed_V, 1.0 / temperature, product_dtype)
 
 
 class Tile(NamedTuple):
@@ -107,22 +102,18 @@ def slice_width(num_rows: int, num_ids: int, item_size: int, multiple: int) -> i
 
 class _FusedHead(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_ND, weight_VD, ids_N, allowed_V, inverse_temperature, product_dtype, with_entropy):
+    def forward(ctx, hidden_ND, weight_VD, ids_N, allowed_V, inverse_temperature, product_dtype):
         ids_N = ids_N.contiguous()
-        logp_N, lse_N, entropy_N = _forward(
-            _cast(hidden_ND, product_dtype), _cast(weight_VD, product_dtype), ids_N, allowed_V, inverse_temperature,
-            with_entropy,
-        )  # fmt: skip
+        logp_N, lse_N = _forward(
+            _cast(hidden_ND, product_dtype), _cast(weight_VD, product_dtype), ids_N, allowed_V, inverse_temperature
+        )
         ctx.inverse_temperature, ctx.product_dtype = inverse_temperature, product_dtype
         ctx.save_for_backward(hidden_ND, weight_VD, ids_N, allowed_V, lse_N)
-        if with_entropy:
-            ctx.mark_non_differentiable(entropy_N)
-            ctx.set_materialize_grads(False)
-        return logp_N, entropy_N
+        return logp_N
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_N, _grad_entropy_N):
+    def backward(ctx, grad_N):
         hidden_ND, weight_VD, ids_N, allowed_V, lse_N = ctx.saved_tensors
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         grad_N = grad_N * ctx.inverse_temperature
@@ -130,7 +121,7 @@ class _FusedHead(torch.autograd.Function):
         if len(live_L) == 0:
             grad_hidden = torch.zeros_like(hidden_ND) if needs_hidden else None
             grad_weight = torch.zeros_like(weight_VD) if needs_weight else None
-            return grad_hidden, grad_weight, None, None, None, None, None
+            return grad_hidden, grad_weight, None, None, None, None
         rows = [_cast(hidden_ND, ctx.product_dtype), ids_N, lse_N, grad_N]
         if len(live_L) < len(ids_N):
             rows = [x.index_select(0, live_L) for x in rows]
@@ -141,18 +132,13 @@ class _FusedHead(torch.autograd.Function):
             grad_hidden = grad_hidden.to(hidden_ND.dtype)
             if len(live_L) < len(ids_N):
                 grad_hidden = torch.zeros_like(hidden_ND).index_copy_(0, live_L, grad_hidden)
-        return grad_hidden, grad_weight, None, None, None, None, None
+        return grad_hidden, grad_weight, None, None, None, None
 
 
 def _forward(
-    hidden_ND: Tensor,
-    weight_VD: Tensor,
-    ids_N: Tensor,
-    allowed_V: Tensor | None,
-    inverse_temperature: float,
-    with_entropy: bool,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Log-prob, log-sum-exp and, if asked for, entropy of every row."""
+    hidden_ND: Tensor, weight_VD: Tensor, ids_N: Tensor, allowed_V: Tensor | None, inverse_temperature: float
+) -> tuple[Tensor, Tensor]:
+    """Log-prob and log-sum-exp of every row."""
     (num_rows, num_hidden), num_ids = hidden_ND.shape, weight_VD.shape[0]
     tile = TILES[hidden_ND.dtype]
     num_row_blocks, num_tiles = triton.cdiv(num_rows, tile.rows), triton.cdiv(num_ids, tile.ids)
@@ -160,24 +146,18 @@ def _forward(
     # Only the part that holds a row's id writes its logit, so an id outside the vocabulary leaves the NaN.
     target_N = hidden_ND.new_full((num_rows,), torch.nan, dtype=torch.float32)
     peak_SN = hidden_ND.new_empty((parts, num_rows), dtype=torch.float32)
-    total_SN, entropy_SN = torch.empty_like(peak_SN), torch.empty_like(peak_SN) if with_entropy else None
+    total_SN = torch.empty_like(peak_SN)
     with torch.cuda.device_of(hidden_ND):
         _forward_kernel[(num_row_blocks * parts,)](
-            hidden_ND, weight_VD, ids_N, _bytes(allowed_V), target_N, peak_SN, total_SN, entropy_SN,
+            hidden_ND, weight_VD, ids_N, _bytes(allowed_V), target_N, peak_SN, total_SN,
             num_rows, num_ids, num_hidden, num_row_blocks, triton.cdiv(num_tiles, parts),
             hidden_ND.stride(0), weight_VD.stride(0), inverse_temperature, **tile.options(num_hidden),
         )  # fmt: skip
     peak_N = peak_SN.amax(0)
     total_SN *= (peak_SN - peak_N).exp()
-    total_N = total_SN.sum(0)
-    log_total_N = total_N.log()
-    entropy_N = None
-    if with_entropy:  # the entropy of which part it is, plus the mean of the entropies inside the parts
-        share_SN = total_SN / total_N
-        terms_SN = share_SN * (entropy_SN - share_SN.log())
-        entropy_N = torch.where(total_SN == 0, 0.0, terms_SN).sum(0)
+    log_total_N = total_SN.sum(0).log()
     # The logit first meets the peak: next to a log-sum-exp of 30 the last digits of both would be gone.
-    return (target_N - peak_N) - log_total_N, peak_N + log_total_N, entropy_N
+    return (target_N - peak_N) - log_total_N, peak_N + log_total_N
 
 
 def _backward(
@@ -266,11 +246,11 @@ def _allowed(allowed_ptr, ids, V):
 
 @triton.jit
 def _forward_kernel(
-    hidden_ptr, weight_ptr, ids_ptr, allowed_ptr, target_ptr, peak_ptr, total_ptr, entropy_ptr,
+    hidden_ptr, weight_ptr, ids_ptr, allowed_ptr, target_ptr, peak_ptr, total_ptr,
     N, V, D, num_row_blocks, tiles_per_part, stride_hidden, stride_weight, inverse_temperature,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr,
 ):  # fmt: skip
-    """Online log-sum-exp and entropy of some rows over one part of the vocabulary, and the target's logit."""
+    """Online log-sum-exp of some rows over one part of the vocabulary, and the target's logit."""
     # Programs of one part run side by side, so that they read its weights from memory once and then from the L2 cache.
     row_block = tl.program_id(0) % num_row_blocks
     part = tl.program_id(0) // num_row_blocks
@@ -279,7 +259,6 @@ def _forward_kernel(
     target_ids = tl.load(ids_ptr + rows, mask=in_batch, other=-1)
     peak = tl.full((BLOCK_N,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_N,), tl.float32)
-    weighted = tl.zeros((BLOCK_N,), tl.float32)
     target = tl.zeros((BLOCK_N,), tl.float32)
 
     first = part * tiles_per_part * BLOCK_V
@@ -296,20 +275,12 @@ def _forward_kernel(
         new_peak = tl.maximum(peak, tl.max(logits, axis=1))
         shift = tl.where(new_peak == float("-inf"), 0.0, new_peak)  # nothing allowed yet: exp(-inf), not exp(nan)
         decay = tl.exp(peak - shift)
-        logits -= shift[:, None]
-        share = tl.exp(logits)
-        if entropy_ptr is not None:  # sum of share * (logit - peak), whose terms are small; share decays, peak moves
-            moved = tl.where(total > 0, peak - shift, 0.0)
-            surprise = tl.sum(tl.where(share > 0, share * logits, 0.0), axis=1)
-            weighted = (weighted + total * moved) * decay + surprise
-        total = total * decay + tl.sum(share, axis=1)
+        total = total * decay + tl.sum(tl.exp(logits - shift[:, None]), axis=1)
         peak = new_peak
 
     out = part.to(tl.int64) * N + rows
     tl.store(peak_ptr + out, peak, mask=in_batch)
     tl.store(total_ptr + out, total, mask=in_batch)
-    if entropy_ptr is not None:
-        tl.store(entropy_ptr + out, tl.log(total) - weighted / total, mask=in_batch)
     tl.store(target_ptr + rows, target, mask=in_batch & (target_ids >= first) & (target_ids < last))
 
 

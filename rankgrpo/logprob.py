@@ -41,28 +41,11 @@ def token_logprobs(
     """
     _check_head(hidden_ND, weight_VD, ids_N, temperature, allowed_V, chunk, impl)
     if impl == "triton":
-        return _triton_head(hidden_ND, weight_VD, ids_N, temperature, allowed_V, entropy=False)
-    return _stream(hidden_ND, weight_VD, ids_N, temperature, allowed_V, chunk, entropy=False)[0]
+        return _triton_head(hidden_ND, weight_VD, ids_N, temperature, allowed_V)
+    return _stream(hidden_ND, weight_VD, ids_N, temperature, allowed_V, chunk)
 
 
-def token_logprobs_and_entropy(
-    hidden_ND: Tensor,
-    weight_VD: Tensor,
-    ids_N: Tensor,
-    *,
-    impl: Impl = "torch",
-    temperature: float = 1.0,
-    allowed_V: Tensor | None = None,
-    chunk: int | None = None,
-) -> tuple[Tensor, Tensor]:
-    """`token_logprobs` and the entropy of every row's distribution, each (N,), in nats. The entropy has no gradient."""
-    _check_head(hidden_ND, weight_VD, ids_N, temperature, allowed_V, chunk, impl)
-    if impl == "triton":
-        return _triton_head(hidden_ND, weight_VD, ids_N, temperature, allowed_V, entropy=True)
-    return _stream(hidden_ND, weight_VD, ids_N, temperature, allowed_V, chunk, entropy=True)
-
-
-def _stream(hidden_ND, weight_VD, ids_N, temperature, allowed_V, chunk, *, entropy: bool) -> tuple[Tensor, Tensor]:
+def _stream(hidden_ND, weight_VD, ids_N, temperature, allowed_V, chunk) -> Tensor:
     device = hidden_ND.device.type
     if torch.is_autocast_enabled(device):
         product_type = torch.get_autocast_dtype(device)
@@ -70,7 +53,7 @@ def _stream(hidden_ND, weight_VD, ids_N, temperature, allowed_V, chunk, *, entro
         product_type = torch.promote_types(hidden_ND.dtype, weight_VD.dtype)
     chunk = chunk or default_chunk(len(ids_N), device)
     banned = None if allowed_V is None else _banned_places(allowed_V, chunk)
-    return _StreamedHead.apply(hidden_ND, weight_VD, ids_N, banned, 1.0 / temperature, chunk, product_type, entropy)
+    return _StreamedHead.apply(hidden_ND, weight_VD, ids_N, banned, 1.0 / temperature, chunk, product_type)
 
 
 def default_chunk(num_tokens: int, device: str) -> int:
@@ -88,7 +71,7 @@ def _banned_places(allowed_V: Tensor, chunk: int) -> list[Tensor]:
 
 class _StreamedHead(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_ND, weight_VD, ids_N, banned, inverse_temperature, chunk, product_type, with_entropy):
+    def forward(ctx, hidden_ND, weight_VD, ids_N, banned, inverse_temperature, chunk, product_type):
         ctx.banned, ctx.inverse_temperature = banned, inverse_temperature
         ctx.chunk, ctx.product_type = chunk, product_type
         ctx.exact = torch.float64 if hidden_ND.dtype == torch.float64 else torch.float32
@@ -99,17 +82,14 @@ class _StreamedHead(torch.autograd.Function):
             logits_NC, _ = _logits(ctx, hidden, weight_VD, first)
             place_N, inside_N = _places(ids_N, first, logits_NC.shape[1])
             target_N = torch.where(inside_N, logits_NC.gather(1, place_N[:, None])[:, 0], target_N)
-            parts.append(_softmax_sums_(logits_NC, with_entropy))
-        logp_N, lse_N, entropy_N = _join(target_N, *map(torch.stack, zip(*parts, strict=True)))
+            parts.append(_softmax_sums_(logits_NC))
+        logp_N, lse_N = _join(target_N, *map(torch.stack, zip(*parts, strict=True)))
         ctx.save_for_backward(hidden_ND, weight_VD, ids_N, lse_N)
-        if not with_entropy:
-            return logp_N, None
-        ctx.mark_non_differentiable(entropy_N)
-        return logp_N, entropy_N
+        return logp_N
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_N, _):
+    def backward(ctx, grad_N):
         hidden_ND, weight_VD, ids_N, lse_N = ctx.saved_tensors
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         live = grad_N.nonzero()[:, 0]
@@ -131,7 +111,7 @@ class _StreamedHead(torch.autograd.Function):
         grad_hidden = None
         if needs_hidden:
             grad_hidden = torch.zeros_like(hidden_ND).index_copy_(0, live, grad_live.to(hidden_ND.dtype))
-        return grad_hidden, grad_weight, None, None, None, None, None, None
+        return grad_hidden, grad_weight, None, None, None, None, None
 
 
 def _logits(ctx, hidden: Tensor, weight_VD: Tensor, first: int) -> tuple[Tensor, Tensor]:
@@ -152,29 +132,22 @@ def _places(ids_N: Tensor, first: int, size: int) -> tuple[Tensor, Tensor]:
     return place_N * inside_N, inside_N
 
 
-def _softmax_sums_(logits_NC: Tensor, with_entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Of every row the peak m, s = sum_c e^(x_c - m) and, on request, sum_c (x_c - m) e^(x_c - m). Logits are lost."""
+def _softmax_sums_(logits_NC: Tensor) -> tuple[Tensor, Tensor]:
+    """The peak m of every row, and s = sum_c e^(x_c - m). The logits are lost."""
     # A chunk may be banned whole: with a finite peak its sums are 0 instead of NaN.
     peak_N = logits_NC.amax(1).clamp_(min=torch.finfo(logits_NC.dtype).min)
-    weights_NC = logits_NC.sub_(peak_N[:, None]).exp_()
-    sum_N = weights_NC.sum(1)
-    return peak_N, sum_N, -torch.special.entr(weights_NC).sum(1) if with_entropy else torch.zeros_like(sum_N)
+    return peak_N, logits_NC.sub_(peak_N[:, None]).exp_().sum(1)
 
 
-def _join(target_N: Tensor, peak_KN: Tensor, sum_KN: Tensor, moment_KN: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-prob of the targets, log-sum-exp and entropy, from every chunk's `_softmax_sums_`.
+def _join(target_N: Tensor, peak_KN: Tensor, sum_KN: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-prob of the targets and log-sum-exp, from every chunk's `_softmax_sums_`.
 
-    With m the highest peak, s_k and t_k a chunk's sums, w_k = e^(m_k - m) and s = sum_k w_k s_k:
-    lse = m + log s,   entropy = log s - sum_k w_k (t_k + (m_k - m) s_k) / s.
+    With m the highest peak and s_k a chunk's sums: lse = m + log sum_k e^(m_k - m) s_k.
     All chunks are summed at once: adding one at a time would round once a chunk.
     """
     peak_N = peak_KN.amax(0)
-    below_KN = peak_KN - peak_N
-    share_KN = below_KN.exp()
-    sum_N = (share_KN * sum_KN).sum(0)
-    log_N = sum_N.log()
-    entropy_N = log_N - (share_KN * (moment_KN + below_KN * sum_KN)).sum(0) / sum_N
-    return (target_N - peak_N) - log_N, peak_N + log_N, entropy_N
+    log_N = ((peak_KN - peak_N).exp() * sum_KN).sum(0).log()
+    return (target_N - peak_N) - log_N, peak_N + log_N
 
 
 def _product(left: Tensor, right: Tensor, exact: torch.dtype) -> Tensor:
@@ -194,14 +167,12 @@ def _add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
         total += _product(left, right, total.dtype)
 
 
-def _triton_head(hidden_ND, weight_VD, ids_N, temperature, allowed_V, *, entropy: bool):
+def _triton_head(hidden_ND, weight_VD, ids_N, temperature, allowed_V) -> Tensor:
     try:
         from rankgrpo_kernels.linear_logprob import fused_token_logprobs
     except ImportError as error:
         raise ValueError(f"impl='triton' needs triton and the kernels package ({error}); use impl='torch'") from error
-    return fused_token_logprobs(
-        hidden_ND, weight_VD, ids_N, temperature=temperature, allowed_V=allowed_V, entropy=entropy
-    )
+    return fused_token_logprobs(hidden_ND, weight_VD, ids_N, temperature=temperature, allowed_V=allowed_V)
 
 
 def _check_head(hidden_ND, weight_VD, ids_N, temperature, allowed_V, chunk, impl) -> None:

@@ -63,20 +63,19 @@ def plain(hidden, weight, ids, allowed, temperature):
     logits = hidden @ weight.t() / temperature
     if allowed is not None:
         logits = logits.masked_fill(~allowed, -torch.inf)
-    logp = logits.log_softmax(-1)
-    return logp.gather(1, ids[:, None])[:, 0], torch.special.entr(logp.exp()).sum(-1)
+    return logits.log_softmax(-1).gather(1, ids[:, None])[:, 0]
 
 
 def fused(hidden, weight, ids, allowed, temperature):
-    return fused_token_logprobs(hidden, weight, ids, allowed_V=allowed, temperature=temperature, entropy=True)
+    return fused_token_logprobs(hidden, weight, ids, allowed_V=allowed, temperature=temperature)
 
 
 def run(function, hidden, weight, ids, allowed, grad, temperature=1.0):
-    """Log-probs, entropies, and the gradients of sum(grad * log-probs)."""
+    """Log-probs, and the gradients of sum(grad * log-probs)."""
     hidden, weight = (x.detach().requires_grad_() for x in (hidden, weight))
-    logp, entropy = function(hidden, weight, ids, allowed, temperature)
+    logp = function(hidden, weight, ids, allowed, temperature)
     grads = torch.autograd.grad(logp, (hidden, weight), grad.to(logp.dtype))
-    return logp.detach(), entropy.detach(), *grads
+    return logp.detach(), *grads
 
 
 def exact(hidden, weight, ids, allowed, grad, temperature=1.0):
@@ -105,9 +104,9 @@ def test_bfloat16_inputs_with_float32_logits(shape, masked):
     case = make_case(*shape, torch.bfloat16, masked=masked)
     ours, truth = run(fused, *case), exact(*case)
     up = run(plain, *(x.float() for x in case[:2]), *case[2:])
-    assert ours[0].dtype == torch.float32 and ours[2].dtype == ours[3].dtype == torch.bfloat16
-    assert_as_exact_as_torch(ours[:2], up[:2], truth[:2], last_place=2**-23)
-    assert_as_exact_as_torch(ours[2:], run(plain, *case)[2:], truth[2:], last_place=2**-8)
+    assert ours[0].dtype == torch.float32 and ours[1].dtype == ours[2].dtype == torch.bfloat16
+    assert_as_exact_as_torch(ours[:1], up[:1], truth[:1], last_place=2**-23)
+    assert_as_exact_as_torch(ours[1:], run(plain, *case)[1:], truth[1:], last_place=2**-8)
 
 
 def test_log_probs_of_large_logits_keep_their_digits():
@@ -115,7 +114,7 @@ def test_log_probs_of_large_logits_keep_their_digits():
     hidden, weight, _, _, _ = make_case(40, 600, 16)
     hidden, weight = torch.eye(16)[torch.arange(40) % 16], 58 + 8 * weight
     likely = (hidden @ weight.t()).argmax(1)
-    truth = plain(hidden.double(), weight.double(), likely, None, 1.0)[0]
+    truth = plain(hidden.double(), weight.double(), likely, None, 1.0)
     assert (fused_token_logprobs(hidden, weight, likely) - truth).abs().max() <= 2**-22 * truth.abs().max()
 
 
@@ -123,12 +122,12 @@ def test_mixed_types_multiply_in_the_wider_one_and_autocast_decides():
     hidden, weight, ids, _, grad = make_case(20, 300, 32)
     mixed = run(fused, hidden.bfloat16(), weight, ids, None, grad)
     wide = run(fused, hidden.bfloat16().float(), weight, ids, None, grad)
-    assert torch.equal(mixed[0], wide[0]) and mixed[2].dtype == torch.bfloat16 and mixed[3].dtype == torch.float32
+    assert torch.equal(mixed[0], wide[0]) and mixed[1].dtype == torch.bfloat16 and mixed[2].dtype == torch.float32
     with torch.autocast("cpu", torch.bfloat16):
         cast = run(fused, hidden, weight, ids, None, grad)
     half = run(fused, hidden.bfloat16(), weight.bfloat16(), ids, None, grad)
-    assert torch.equal(cast[0], half[0]) and cast[3].dtype == torch.float32
-    torch.testing.assert_close(cast[3].bfloat16(), half[3], rtol=2**-7, atol=1e-6)
+    assert torch.equal(cast[0], half[0]) and cast[2].dtype == torch.float32
+    torch.testing.assert_close(cast[2].bfloat16(), half[2], rtol=2**-7, atol=1e-6)
 
 
 def test_results_are_bitwise_repeatable():
@@ -146,10 +145,10 @@ def test_rows_without_gradient_cost_nothing(monkeypatch):
 
     monkeypatch.setattr(op, "_backward", counting)
     hidden, weight, ids, allowed, grad = make_case(60, 300, 32)
-    _, _, grad_hidden, grad_weight = run(fused, hidden, weight, ids, allowed, grad)
+    _, grad_hidden, grad_weight = run(fused, hidden, weight, ids, allowed, grad)
     assert seen == [int((grad != 0).sum())]
     assert (grad_hidden[grad == 0] == 0).all() and (grad_hidden[grad != 0] != 0).any(1).all()
-    _, _, grad_hidden, grad_weight = run(fused, hidden, weight, ids, allowed, torch.zeros(60))
+    _, grad_hidden, grad_weight = run(fused, hidden, weight, ids, allowed, torch.zeros(60))
     assert len(seen) == 1 and not grad_hidden.any() and not grad_weight.any()
     run(fused, hidden, weight, ids, allowed, torch.ones(60))
     assert seen[1:] == [60]
@@ -178,7 +177,7 @@ def test_only_the_gradients_asked_for():
     for i, inputs in enumerate([(hidden.requires_grad_(), weight), (hidden.detach(), weight.requires_grad_())]):
         logp = fused_token_logprobs(*inputs, ids)
         only = torch.autograd.grad(logp, inputs[i], grad)[0]
-        assert torch.equal(only, whole[2 + i])
+        assert torch.equal(only, whole[1 + i])
     assert not fused_token_logprobs(hidden.detach(), weight.detach(), ids).requires_grad
 
 
@@ -187,17 +186,11 @@ def test_tied_embeddings_get_both_gradients():
     weight.requires_grad_()
     tied = fused_token_logprobs(torch.nn.functional.embedding(ids, weight).tanh(), weight, ids.flip(0))
     exact_weight = weight.detach().double().requires_grad_()
-    truth = plain(torch.nn.functional.embedding(ids, exact_weight).tanh(), exact_weight, ids.flip(0), None, 1.0)[0]
+    truth = plain(torch.nn.functional.embedding(ids, exact_weight).tanh(), exact_weight, ids.flip(0), None, 1.0)
     ours, expected = (
         torch.autograd.grad(x, w, grad.to(x.dtype))[0] for x, w in ((tied, weight), (truth, exact_weight))
     )
     torch.testing.assert_close(ours.double(), expected, rtol=1e-5, atol=1e-5)
-
-
-def test_the_entropy_has_no_gradient():
-    hidden, weight, ids, _, _ = make_case(5, 100, 16)
-    logp, entropy = fused_token_logprobs(hidden.requires_grad_(), weight, ids, entropy=True)
-    assert logp.requires_grad and not entropy.requires_grad
 
 
 def test_ids_outside_the_vocabulary_and_ids_not_allowed():
@@ -222,8 +215,8 @@ def test_a_part_of_the_vocabulary_with_nothing_allowed():
 def test_hidden_that_is_not_finite_shows():
     hidden, weight, ids, _, _ = make_case(3, 100, 16)
     hidden[1, 3] = torch.nan
-    logp, entropy = fused_token_logprobs(hidden, weight, ids, entropy=True)
-    assert logp[1].isnan() and entropy[1].isnan() and logp[[0, 2]].isfinite().all()
+    logp = fused_token_logprobs(hidden, weight, ids)
+    assert logp[1].isnan() and logp[[0, 2]].isfinite().all()
 
 
 def test_no_rows():

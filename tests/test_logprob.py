@@ -9,7 +9,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 import rankgrpo.logprob as logprob_module
-from rankgrpo.logprob import default_chunk, token_logprobs, token_logprobs_and_entropy
+from rankgrpo.logprob import default_chunk, token_logprobs
 from rankgrpo.model.attention import use_shared_prefix
 from rankgrpo.model.forward import dense_logprobs, pack_logprobs
 from rankgrpo.model.packing import Group, build_pack
@@ -30,8 +30,7 @@ def full_logits(hidden_ND, weight_VD, ids_N, temperature=1.0, allowed_V=None):
     logits_NV = hidden_ND.double() @ weight_VD.double().T / temperature
     if allowed_V is not None:
         logits_NV = logits_NV.masked_fill(~allowed_V, -torch.inf)
-    logp_NV = logits_NV.log_softmax(-1)
-    return logp_NV.gather(1, ids_N[:, None])[:, 0], -(logp_NV.exp() * logp_NV.clamp(min=-1e9)).sum(-1)
+    return logits_NV.log_softmax(-1).gather(1, ids_N[:, None])[:, 0]
 
 
 def test_head_literal():
@@ -50,12 +49,9 @@ def test_head_equals_full_logits(banned, chunk, temperature):
     allowed_V[list(banned)] = False
     ids_N = ids_N.where(allowed_V[ids_N], torch.tensor(25))
     options = {"temperature": temperature, "allowed_V": allowed_V}
-    logp_N, entropy_N = token_logprobs_and_entropy(hidden_ND, weight_VD, ids_N, chunk=chunk, **options)
-    want_N, want_entropy_N = full_logits(hidden_ND, weight_VD, ids_N, **options)
+    logp_N = token_logprobs(hidden_ND, weight_VD, ids_N, chunk=chunk, **options)
+    want_N = full_logits(hidden_ND, weight_VD, ids_N, **options)
     torch.testing.assert_close(logp_N, want_N)
-    torch.testing.assert_close(entropy_N, want_entropy_N)
-    assert not entropy_N.requires_grad
-    torch.testing.assert_close(logp_N, token_logprobs(hidden_ND, weight_VD, ids_N, chunk=chunk, **options))
     got = torch.autograd.grad(logp_N, (hidden_ND, weight_VD), grad_N)
     want = torch.autograd.grad(want_N, (hidden_ND, weight_VD), grad_N)
     for got_grad, want_grad in zip(got, want, strict=True):
@@ -75,7 +71,7 @@ def test_head_float32_error_at_a_real_vocabulary(chunk):
     with torch.no_grad():
         weight_VD *= 0.3
     logp_N = token_logprobs(hidden_ND, weight_VD, ids_N, chunk=chunk)
-    want_N, _ = full_logits(hidden_ND, weight_VD, ids_N)
+    want_N = full_logits(hidden_ND, weight_VD, ids_N)
     assert logp_N.dtype == torch.float32
     assert (logp_N - want_N).abs().max() <= 2e-6 * want_N.abs().max()
     got = torch.autograd.grad(logp_N, (hidden_ND, weight_VD), grad_N.float())
@@ -101,7 +97,7 @@ def test_head_bfloat16_is_within_rounding_of_the_products(mode):
     else:
         hidden_ND, weight_VD = (t.detach().bfloat16().requires_grad_() for t in (hidden_ND, weight_VD))
         logp_N = token_logprobs(hidden_ND, weight_VD, ids_N, chunk=32)
-    want_N, _ = full_logits(hidden_ND, weight_VD, ids_N)
+    want_N = full_logits(hidden_ND, weight_VD, ids_N)
     plain_N = (hidden_ND.bfloat16() @ weight_VD.bfloat16().T).float().log_softmax(-1).gather(1, ids_N[:, None])[:, 0]
     assert logp_N.dtype == torch.float32
     assert (logp_N - want_N).norm() <= 1.01 * (plain_N - want_N).norm()
@@ -116,7 +112,7 @@ def test_rows_without_gradient_are_not_recomputed(monkeypatch):
     hidden_ND, weight_VD, ids_N, grad_N = head_inputs()
     grad_N[[0, 3, 4, 10]] = 0.0
     logp_N = token_logprobs(hidden_ND, weight_VD, ids_N, chunk=3)
-    want = torch.autograd.grad(full_logits(hidden_ND, weight_VD, ids_N)[0], (hidden_ND, weight_VD), grad_N)
+    want = torch.autograd.grad(full_logits(hidden_ND, weight_VD, ids_N), (hidden_ND, weight_VD), grad_N)
     rows, logits = set(), logprob_module._logits
     monkeypatch.setattr(logprob_module, "_logits", lambda ctx, h, *rest: rows.add(len(h)) or logits(ctx, h, *rest))
     got = torch.autograd.grad(logp_N, (hidden_ND, weight_VD), grad_N)
@@ -133,7 +129,7 @@ def test_frozen_inputs_get_no_gradient(frozen):
     tensors.pop(frozen).requires_grad_(False)
     (live,) = tensors.values()
     (got,) = torch.autograd.grad(token_logprobs(hidden_ND, weight_VD, ids_N), live, grad_N)
-    (want,) = torch.autograd.grad(full_logits(hidden_ND, weight_VD, ids_N)[0], live, grad_N)
+    (want,) = torch.autograd.grad(full_logits(hidden_ND, weight_VD, ids_N), live, grad_N)
     torch.testing.assert_close(got, want)
 
 

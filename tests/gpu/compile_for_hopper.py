@@ -77,8 +77,8 @@ def linear_logprob() -> None:
         weight = torch.ones(num_ids, num_hidden, dtype=dtype, requires_grad=True)
         ids = torch.zeros(num_rows, dtype=torch.int64)
         allowed = torch.ones(num_ids, dtype=torch.bool) if masked else None
-        logp = op.fused_token_logprobs(hidden, weight, ids, allowed_V=allowed, entropy=masked)
-        (logp[0] if masked else logp).backward(torch.ones(num_rows))
+        logp = op.fused_token_logprobs(hidden, weight, ids, allowed_V=allowed)
+        logp.backward(torch.ones(num_rows))
 
 
 def main() -> None:
