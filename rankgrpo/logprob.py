@@ -107,7 +107,7 @@ class _StreamedHead(torch.autograd.Function):
             if needs_hidden:
                 _add_product_(grad_live, delta_NC, weight)
             if needs_weight:
-                grad_weight[first : first + len(weight)] = _product(delta_NC.t(), hidden, ctx.exact)
+                grad_weight[first : first + len(weight)] = exact_product(delta_NC.t(), hidden, ctx.exact)
         grad_hidden = None
         if needs_hidden:
             grad_hidden = torch.zeros_like(hidden_ND).index_copy_(0, live, grad_live.to(hidden_ND.dtype))
@@ -117,7 +117,7 @@ class _StreamedHead(torch.autograd.Function):
 def _logits(ctx, hidden: Tensor, weight_VD: Tensor, first: int) -> tuple[Tensor, Tensor]:
     """Logits of the chunk of ids from `first` on, (N, C), and the chunk's weights in the type of the products."""
     weight = weight_VD[first : first + ctx.chunk].to(ctx.product_type)
-    logits_NC = _product(hidden, weight.t(), ctx.exact)
+    logits_NC = exact_product(hidden, weight.t(), ctx.exact)
     if ctx.inverse_temperature != 1.0:
         logits_NC.mul_(ctx.inverse_temperature)
     if ctx.banned is not None:
@@ -150,7 +150,7 @@ def _join(target_N: Tensor, peak_KN: Tensor, sum_KN: Tensor) -> tuple[Tensor, Te
     return (target_N - peak_N) - log_N, peak_N + log_N
 
 
-def _product(left: Tensor, right: Tensor, exact: torch.dtype) -> Tensor:
+def exact_product(left: Tensor, right: Tensor, exact: torch.dtype) -> Tensor:
     """left @ right in the exact type. On a CPU it is first rounded to the inputs' type: no mixed product there."""
     if left.dtype == exact:
         return left @ right
@@ -164,7 +164,7 @@ def _add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
     if left.dtype == total.dtype:
         total.addmm_(left, right)
     else:
-        total += _product(left, right, total.dtype)
+        total += exact_product(left, right, total.dtype)
 
 
 def _triton_head(hidden_ND, weight_VD, ids_N, temperature, allowed_V) -> Tensor:

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from rankgrpo.items.allowed_ids import AllowedIds, Block, Ragged
+from rankgrpo.logprob import exact_product
 
 RAGGED_BYTES = 2**22  # of gathered weights or hidden states at a time
 
@@ -69,7 +70,7 @@ class _AllowedHead(torch.autograd.Function):
         shares = []  # every part's softmax: small next to what recomputing it would cost
         for block in allowed.blocks:
             hidden_RD, weight_CD = _rows(ctx, hidden_ND, block.row_R), _rows(ctx, weight_VD, _ids(allowed, block))
-            logits_RC = _product(hidden_RD, weight_CD.t(), ctx.exact).mul_(inverse_temperature)
+            logits_RC = exact_product(hidden_RD, weight_CD.t(), ctx.exact).mul_(inverse_temperature)
             logits_RC[block.closed_row_X, block.closed_X] = -torch.inf
             target_R1 = logits_RC.gather(1, block.target_R[:, None])
             peak_R1 = logits_RC.amax(1, keepdim=True)
@@ -120,10 +121,10 @@ class _AllowedHead(torch.autograd.Function):
             delta_RC = delta_RC.to(ctx.product_type)
             if needs_hidden:
                 weight_CD = _rows(ctx, weight_VD, _ids(allowed, block))
-                grad_hidden[block.row_R] = _product(delta_RC, weight_CD, ctx.exact).to(hidden_ND.dtype)
+                grad_hidden[block.row_R] = exact_product(delta_RC, weight_CD, ctx.exact).to(hidden_ND.dtype)
             if needs_weight:
                 hidden_RD = _rows(ctx, hidden_ND, block.row_R)
-                rows_UD.index_add_(0, block.column_C, _product(delta_RC.t(), hidden_RD, ctx.exact))
+                rows_UD.index_add_(0, block.column_C, exact_product(delta_RC.t(), hidden_RD, ctx.exact))
         if len(allowed.ragged.row_R):
             _ragged_backward_(ctx, hidden_ND, weight_VD, shares[-1], grad_N, grad_hidden, rows_UD)
         grad_weight = None
@@ -144,15 +145,6 @@ def _ids(allowed: AllowedIds, block: Block) -> Tensor:
 
 def _rows(ctx, source: Tensor, index: Tensor) -> Tensor:
     return source.index_select(0, index).to(ctx.product_type)
-
-
-def _product(left: Tensor, right: Tensor, exact: torch.dtype) -> Tensor:
-    """left @ right in the exact type. On a CPU it is first rounded to the inputs' type: no mixed product there."""
-    if left.dtype == exact:
-        return left @ right
-    if left.device.type == "cuda":
-        return torch.mm(left, right, out_dtype=exact)
-    return (left @ right).to(exact)
 
 
 def _ragged_slices(ragged: Ragged, num_hidden: int) -> list[slice]:

@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
     folder = tmp_path_factory.mktemp("start") / "init"
-    return make_init("tiny", taught_dataset(), folder, seed=0, tiny=TinyConfig(32, 2, 64, 1, 1, 1024))
+    return make_init("tiny", taught_dataset(), folder, seed=0, tiny=TinyConfig(32, 2, 64, 1, 1, 1024), num_ranks=5)
 
 
 @pytest.fixture(scope="module")
