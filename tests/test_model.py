@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rankgrpo.data.prompt import encode_prompt, format_prompt
+from rankgrpo.data.prompt import encode_prompts, format_prompt
 from rankgrpo.data.samples import Dataset, Sample, Turn
 from rankgrpo.errors import ModelError
 from rankgrpo.items.catalog import Catalog, Item
@@ -133,7 +133,8 @@ def test_every_text_round_trips_and_no_token_crosses_a_line(tokenizer, texts):
 def test_the_instruction_costs_a_token_a_line(tokenizer):
     assert len(tokenizer(format_prompt((), 20))["input_ids"]) == 5  # three lines, two line breaks
     markup = ["<|im_start|>", "user", "\n", "<|im_end|>", "\n", "<|im_start|>", "assistant", "\n"]
-    assert len(encode_prompt(tokenizer, (), 100, 20)) == 5 + len(markup)
+    (ids,) = encode_prompts(tokenizer, [Sample("empty", (), (), ())], 100, 20)
+    assert len(ids) == 5 + len(markup)
     assert pieces(tokenizer, "USER: like SYSTEM: ")[0::2] == ["USER: ", "SYSTEM: "]
 
 
@@ -211,7 +212,8 @@ def test_impossible_sizes_are_refused(field, value):
 
 def test_tiny_end_to_end(init):
     model, tokenizer = load_policy(init)
-    prompt = torch.tensor([encode_prompt(tokenizer, (Turn("user", "Something like It (2017)?"),), 100, 20)])
+    asked = Sample("asked", (Turn("user", "Something like It (2017)?"),), (), ())
+    prompt = torch.tensor(encode_prompts(tokenizer, [asked], 100, 20))
     ids = model.generate(prompt, max_new_tokens=5, min_new_tokens=5, do_sample=False)
     assert ids.shape == (1, prompt.shape[1] + 5)
     assert not model.training and model.dtype == torch.float32
@@ -307,13 +309,6 @@ def test_folders_and_hub_ids_need_no_making(dataset, init, tmp_path):
     assert make_init(str(init), dataset, tmp_path / "none", seed=1) == str(init)
     assert make_init("qwen2.5-0.5b", dataset, tmp_path / "none", seed=1) == "Qwen/Qwen2.5-0.5B-Instruct"
     assert not (tmp_path / "none").exists()
-
-
-def test_load_in_bfloat16(init):
-    model, _ = load_policy(init, dtype="bfloat16")
-    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
-    with pytest.raises(ModelError, match="dtype must be one of float32, bfloat16, got 'float16'"):
-        load_policy(init, dtype="float16")
 
 
 # Names

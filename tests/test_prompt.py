@@ -10,8 +10,13 @@ from rankgrpo.data import prompt
 from rankgrpo.data.prompt import format_prompt
 from rankgrpo.data.samples import Sample, Turn
 
-encode_prompt = partial(prompt.encode_prompt, num_ranks=20)
 encode_prompts = partial(prompt.encode_prompts, num_ranks=20)
+
+
+def encode_prompt(tokenizer, conversation, max_tokens):
+    (ids,) = encode_prompts(tokenizer, [Sample("one", tuple(conversation), (), ())], max_tokens)
+    return ids
+
 
 INSTRUCTION = (
     "Pretend you are a movie recommender system.\n"

@@ -28,7 +28,7 @@ from rankgrpo.baselines.popularity import popularity_counts, popularity_order
 from rankgrpo.baselines.ranking import best_items
 from rankgrpo.data.dialogs import dialog_ids, groundtruth_items, named_items
 from rankgrpo.data.samples import Sample
-from rankgrpo.items.catalog import Catalog, Item
+from rankgrpo.items.catalog import Catalog
 
 SCORED_AT_ONCE = 256  # samples; 256 x 7,000 scores in float32 are 7 MiB, and sorting them takes several times that
 
@@ -86,11 +86,6 @@ class EaseTeacher:
         if not any(row for fold in folds for row in fold.rows):
             raise ValueError(f"none of {len(samples)} samples names a catalog item, so there is nothing to learn from")
         return cls(catalog, folds, l2, popularity_weight)
-
-    def rank(self, sample: Sample, num_items: int = 20) -> list[Item]:
-        """The list for one sample; of a cross-fitted sample this solves its fold's model, so rank many at once."""
-        (indices,) = self.rank_all([sample], num_items=num_items)
-        return [self.catalog.items[index] for index in indices]
 
     def rank_all(self, samples: Sequence[Sample], *, num_items: int = 20) -> list[list[int]]:
         """Catalog indices for every sample, best first, all different, none named in the conversation.

@@ -45,7 +45,11 @@ def encode_prompts(
     *,
     quiet: bool = False,
 ) -> list[list[int]]:
-    """`encode_prompt` of every sample's conversation, in order."""
+    """Token ids of every sample's prompt in the tokenizer's chat template, generation prompt included.
+
+    A prompt of more than `max_tokens` loses its oldest turns one by one; when the last turn alone is still too long, it
+    loses the beginning of its text. The instruction is never cut: ValueError when it does not fit the budget.
+    """
     prompts = []
     with tqdm(
         total=len(samples), desc="tokenise prompts", unit="prompt", disable=quiet or len(samples) < 2000, leave=False
@@ -57,18 +61,6 @@ def encode_prompts(
                 prompts.append(ids if fits else _shorten(tokenizer, conversation, max_tokens, num_ranks))
             bar.update(len(conversations))
     return prompts
-
-
-def encode_prompt(
-    tokenizer: PreTrainedTokenizerBase, conversation: Sequence[Turn], max_tokens: int, num_ranks: int
-) -> list[int]:
-    """Token ids of the prompt in the tokenizer's chat template, generation prompt included, at most `max_tokens`.
-
-    A prompt that is too long loses its oldest turns one by one; when the last turn alone is still too long, it loses
-    the beginning of its text. The instruction is never cut: ValueError when it does not fit the budget.
-    """
-    (ids,) = _encode(tokenizer, [conversation], num_ranks)
-    return ids if len(ids) <= max_tokens else _shorten(tokenizer, conversation, max_tokens, num_ranks)
 
 
 def _encode(

@@ -246,13 +246,6 @@ def _is_demo(dataset: Dataset) -> bool:
     )
 
 
-def _oracle_lists(samples: Sequence[Sample], num_items: int = 20) -> list[list[int]]:
-    from rankgrpo.data.demo import oracle_scores
-
-    scores = [oracle_scores(sample) for sample in samples]
-    return [np.argsort(-scores_N, kind="stable")[:num_items].tolist() for scores_N in scores]
-
-
 def _baselines(dataset: Dataset) -> dict[str, list[dict[str, Any]]]:
     teacher = EaseTeacher.fit(dataset.train, dataset.catalog)
     is_demo = _is_demo(dataset)
@@ -264,7 +257,9 @@ def _baselines(dataset: Dataset) -> dict[str, list[dict[str, Any]]]:
             "ease": teacher.rank_all(samples),
         }
         if is_demo:
-            lists["oracle"] = _oracle_lists(samples)
+            from rankgrpo.data.demo import oracle_lists
+
+            lists["oracle"] = oracle_lists(samples)
         tables[split] = []
         for name, indices in lists.items():
             evaluation = score_items(samples, indices, dataset.catalog)

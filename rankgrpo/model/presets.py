@@ -41,7 +41,6 @@ HUB_IGNORED = ["original/*", "onnx/*", "consolidated*"]  # the same weights in o
 # A padding token other than EOS, in order of preference; the first is Llama 3's, the second Qwen's and SmolLM2's.
 PAD_TOKENS = ("<|finetune_right_pad_id|>", "<|endoftext|>", "<pad>", "[PAD]", "<unk>")
 FILE_BYTES = 2**32  # of one safetensors file of an export
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,11 +130,9 @@ def make_init(
 def load_policy(
     name_or_path: str | os.PathLike[str],
     *,
-    dtype: Literal["float32", "bfloat16"] = "float32",
     device: str | torch.device = "cpu",
-    attn_implementation: str = "sdpa",
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Open a folder, a hub id or a hub preset: (model in evaluation mode, tokenizer).
+    """Open a folder, a hub id or a hub preset: (model in float32 and evaluation mode, tokenizer).
 
     The tokenizer's EOS is the token that ends an answer in its chat template, its padding token differs from it where
     the vocabulary allows, and the model's generation config holds these ids and nothing else: a published one may set a
@@ -147,16 +144,14 @@ def load_policy(
     preset = resolve_model(name_or_path)
     if preset.origin in ("scratch", "package"):
         raise ModelError(f"{preset.name} is made for a run, not loaded by name; give the folder that make_init wrote")
-    if dtype not in DTYPES:
-        raise ModelError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     folder = preset.location if preset.origin == "folder" else _download(preset)
     try:
         with _no_progress_bars():
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
             model = AutoModelForCausalLM.from_pretrained(
                 folder,
-                dtype=DTYPES[dtype],
-                attn_implementation=attn_implementation,
+                dtype=torch.float32,
+                attn_implementation="sdpa",
                 use_safetensors=True,
                 trust_remote_code=False,
             )

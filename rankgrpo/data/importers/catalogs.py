@@ -7,7 +7,7 @@ catalogs hold a few ("The Wall", 201), and they are not the user's to mend.
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
@@ -17,19 +17,18 @@ from rankgrpo.files.rows import read_csv, read_jsonl, type_name
 from rankgrpo.items.catalog import Item, normalise_title, parse_item
 
 
-def read_items(path: Path, notes: Notes, columns: Mapping[str, str] | None = None) -> list[Item]:
+def read_items(path: Path, notes: Notes) -> list[Item]:
     """Items of a .jsonl, .csv or .pkl catalog, in its order; what is no item, and what is there again, is noted.
 
-    `columns` maps our names (title, year, popularity, genres, plot) to the file's. Without a year column the title is
-    read as `Title (Year)`. Raises DataError for a file of another kind or one that holds no item.
+    Without a year column the title is read as `Title (Year)`. Raises DataError for a file of another kind or one that
+    holds no item.
     """
     readers = {".jsonl": read_jsonl, ".csv": _csv_rows, ".pkl": _pickle_rows, ".pickle": _pickle_rows}
     if path.suffix.lower() not in readers:
         raise DataError(f"{path}: a catalog is a .jsonl, .csv or .pkl file, got {path.suffix or 'no suffix'!r}")
     if not path.is_file():
         raise DataError(f"{path}: no such file; a catalog has one item a line with title and year")
-    theirs = {name: column.lower() for name, column in (columns or {}).items()}
-    items = keep_items(_named(readers[path.suffix.lower()](path), theirs), str(path), notes)
+    items = keep_items(readers[path.suffix.lower()](path), str(path), notes)
     if not items:
         raise DataError(f"{path}: no item in this catalog; it needs a title and a year each", [str(notes)])
     return items
@@ -61,18 +60,6 @@ def _with_year(row: dict[str, Any]) -> dict[str, Any]:
         title, year = parse_name(row["title"])
         return {**row, "title": title, "year": year}
     return row
-
-
-def _named(
-    rows: Iterable[tuple[int, dict[str, Any] | str]], theirs: Mapping[str, str]
-) -> Iterator[tuple[int, dict[str, Any] | str]]:
-    """Rows under our names of their columns."""
-    for line, row in rows:
-        if isinstance(row, str) or not theirs:
-            yield line, row
-        else:
-            lower = {name.lower(): value for name, value in row.items()}
-            yield line, row | {ours: lower[column] for ours, column in theirs.items() if column in lower}
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
