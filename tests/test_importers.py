@@ -474,7 +474,7 @@ def test_unknown_and_mixed_sources(tmp_path):
     write_table(mixed / "train.jsonl", [{"conversation": "hi", "groundtruth": ["Heat (1995)"]}])
     with pytest.raises(DataError, match="looks like redial and table at once; say which by --format"):
         import_dataset(mixed, out, ImportOptions())
-    assert "ReDial" in import_dataset(mixed, out, ImportOptions(format="redial"))
+    assert "ReDial" in import_dataset(mixed, out, ImportOptions(format="redial"))[0]
     with pytest.raises(DataError, match="out exists; remove it, or name another folder"):
         import_dataset(mixed, out, ImportOptions(format="redial"))
     with pytest.raises(DataError, match="--columns belongs to tables"):
