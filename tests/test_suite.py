@@ -102,7 +102,7 @@ def test_mistakes_are_named(write, old, new, message):
 
 
 def test_an_unknown_suite_lists_those_there_are(tmp_path):
-    with pytest.raises(ConfigError, match="no suite 'cpuu' in .*; there are cpu, gpu-hour, paper"):
+    with pytest.raises(ConfigError, match="no suite 'cpuu' in .*; there are cpu, gpu-hour, held, paper"):
         suite_path("cpuu")
     with pytest.raises(ConfigError, match="none.toml: no such suite"):
         read_suite(tmp_path / "none.toml")
@@ -391,7 +391,7 @@ def test_a_row_of_a_changed_preset_is_dropped(own, tmp_path, write, monkeypatch)
     presets = tmp_path / "presets"
     shutil.copytree(presets_dir(), presets)
     preset = presets / "tiny.toml"
-    monkeypatch.setattr("rankgrpo.suite.spec.presets_dir", lambda: presets)
+    monkeypatch.setattr("rankgrpo.config_file.presets_dir", lambda: presets)
 
     def rows_after(old: str, new: str) -> list[str]:
         text = preset.read_text()
