@@ -227,6 +227,13 @@ def test_batches_order_and_company_change_nothing(monkeypatch):
     assert sample(policy, seeds=[11, 12, 13, 99])[3] != whole[3]
 
 
+def test_padded_attention_is_attention_by_span(monkeypatch):
+    policy = make_policy(num_ranks=8)
+    whole = sample(policy)
+    monkeypatch.setattr(jump, "attend_by_span", jump.attend_padded)
+    assert_same(sample(policy), whole)
+
+
 def test_dropping_finished_lists_keeps_the_others_right():
     # Few lines left make short lists: no two prompts are done at once. Prompt by prompt none is dropped early.
     policy = make_policy(num_ranks=4, forbid="repeats+seen")

@@ -1,12 +1,14 @@
 """Keys, values and attention of lists that go on by several tokens at once, each by its own number.
 
-The new tokens of all lists lie one after the other in one row, so that nothing but the attention knows of lists. There
-they are padded: to the most of a prompt's lists together for the prompt's keys, to the most of a list for its own.
+The new tokens of all lists lie one after the other in one row, so that nothing but the attention knows of lists. It
+runs in two parts, over the prompt's keys and over the list's own, which are merged by their log-sum-exps. On a CPU each
+prompt and each list is a call of the flash kernel at its own length; elsewhere queries are padded to the most of a
+prompt's lists together, and to the most of a list.
 """
 
 # Shape letters: P prompts, B lists, M new tokens of all lists, g most new tokens of a prompt, n most of a list,
 # L prompt tokens (padded), T own tokens of the longest list, N key-value heads, R query heads a key-value head, H head
-# size.
+# size; S rows of keys (P or B) with q queries (g or n) each.
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -35,18 +37,21 @@ class Jump:
     row_M: Tensor
     column_M: Tensor
     """Where a token's key is stored: the list's row in the cache, and the place among its own tokens."""
-    own_slot_M: Tensor
-    """Place of a token among B * n padded queries."""
-    prompt_slot_M: Tensor
-    """Place of a token among P * g padded queries."""
-    own_shape: tuple[int, int]
-    """(B, n)"""
-    prompt_shape: tuple[int, int]
-    """(P, g)"""
+    prompt_spans: list[Span]
+    own_spans: list[Span]
     num_columns: int
     """T"""
-    later_BnT: Tensor
-    """True for keys that come after the query."""
+
+
+@dataclass(slots=True, frozen=True)
+class Span:
+    """Neighbouring new tokens that look at one row of keys."""
+
+    row: int
+    begin: int
+    end: int
+    num_keys: int
+    """That the last of them sees."""
 
 
 class JumpCache(PromptCache):
@@ -65,36 +70,25 @@ class JumpCache(PromptCache):
 
     def plan(self, rows: np.ndarray, sizes: np.ndarray) -> Jump:
         """Make room for sizes[w] new tokens, at least one, of the list in each of the rows, which ascend."""
-        B, num_prompts = len(self.length), len(self.prompt_len)
         row_M = np.repeat(rows, sizes)
         ends = np.cumsum(sizes)
-        offset_M = np.arange(len(row_M)) - np.repeat(ends - sizes, sizes)
-        length_M = self.length[row_M]
-        prompt_M = self.prompt_of_row[row_M]
-        n = int(sizes.max())
-        # Lists of one prompt are neighbours, and so are their tokens.
-        per_prompt = np.bincount(prompt_M, minlength=num_prompts)
-        g = int(per_prompt.max())
-        prompt_slot_M = np.arange(len(row_M)) - (np.cumsum(per_prompt) - per_prompt)[prompt_M] + prompt_M * g
-        num_columns = int((self.length[rows] + sizes).max())
-        self._grow(num_columns)
-        last_seen_Bn = torch.from_numpy(self.length[:, None] + np.arange(n)).to(self.device)
+        begins = ends - sizes
+        column_M = self.length[row_M] + np.arange(len(row_M)) - np.repeat(begins, sizes)
         self.length[rows] += sizes
-
-        def tensor(array: np.ndarray) -> Tensor:
-            return torch.from_numpy(array).to(self.device)
-
+        num_keys = self.length[rows]
+        self._grow(int(num_keys.max()))
+        # Lists of one prompt are neighbours, and so are their tokens.
+        prompts, first = np.unique(self.prompt_of_row[rows], return_index=True)
+        prompt_begins = begins[first]
+        prompt_ends = np.append(prompt_begins[1:], ends[-1])
         self.jump = Jump(
-            position_M=tensor(self.prompt_len[prompt_M] + length_M + offset_M),
-            last_W=tensor(ends - 1),
-            row_M=tensor(row_M),
-            column_M=tensor(length_M + offset_M),
-            own_slot_M=tensor(row_M * n + offset_M),
-            prompt_slot_M=tensor(prompt_slot_M),
-            own_shape=(B, n),
-            prompt_shape=(num_prompts, g),
-            num_columns=num_columns,
-            later_BnT=torch.arange(num_columns, device=self.device) > last_seen_Bn[..., None],
+            position_M=self._tensor(self.prompt_len[self.prompt_of_row[row_M]] + column_M),
+            last_W=self._tensor(ends - 1),
+            row_M=self._tensor(row_M),
+            column_M=self._tensor(column_M),
+            prompt_spans=_spans(prompts, prompt_begins, prompt_ends, self.prompt_len[prompts]),
+            own_spans=_spans(rows, begins, ends, num_keys),
+            num_columns=int(num_keys.max()),
         )
         return self.jump
 
@@ -114,10 +108,13 @@ class JumpCache(PromptCache):
         prompts, self.prompt_of_row = np.unique(self.prompt_of_row[rows], return_inverse=True)
         if len(prompts) < len(self.prompt_len):
             self.prompt_len = self.prompt_len[prompts]
-            self.keep_prompts(torch.from_numpy(prompts).to(self.device))
+            self.keep_prompts(self._tensor(prompts))
         self.length = self.length[rows]
-        kept = torch.from_numpy(rows).to(self.device)
+        kept = self._tensor(rows)
         self.own = {layer: (k[kept], v[kept]) for layer, (k, v) in self.own.items()}
+
+    def _tensor(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array).to(self.device)
 
     def _grow(self, num_columns: int) -> None:
         if num_columns <= self.capacity:
@@ -129,6 +126,10 @@ class JumpCache(PromptCache):
             self.own[layer] = tuple(pad(stored_BNTH, (0, 0, 0, more)) for stored_BNTH in pair)
 
 
+def _spans(*columns: np.ndarray) -> list[Span]:
+    return [Span(*row) for row in zip(*(column.tolist() for column in columns), strict=True)]
+
+
 def jump_attention(module, query, key, value, attention_mask, *, scaling, grouped_cache: JumpCache, **_):
     """Attention of a prefill (prompts, causal) or of lists' new tokens over [prompt keys ; own keys so far]."""
     layer = module.layer_idx
@@ -136,43 +137,71 @@ def jump_attention(module, query, key, value, attention_mask, *, scaling, groupe
     if grouped_cache.reading is not None:
         return read_prompts(layer, query, key, value, scaling, grouped_cache), None
     jump = grouped_cache.jump
-    key_PNLH, value_PNLH = grouped_cache.prompt[layer]
-    key_BNTH, value_BNTH = grouped_cache.append(layer, key[0].transpose(0, 1), value[0].transpose(0, 1))
-    _, heads, M, H = query.shape
-    N = key.shape[1]
-    query_MNRH = query[0].transpose(0, 1).reshape(M, N, heads // N, H) * scaling
-    padding_P11L = None if grouped_cache.padding_PL is None else grouped_cache.padding_PL[:, None, None]
-    prompt = _attend(query_MNRH, jump.prompt_slot_M, jump.prompt_shape, key_PNLH, value_PNLH, padding_P11L)
-    own = _attend(query_MNRH, jump.own_slot_M, jump.own_shape, key_BNTH, value_BNTH, jump.later_BnT[:, :, None])
-    peak_MNR1 = torch.maximum(prompt[1], own[1])
-    scale_prompt, scale_own = (prompt[1] - peak_MNR1).exp_(), (own[1] - peak_MNR1).exp_()
-    total_MNR1 = (prompt[2] * scale_prompt).addcmul_(own[2], scale_own)
-    out_MNRH = (prompt[0] * (scale_prompt / total_MNR1)).addcmul_(own[0], scale_own / total_MNR1)
-    return out_MNRH.to(value.dtype).view(1, M, heads, H), None
+    own = grouped_cache.append(layer, key[0].transpose(0, 1), value[0].transpose(0, 1))
+    (_, heads, M, H), N = query.shape, key.shape[1]
+    query_NMRH = query.view(N, heads // N, M, H).transpose(1, 2).contiguous()
+    attend = attend_by_span if query.device.type == "cpu" else attend_padded
+    prompt_NMRH, prompt_lse_NMR = attend(query_NMRH, *grouped_cache.prompt[layer], jump.prompt_spans, False, scaling)
+    own_NMRH, own_lse_NMR = attend(query_NMRH, *own, jump.own_spans, True, scaling)
+    share_NMR1 = torch.sigmoid(own_lse_NMR - prompt_lse_NMR)[..., None]
+    out_NMRH = torch.lerp(prompt_NMRH.to(share_NMR1.dtype), own_NMRH.to(share_NMR1.dtype), share_NMR1)
+    return out_NMRH.to(value.dtype).transpose(0, 1).reshape(1, M, heads, H), None
 
 
-def _attend(
-    query_MNRH: Tensor, slot_M: Tensor, shape: tuple[int, int], key_SNKH, value_SNKH, hidden_keys: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """One softmax's three parts for every query: sum of weighted values, peak of the scores, sum of the weights.
+def attend_by_span(
+    query_NMRH: Tensor, key_SNKH: Tensor, value_SNKH: Tensor, spans: list[Span], causal: bool, scaling: float
+) -> tuple[Tensor, Tensor]:
+    """Every query's attention over its span's keys, (N, M, R, H), and its log-sum-exp, (N, M, R). For CPUs.
 
-    Queries go to places of (S, q), S rows of keys with q queries each; `hidden_keys` (S, 1 or q, 1, K) are not seen.
+    Causal: the span's queries are its last keys' own, and see none that come after.
     """
-    (_, N, R, H), (S, q), K = query_MNRH.shape, shape, key_SNKH.shape[2]
-    padded_SqNRH = query_MNRH.new_zeros(S * q, N, R, H).index_copy_(0, slot_M, query_MNRH).view(S, q, N, R, H)
-    query_SNqH = padded_SqNRH.transpose(1, 2).reshape(S, N, q * R, H)
+    attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+    N, M, R, H = query_NMRH.shape
+    query_1NqH = query_NMRH.view(1, N, M * R, H)
+    outs, lses = [], []
+    if causal:
+        # Of a window onto this mask that ends with its last key's column, row j R + r sees all keys but the last ones.
+        most, longest = max(s.end - s.begin for s in spans), max(s.num_keys for s in spans)
+        later_nn = torch.ones(most, most, dtype=torch.bool).triu_(1)
+        mask = query_NMRH.new_zeros(most, longest + most)
+        mask[:, longest:].masked_fill_(later_nn, -torch.inf)
+        mask = mask.repeat_interleave(R, dim=0)[None, None]
+    # Views made by split and narrow, which take half the time of indexing: there are hundreds a layer.
+    keys, values = key_SNKH.split(1), value_SNKH.split(1)
+    queries = query_1NqH.split([(span.end - span.begin) * R for span in spans], dim=2)
+    for query, span in zip(queries, spans, strict=True):
+        size, num_keys, seen = span.end - span.begin, span.num_keys, None
+        if causal and size > 1:
+            seen = mask[:, :, : size * R, longest + size - num_keys : longest + size]
+        key, value = keys[span.row].narrow(2, 0, num_keys), values[span.row].narrow(2, 0, num_keys)
+        out, lse = attend(query, key, value, 0.0, False, attn_mask=seen, scale=scaling)
+        outs.append(out)
+        lses.append(lse)
+    return torch.cat(outs, 2).view(N, M, R, H), torch.cat(lses, 2).view(N, M, R)
+
+
+def attend_padded(
+    query_NMRH: Tensor, key_SNKH: Tensor, value_SNKH: Tensor, spans: list[Span], causal: bool, scaling: float
+) -> tuple[Tensor, Tensor]:
+    """`attend_by_span` in a few large products: the definition, and what other devices run."""
+    (N, _, R, H), (S, _, K, _), device = query_NMRH.shape, key_SNKH.shape, query_NMRH.device
+    q = max(span.end - span.begin for span in spans)
+    slot_M = torch.tensor([span.row * q + i for span in spans for i in range(span.end - span.begin)], device=device)
+    visible = torch.ones(S, q, dtype=torch.int64)  # one, so that padding has a softmax too
+    for span in spans:
+        size = span.end - span.begin
+        first = span.num_keys - size + 1 if causal else span.num_keys
+        visible[span.row, :size] = torch.arange(first, first + size) if causal else first
+    unseen_SqK = torch.arange(K, device=device) >= visible.to(device)[..., None]
+    padded_NtRH = query_NMRH.new_zeros(N, S * q, R, H).index_copy_(1, slot_M, query_NMRH * scaling)
+    query_SNqH = padded_NtRH.view(N, S, q * R, H).transpose(0, 1)
     score_SNqRK = (query_SNqH @ key_SNKH.transpose(2, 3)).float().view(S, N, q, R, K)
-    if hidden_keys is not None:
-        score_SNqRK.masked_fill_(hidden_keys[:, None], float("-inf"))
-    peak_SNqR1 = score_SNqRK.amax(-1, keepdim=True)
-    weight_SNqRK = score_SNqRK.sub_(peak_SNqR1).exp_()
-    total_SNqR1 = weight_SNqRK.sum(-1, keepdim=True)
-    out_SNqH = (weight_SNqRK.view(S, N, q * R, K).to(value_SNKH.dtype) @ value_SNKH).float()
-
-    def unpadded(padded: Tensor, size: int) -> Tensor:
-        return padded.view(S, N, q, R, size).transpose(1, 2).reshape(S * q, N, R, size)[slot_M]
-
-    return unpadded(out_SNqH, H), unpadded(peak_SNqR1, 1), unpadded(total_SNqR1, 1)
+    score_SNqRK.masked_fill_(unseen_SqK[:, None, :, None], -torch.inf)
+    lse_SNqR = score_SNqRK.logsumexp(-1)
+    weight_SNqK = score_SNqRK.sub_(lse_SNqR[..., None]).exp_().view(S, N, q * R, K)
+    out_SNqH = weight_SNqK.to(value_SNKH.dtype) @ value_SNKH
+    out_NMRH = out_SNqH.view(S, N, q, R, H).transpose(0, 1).reshape(N, S * q, R, H)[:, slot_M]
+    return out_NMRH, lse_SNqR.transpose(0, 1).reshape(N, S * q, R)[:, slot_M]
 
 
 ALL_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, jump_attention)
