@@ -21,6 +21,7 @@ from rankgrpo.config import Config, RlConfig
 from rankgrpo.data.demo import make_demo
 from rankgrpo.data.samples import Sample
 from rankgrpo.model.attention import use_shared_prefix
+from rankgrpo.model.packing import Group
 from rankgrpo.model.policy import Policy
 from rankgrpo.model.presets import count_parameters, valid_token_mask
 from rankgrpo.model.tiny import TinyConfig, init_model, train_tokenizer
@@ -90,7 +91,8 @@ class Bench:
         # A model with random weights hits nothing; with random advantages every list is trained on.
         random_BU = torch.randn(units.advantage_BU.shape, generator=torch.Generator().manual_seed(seed))
         units = replace(units, advantage_BU=random_BU)
-        batch = make_micro_batches(prompts, rollouts, units, list(range(len(prompts))), rl, 20)
+        groups = [Group(p, [r.token_ids for r in lists]) for p, lists in zip(prompts, rollouts, strict=True)]
+        batch = make_micro_batches(groups, rollouts, units, list(range(len(prompts))), rl, 20)
         self.updater.step(batch, units.denominator, 1e-6, "benchmark", Means())
         self._wait()
         return {"sample": sampled - began, "score": scored - sampled, "update": time.perf_counter() - scored}

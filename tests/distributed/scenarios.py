@@ -20,6 +20,7 @@ import rankgrpo.train as training
 from rankgrpo.config import RlConfig
 from rankgrpo.errors import SaveError, TrainingError
 from rankgrpo.model.adapter import merged_parameters
+from rankgrpo.model.packing import Group
 from rankgrpo.model.policy import Policy, open_policy, open_reference
 from rankgrpo.parse import RankSegmenter
 from rankgrpo.runtime.checkpoint import load_checkpoint, save_checkpoint
@@ -173,8 +174,8 @@ def micro_batches(given: list[dict], policy: Policy, rl: RlConfig, num_ranks: in
         full_list_bonus=rl.full_list_bonus,
         mean_by_list=rl.token_mean == "list",
     )
-    prompts = [one["prompt"] for one in given]
-    return training.make_micro_batches(prompts, rollouts, units, list(range(len(given))), rl, num_ranks)
+    groups = [Group(one["prompt"], one["lists"]) for one in given]
+    return training.make_micro_batches(groups, rollouts, units, list(range(len(given))), rl, num_ranks)
 
 
 def recording(plain, policy: Policy, gradients: dict[str, Tensor]):
