@@ -227,9 +227,15 @@ def test_batches_order_and_company_change_nothing(monkeypatch):
     assert sample(policy, seeds=[11, 12, 13, 99])[3] != whole[3]
 
 
-def test_padded_attention_is_attention_by_span(monkeypatch):
+def test_ways_to_compute_attention_agree(monkeypatch):
     policy = make_policy(num_ranks=8)
     whole = sample(policy)
+    sizes = iter(itertools.cycle([1, 2, 5, 40]))
+    with monkeypatch.context() as patch:
+        patch.setattr(jump.Start, "choose", lambda *jumps: jump.Start(next(sizes), *jumps))
+        assert_same(sample(policy), whole)
+    monkeypatch.setattr(jump.Start, "choose", lambda *jumps: None)
+    assert_same(sample(policy), whole)
     monkeypatch.setattr(jump, "attend_by_span", jump.attend_padded)
     assert_same(sample(policy), whole)
 

@@ -164,7 +164,7 @@ def main() -> None:
     print_table(rows, COLUMNS)
     if args.out is not None:
         settings = {key: value for key, value in vars(args).items() if key != "out"} | {"parameters": num_parameters}
-        write_json(args.out, record("constrained_sampling", free.model.device, **settings, rows=rows))
+        write_json(args.out, record("constrained_sampling", free.model.device, settings=settings, rows=rows))
 
 
 if __name__ == "__main__":

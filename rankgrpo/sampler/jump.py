@@ -1,9 +1,10 @@
 """Keys, values and attention of lists that go on by several tokens at once, each by its own number.
 
 The new tokens of all lists lie one after the other in one row, so that nothing but the attention knows of lists. It
-runs in two parts, over the prompt's keys and over the list's own, which are merged by their log-sum-exps. On a CPU each
-prompt and each list is a call of the flash kernel at its own length; elsewhere queries are padded to the most of a
-prompt's lists together, and to the most of a list.
+runs in two parts, over the prompt's keys and over the list's own, which are merged by their log-sum-exps. On a CPU the
+flash kernel is called once a prompt, and for the lists' own keys once for the first few new tokens of all lists and
+once for the rest of each longer jump. Elsewhere queries are padded to the most of a prompt's lists together, and to the
+most of a list.
 """
 
 # Shape letters: P prompts, B lists, M new tokens of all lists, g most new tokens of a prompt, n most of a list,
@@ -41,6 +42,8 @@ class Jump:
     own_spans: list[Span]
     num_columns: int
     """T"""
+    start: Start | None
+    """None: no tokens are taken together. Used on CPUs."""
 
 
 @dataclass(slots=True, frozen=True)
@@ -52,6 +55,43 @@ class Span:
     end: int
     num_keys: int
     """That the last of them sees."""
+
+
+class Start:
+    """The first `size` new tokens of every list, which one call of the kernel takes, and the rest of longer jumps."""
+
+    def __init__(self, size: int, rows: np.ndarray, sizes: np.ndarray, num_keys: np.ndarray, num_rows: int):
+        begins = np.cumsum(sizes) - sizes
+        place_M = np.arange(sizes.sum()) - np.repeat(begins, sizes)
+        early_M = place_M < size
+        self.size, self.num_rows = size, num_rows
+        self.early = torch.from_numpy(early_M.nonzero()[0])
+        self.slot = torch.from_numpy((np.repeat(rows, sizes) * size + place_M)[early_M])
+        """Place of each early token among the B * size padded queries."""
+        self.late = torch.from_numpy((~early_M).nonzero()[0])
+        left, longer = sizes - size, sizes > size
+        ends = np.cumsum(left[longer])
+        self.late_spans = _spans(rows[longer], ends - left[longer], ends, num_keys[longer])
+        self.visible = torch.ones(num_rows, size, dtype=torch.int64)  # one, so that padding has a softmax too
+        seen = (num_keys - sizes)[:, None] + np.arange(1, size + 1)
+        self.visible[torch.from_numpy(rows)] = torch.from_numpy(np.minimum(seen, num_keys[:, None]))
+        self._mask: Tensor | None = None
+
+    @classmethod
+    def choose(cls, rows: np.ndarray, sizes: np.ndarray, num_keys: np.ndarray, num_rows: int) -> Start | None:
+        """The cheapest size, in calls of the kernel: a padded query costs about a sixteenth of one."""
+        size_n = np.arange(1, sizes.max() + 1)
+        cost_n = num_rows * (0.25 + size_n / 16) + (sizes > size_n[:, None]).sum(1)
+        best = int(cost_n.argmin())
+        return cls(best + 1, rows, sizes, num_keys, num_rows) if cost_n[best] < len(rows) else None
+
+    def mask(self, query_NMRH: Tensor, num_columns: int) -> Tensor:
+        """(B, 1, size * R, T), -inf for keys that come after the query. The same for all layers."""
+        if self._mask is None:
+            unseen_BnT = torch.arange(num_columns) >= self.visible[..., None]
+            mask_BnT = query_NMRH.new_zeros(unseen_BnT.shape).masked_fill_(unseen_BnT, -torch.inf)
+            self._mask = mask_BnT.repeat_interleave(query_NMRH.shape[2], dim=1)[:, None]
+        return self._mask
 
 
 class JumpCache(PromptCache):
@@ -89,6 +129,7 @@ class JumpCache(PromptCache):
             prompt_spans=_spans(prompts, prompt_begins, prompt_ends, self.prompt_len[prompts]),
             own_spans=_spans(rows, begins, ends, num_keys),
             num_columns=int(num_keys.max()),
+            start=Start.choose(rows, sizes, num_keys, len(self.length)),
         )
         return self.jump
 
@@ -142,7 +183,10 @@ def jump_attention(module, query, key, value, attention_mask, *, scaling, groupe
     query_NMRH = query.view(N, heads // N, M, H).transpose(1, 2).contiguous()
     attend = attend_by_span if query.device.type == "cpu" else attend_padded
     prompt_NMRH, prompt_lse_NMR = attend(query_NMRH, *grouped_cache.prompt[layer], jump.prompt_spans, False, scaling)
-    own_NMRH, own_lse_NMR = attend(query_NMRH, *own, jump.own_spans, True, scaling)
+    if query.device.type == "cpu" and jump.start is not None:
+        own_NMRH, own_lse_NMR = attend_from_start(query_NMRH, *own, jump.start, scaling)
+    else:
+        own_NMRH, own_lse_NMR = attend(query_NMRH, *own, jump.own_spans, True, scaling)
     share_NMR1 = torch.sigmoid(own_lse_NMR - prompt_lse_NMR)[..., None]
     out_NMRH = torch.lerp(prompt_NMRH.to(share_NMR1.dtype), own_NMRH.to(share_NMR1.dtype), share_NMR1)
     return out_NMRH.to(value.dtype).transpose(0, 1).reshape(1, M, heads, H), None
@@ -178,6 +222,27 @@ def attend_by_span(
         outs.append(out)
         lses.append(lse)
     return torch.cat(outs, 2).view(N, M, R, H), torch.cat(lses, 2).view(N, M, R)
+
+
+def attend_from_start(
+    query_NMRH: Tensor, key_BNTH: Tensor, value_BNTH: Tensor, start: Start, scaling: float
+) -> tuple[Tensor, Tensor]:
+    """`attend_by_span` over the lists' own keys, with the first tokens of all lists in one call."""
+    attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+    (N, M, R, H), B, n = query_NMRH.shape, start.num_rows, start.size
+    padded_NtRH = query_NMRH.new_zeros(N, B * n, R, H).index_copy_(1, start.slot, query_NMRH[:, start.early])
+    query_BNnH = padded_NtRH.view(N, B, n * R, H).transpose(0, 1)
+    mask = start.mask(query_NMRH, key_BNTH.shape[2])
+    early_BNnH, early_lse = attend(query_BNnH, key_BNTH, value_BNTH, 0.0, False, attn_mask=mask, scale=scaling)
+    early_NtRH = early_BNnH.transpose(0, 1).reshape(N, B * n, R, H)
+    early_lse_NtR = early_lse.transpose(0, 1).reshape(N, B * n, R)
+    out_NMRH = query_NMRH.new_empty(N, M, R, H).index_copy_(1, start.early, early_NtRH[:, start.slot])
+    lse_NMR = early_lse.new_empty(N, M, R).index_copy_(1, start.early, early_lse_NtR[:, start.slot])
+    if start.late_spans:
+        late = attend_by_span(query_NMRH[:, start.late], key_BNTH, value_BNTH, start.late_spans, True, scaling)
+        out_NMRH.index_copy_(1, start.late, late[0])
+        lse_NMR.index_copy_(1, start.late, late[1])
+    return out_NMRH, lse_NMR
 
 
 def attend_padded(
