@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from rankgrpo.advantage import group_advantage
 from rankgrpo.baselines.ease import EaseTeacher
-from rankgrpo.config import ModelConfig
+from rankgrpo.config import DataConfig, ModelConfig
 from rankgrpo.data.demo import make_demo
 from rankgrpo.data.order import BatchOrder
 from rankgrpo.data.prompt import encode_prompts
@@ -38,7 +38,7 @@ from rankgrpo.sampler.choose import hf_sampler
 from rankgrpo.sft import demonstration_groups
 from rankgrpo.units import make_units
 
-MAX_PROMPT_TOKENS = 256
+DATA = DataConfig(max_prompt_tokens=256)
 
 
 def train_step(
@@ -58,7 +58,7 @@ def train_step(
     reward of a list, summed over its ranks."""
     P, G, K = len(samples), group_size, num_ranks
     sampler, segmenter = hf_sampler(policy), RankSegmenter(policy.tokenizer)
-    prompts = encode_prompts(policy.tokenizer, samples, MAX_PROMPT_TOKENS, K)
+    prompts = encode_prompts(policy.tokenizer, samples, DATA.max_prompt_tokens, K)
     # y_1..y_G ~ pi_old(. | x): the policy as it is now.
     groups = sampler.sample(prompts, group_size=G, seeds=seeds, max_new_tokens=max_new_tokens)
 
@@ -126,7 +126,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # The warm start, so that lists have their form and some hits: negative log-likelihood of EASE's, 16 a step.
     optimizer = torch.optim.AdamW(policy.model.parameters(), 2e-3, (0.9, 0.95), weight_decay=0.0, fused=True)
-    groups = demonstration_groups(policy.tokenizer, demonstrations, MAX_PROMPT_TOKENS)
+    groups = demonstration_groups(policy.tokenizer, demonstrations, DATA)
     for step in range(args.warm_steps):
         pack = build_pack([groups[i] for i in BatchOrder(len(groups), 16, args.seed).indices(step)])
         descend(-list_logprobs(policy, pack).sum() / pack.mask_BT.sum(), policy, optimizer)

@@ -126,7 +126,7 @@ def test_a_model_is_scored_by_the_mean_of_its_draws(tmp_path):
         return score_source(Source("a", init, config), dataset.test, dataset, ALONE)
 
     one, three = scored(1), scored(3)
-    texts = draw_lists(Source("a", init, tiny_config()), dataset.test, 3, 1.0, "", ALONE)
+    texts = draw_lists(Source("a", init, tiny_config()), dataset.test, 3, 1.0, "", dataset.catalog, ALONE)
     assert [row["completion"] for row in three.rows] == [row["completion"] for row in one.rows]
     assert [text for text, *_ in texts] == [row["completion"] for row in one.rows]
     for index, asked in enumerate(dataset.test):

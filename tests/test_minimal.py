@@ -37,7 +37,7 @@ def test_a_step_moves_the_weights_as_train_does(warm, tmp_path, returns, updates
     config = tiny_config(
         "rl.num_steps=1", "rl.kl_coef=0", "rl.lr=1e-3", "rl.group_size=8", "rl.token_budget=100000",
         f"rl.returns={returns}", f"rl.updates_per_batch={updates}",
-        f"data.max_prompt_tokens={minimal.MAX_PROMPT_TOKENS}",
+        f"data.max_prompt_tokens={minimal.DATA.max_prompt_tokens}",
     )  # fmt: skip
     rl, dataset = config.rl, tiny_dataset()
     train(config, dataset, warm, tmp_path, ALONE)
