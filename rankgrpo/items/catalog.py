@@ -206,7 +206,7 @@ def read_catalog(path: str | os.PathLike[str]) -> tuple[Catalog, list[Problem]]:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Rows of files, shared with data.py
+# Fields of a row, shared with the readers of samples and of published data sets
 
 
 def parse_title(value: object) -> str:
