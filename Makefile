@@ -102,6 +102,7 @@ bench: $(BENCH_READY) bench-sync
 	$(ENV) $(PYTHON) experiments/bench/update.py --shape $(SHAPE) --case p300 p700 p2048 mix --out $(BENCH)/update-$(SHAPE).json
 	$(ENV) $(PYTHON) experiments/bench/short_spans.py --device cpu --out $(BENCH)/short_spans.json
 	$(ENV) $(PYTHON) experiments/bench/threads.py --out $(BENCH)/threads.json
+	$(ENV) $(PYTHON) experiments/bench/constrained_sampling.py --prompts 4 --trials 2 --out $(BENCH)/constrained_sampling.json
 	$(ENV) $(PYTHON) experiments/bench/step.py --out $(BENCH)/step.json --plot $(BENCH)/step.png
 
 # Weight sync, sleep and wake of vLLM: on a GPU a model of 0.5B, without one a tiny model and vLLM's CPU build.
