@@ -23,6 +23,7 @@ from rankgrpo.evaluation.tables import format_table
 from rankgrpo.files.rows import Problem
 from rankgrpo.items.catalog import Catalog
 from rankgrpo.model.constraint import open_constraint
+from rankgrpo.model.tiny import title_line
 from rankgrpo.parse import parse_list
 
 if TYPE_CHECKING:
@@ -225,7 +226,7 @@ def _catalog_warnings(catalog: Catalog) -> list[str]:
     """Items whose line `Title (Year)`, written exactly so, is not read back as the item: they can never be a hit."""
     lost = []
     for index, item in enumerate(catalog.items):
-        line = f"{item.title} ({item.year})"
+        line = title_line(item.title, item.year)
         parsed = parse_list(line)
         found = [catalog.lookup(p.title, p.year) for p in parsed if p.title is not None and p.year is not None]
         if found != [index]:

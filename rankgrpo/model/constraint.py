@@ -22,6 +22,7 @@ from rankgrpo.items.choices import Choices
 from rankgrpo.items.trie import CatalogTrie, Forbid
 from rankgrpo.items.walk import ListWalk
 from rankgrpo.model.packing import Group
+from rankgrpo.model.tiny import title_line
 
 if TYPE_CHECKING:
     from rankgrpo.config import Config
@@ -56,7 +57,7 @@ def open_constraint(
 
     Raises ConfigError, which says which line, for a catalog that cannot be written so.
     """
-    lines = [f"{item.title} ({item.year})" for item in catalog.items]
+    lines = [title_line(item.title, item.year) for item in catalog.items]
     try:
         trie = CatalogTrie.build(lines, tokenizer, num_ranks=num_ranks, eos_id=tokenizer.eos_token_id)
     except ValueError as error:
