@@ -70,6 +70,10 @@ def answer(matcher, line):
         ("House of 1,000 Corpses (2003)", "House of 1000 Corpses (2003)"),
         ("Saw (2003)", "Saw (2003)"),
         ("Heat (2013)", "The Heat (2013)"),
+        ("Up", "Up (2009)"),
+        ("4. *Birdman*", "Birdman (2014)"),
+        ("机器人总动员 (WALL·E) (2008)", "WALL·E (2008)"),
+        ("Se7en [Sieben] (1995)", "Se7en (1995)"),
     ],
 )
 def test_what_other_writers_mean(matcher, line, film):
@@ -90,6 +94,8 @@ def test_what_other_writers_mean(matcher, line, film):
         "Kill Bill (2003)",
         "Insidious: Chapter 3 (2013)",
         "Insidious (2013)",
+        "Insidious (Chapter 2) (2010)",
+        "Toy Story (Heat) (1995)",  # two films of that year
         "Mad Max (2015)",
         "Mad Max 3 (1981)",
         "The Fly",  # two films, and no year to tell
@@ -99,7 +105,8 @@ def test_what_other_writers_mean(matcher, line, film):
         "Spider-Man: Homecoming (2002)",  # a subtitle nobody knows
         "Heat (2012)",  # neither film's year, and only one film's article
         "Matrix",
-        "Up",
+        "Heat",  # The Heat is a film, too
+        "Upp",
         "Upp (2009)",
         "Dark Waters (2005)",
         "Bad Mom (2016)",
@@ -116,6 +123,25 @@ def test_what_other_writers_mean(matcher, line, film):
 )
 def test_never_another_film(matcher, line):
     assert answer(matcher, line) is None
+
+
+@pytest.mark.parametrize(
+    ("film", "line", "found"),
+    [
+        ("Nine (2009)", "9 (2009)", False),
+        ("9 (2009)", "Nine (2009)", False),
+        ("Nine (2009)", "nine (2009)", True),
+        ("Ocean's Eleven (2001)", "Ocean's 11 (2001)", True),
+        ("Parasite (2019)", "기생충 (Parasite) (2019)", True),
+        ("Parasite (2019)", "Parasite (기생충) (2019)", True),
+        ("Parasite (2019)", "기생충 (Parasite) (1982)", False),
+        ("9 (2009)", "9", False),  # a line with a number and nothing else
+        ("300 (2006)", "300", True),
+    ],
+)
+def test_a_catalog_of_one_film(film, line, found):
+    matcher = TitleMatcher(Catalog([Item(film[:-7], int(film[-5:-1]))]))
+    assert matcher.match_line(line) == (0 if found else None)
 
 
 def test_every_item_is_matched_by_its_own_name():

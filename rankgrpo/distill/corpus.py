@@ -52,7 +52,10 @@ class Corpus:
             [s.id, [[t.role, t.content] for t in s.conversation], list(s.seen_titles), list(s.groundtruth)]
             for s in self.samples
         ]
-        items = [[item.title, item.year, item.popularity, list(item.genres), item.text] for item in self.catalog]
+        items = [
+            [item.title, item.year, item.popularity, list(item.genres), item.text, *item.aliases]
+            for item in self.catalog
+        ]
         return content_key(rows, items, self.num_train, self.num_validation)
 
 

@@ -22,6 +22,7 @@ from rankgrpo.evaluation.evaluate import score_items, summarise
 from rankgrpo.evaluation.tables import format_table
 from rankgrpo.files.rows import Problem
 from rankgrpo.items.catalog import Catalog
+from rankgrpo.items.titles import in_library_order
 from rankgrpo.model.constraint import open_constraint
 from rankgrpo.model.tiny import title_line
 from rankgrpo.parse import parse_list
@@ -231,9 +232,18 @@ def _catalog_warnings(catalog: Catalog) -> list[str]:
         found = [catalog.lookup(p.title, p.year) for p in parsed if p.title is not None and p.year is not None]
         if found != [index]:
             lost.append(line)
-    if not lost:
-        return []
-    return [f"{len(lost)} catalog items are not read back from the line that names them, for example {lost[0]!r}"]
+    warnings = []
+    if lost:
+        warnings.append(
+            f"{len(lost)} catalog items are not read back from the line that names them, for example {lost[0]!r}"
+        )
+    library = [item.title for item in catalog if in_library_order(item.title)]
+    if library:
+        warnings.append(
+            f"{len(library)} of {len(catalog)} titles are in library order, for example {library[0]!r}, as no model "
+            "writes them; `rankgrpo data import` moves the articles to the front"
+        )
+    return warnings
 
 
 def _is_demo(dataset: Dataset) -> bool:

@@ -1,8 +1,8 @@
 """The catalog: the items a list may name, and the one way to look a title up.
 
 Reads JSONL and CSV, reports every bad row at once with file and line, and answers `(title, year) -> index` by
-normalised title, exact year first. It does not guess: no fuzzy titles, no spelling correction, no reordering of
-"Matrix, The".
+normalised title, exact year first. It does not guess: no fuzzy titles, no spelling correction. An item also goes by its
+other titles, and where the catalog writes "Matrix, The", by "The Matrix".
 """
 
 from __future__ import annotations
@@ -20,11 +20,14 @@ from typing import Any
 from rankgrpo.errors import DataError
 from rankgrpo.files.atomic import write_lines
 from rankgrpo.files.rows import Problem, read_csv, read_jsonl, type_name
+from rankgrpo.items.titles import natural_order
 
 MIN_YEAR, MAX_YEAR = 1870, 2100  # first moving pictures; anything later is a typing error
 
 _MAX_TITLE_CHARS = 300
 _TITLE_YEAR = re.compile(r"(?P<title>.*\S)\s*\((?P<year>\d{4})\)", re.ASCII)
+# "2008-2013", "2008-", "1995-12-15", "1995-12-15T00:00"
+_YEAR_AND_MORE = re.compile(r"\s*(?P<year>\d{4})\s*[-–—/]\s*(?:\d{0,4}|\d\d?[-/]\d\d?(?:[T\s].*)?)\s*", re.ASCII)
 _YEAR_IN_TEXT = re.compile(r"\((?P<year>\d{4})\)", re.ASCII)
 
 # Applied before NFKC (which would tear U+00B4 and U+2033 apart) and after it (which makes U+2014 out of U+FE58).
@@ -52,6 +55,8 @@ class Item:
     genres: tuple[str, ...] = ()
     text: str = ""
     """Plot or keywords, free text."""
+    aliases: tuple[str, ...] = ()
+    """Other titles of the same item, such as the original one; a line that names one names the item."""
 
 
 @lru_cache(maxsize=1 << 16)
@@ -85,9 +90,20 @@ class Catalog:
                 first = years[item.year]
                 duplicates.append(f"item {index}: {item.title} ({item.year}) is item {first} again")
             years.setdefault(item.year, index)
+        for (name, year), index in self._other_names().items():
+            self._years_of.setdefault(name, {}).setdefault(year, index)
         self._max_words = max((key.count(" ") + 1 for key in self._years_of), default=0)
         if duplicates:
             raise DataError("the catalog names items twice; keep one of each:", duplicates)
+
+    def _other_names(self) -> dict[tuple[str, int], int]:
+        """Index by (normalised title, year) of what is not the title of an item itself, where it means one item."""
+        indices: dict[tuple[str, int], set[int]] = {}
+        for index, item in enumerate(self.items):
+            for name in (*item.aliases, natural_order(item.title)):
+                if name is not None:
+                    indices.setdefault((normalise_title(name), item.year), set()).add(index)
+        return {name: min(found) for name, found in indices.items() if len(found) == 1}
 
     def __len__(self) -> int:
         return len(self.items)
@@ -121,6 +137,10 @@ class Catalog:
                 if candidate in years:
                     return years[candidate]
         return None
+
+    def has_title(self, index: int, title: str) -> bool:
+        """Whether this is the title of the item, rather than one of its other names."""
+        return normalise_title(title) == normalise_title(self.items[index].title)
 
     def title_indices(self, title: str) -> tuple[int, ...]:
         """Indices of every item a title names, in catalog order; empty if there is none.
@@ -165,9 +185,10 @@ def read_catalog(path: str | os.PathLike[str]) -> tuple[Catalog, list[Problem]]:
     """Read a catalog; return it with the soft problems (unknown columns, once each).
 
     Columns or keys: `title`, `year` (both needed; a year may be a string), `popularity` (int), `genres` (a list, or one
-    string separated by `|` or `;`), and free text under `plot`, `keywords` or `text` (several are joined by a newline).
-    Raises DataError listing every bad row as `file:line: message`: broken JSON or CSV, a missing or wrongly typed
-    field, a title with a line break (a list holds one title a line), a year outside 1870..2100, an item named twice.
+    string separated by `|` or `;`), `aliases` (other titles, a list or one string separated by `|`), and free text
+    under `plot`, `keywords` or `text` (several are joined by a newline). Raises DataError listing every bad row as
+    `file:line: message`: broken JSON or CSV, a missing or wrongly typed field, a title with a line break (a list holds
+    one title a line), a year outside 1870..2100, an item named twice.
     """
     path = Path(path)
     readers = {".jsonl": read_jsonl, ".csv": read_csv}
@@ -222,8 +243,12 @@ def parse_title(value: object) -> str:
 
 
 def parse_year(value: object) -> int:
-    """A year from an int, a whole float or a string of either (files written by spreadsheets hold "1995.0")."""
-    year = parse_whole(value, "year")
+    """A year from an int, a whole float or a string of either (files written by spreadsheets hold "1995.0").
+
+    Of a span ("2008-2013") or a date ("1995-12-15") it is the first year.
+    """
+    span = _YEAR_AND_MORE.fullmatch(value) if isinstance(value, str) else None
+    year = parse_whole(span["year"] if span else value, "year")
     if not MIN_YEAR <= year <= MAX_YEAR:
         raise DataError(f"year {year} is impossible; expected {MIN_YEAR} to {MAX_YEAR}")
     return year
@@ -243,7 +268,7 @@ def parse_whole(value: object, field: str) -> int:
 
 
 _TEXT_KEYS = ("plot", "keywords", "text")
-_CATALOG_KEYS = {"title", "year", "popularity", "genres", *_TEXT_KEYS}
+_CATALOG_KEYS = {"title", "year", "popularity", "genres", "aliases", *_TEXT_KEYS}
 
 
 def parse_item(row: Mapping[str, Any]) -> Item:
@@ -259,15 +284,17 @@ def parse_item(row: Mapping[str, Any]) -> Item:
         title=parse_title(row["title"]),
         year=parse_year(row["year"]),
         popularity=popularity,
-        genres=_to_genres(row.get("genres", ())),
+        genres=_to_names(row.get("genres", ()), "genres", "|;"),
         text="\n".join(text for text in texts if text),
+        aliases=_to_names(row.get("aliases", ()), "aliases", "|"),
     )
 
 
-def _to_genres(value: object) -> tuple[str, ...]:
-    names = value.replace(";", "|").split("|") if isinstance(value, str) else value
+def _to_names(value: object, field: str, separators: str) -> tuple[str, ...]:
+    names = re.split(f"[{separators}]", value) if isinstance(value, str) else value
     if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
-        raise DataError(f"genres must be a list of strings or one string separated by | or ;, got {value!r}")
+        between = " or ".join(separators)
+        raise DataError(f"{field} must be a list of strings or one string separated by {between}, got {value!r}")
     return tuple(name.strip() for name in names if name.strip())
 
 
@@ -284,4 +311,6 @@ def _to_row(item: Item) -> dict[str, Any]:
         row["genres"] = list(item.genres)
     if item.text:
         row["text"] = item.text
+    if item.aliases:
+        row["aliases"] = list(item.aliases)
     return row

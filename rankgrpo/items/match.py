@@ -6,7 +6,7 @@ the exact title to the loosest spelling, and the first step at which the catalog
 looser the spelling, the closer the year must be, and numbers ("Toy Story 2", "Part III") must agree at every step.
 A title that fits two items is nobody's.
 
-Rewards do not use this: there a title counts as the catalog spells it (`Catalog.lookup`).
+Rewards do not use this: there a title counts as the catalog spells it, or one of its other titles (`Catalog.lookup`).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from urllib.parse import unquote
 
 from rankgrpo.items.catalog import Catalog, normalise_title
+from rankgrpo.items.titles import ARTICLES as MOVED_ARTICLES
 from rankgrpo.parse import bare_title, parse_list
 
 YEAR_TOLERANCE = 1
@@ -26,8 +27,6 @@ MIN_CHARS = 6
 """A shorter title must be spelt right and have its very year: another film bears nearly the same name."""
 
 ARTICLES = frozenset({"the", "a", "an"})
-# "Haine, La": moved to the front like English ones, and not dropped, for they tell titles apart less than they name.
-_MOVED_ARTICLES = r"the|a|an|le|la|les|l'|el|los|las|il|lo|gli|der|die|das|une?|o|os|as"
 _PART_WORDS = frozenset({"part", "pt", "vol", "volume", "chapter", "ch", "episode", "ep", "book", "no"})
 _EPISODE_WORDS = frozenset({"episode", "ep"})
 _SMALL_WORDS = frozenset({"of", "in", "on", "and", "to", "for", "at"})
@@ -43,8 +42,9 @@ _ROMAN = re.compile(r"(x{0,3})(ix|iv|v?i{0,3})")
 _ROMAN_UNITS = {"": 0, "i": 1, "ii": 2, "iii": 3, "iv": 4, "v": 5, "vi": 6, "vii": 7, "viii": 8, "ix": 9}
 
 _SEPARATOR = re.compile(r":\s+|\s-+\s|\s/\s|[()\[\]]|,?\s+or(?=:\s|\s\()|,\s+or\s")
+_TWO_TITLES = re.compile(r"(?P<first>.*\S)\s*[(\[](?P<second>[^()\[\]]+)[)\]]")
 _SECOND_TITLE = re.compile(r"\s[(\[]|,?\s+or(?=:\s|\s\()|,\s+or\s")
-_LAST_ARTICLE = re.compile(rf"(?P<title>.+),\s*(?P<article>{_MOVED_ARTICLES})\s*")
+_LAST_ARTICLE = re.compile(rf"(?P<title>.+),\s*(?P<article>{MOVED_ARTICLES})\s*")
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}\b)")
 _FRACTION = re.compile(r"(?<=\d)(?=[¼-¾⅐-⅞])")
 _LETTERS = str.maketrans({"ø": "o", "ł": "l", "æ": "ae", "œ": "oe", "đ": "d", "ð": "d", "þ": "th", "ı": "i"})
@@ -82,6 +82,8 @@ class Spelling:
     @classmethod
     def of(cls, title: str) -> Spelling:
         segments = [words for part in _SEPARATOR.split(_fold(title)) if (words := _words(part))]
+        if len(segments) == 1 and len(_without_articles(segments[0])) == 1:
+            segments = [_words(_fold(title), numbers=False)]  # a number alone is a name: Nine is not 9
         bare = [_without_parts(_without_articles(words)) for words in segments]
         plain = [_without_parts(kept) for words in segments if (kept := _without_episode(_without_articles(words)))]
         words = tuple(word for words in bare for word in words)
@@ -108,21 +110,24 @@ class TitleMatcher:
 
     def __init__(self, catalog: Catalog) -> None:
         self._catalog = catalog
-        self._years = [item.year for item in catalog]
-        self._spellings = [Spelling.of(item.title) for item in catalog]
+        # A name's number below len(catalog) is that item's own title; the other titles follow.
+        others = [(index, name) for index, item in enumerate(catalog) for name in item.aliases]
+        self._item_of = [*range(len(catalog)), *(index for index, _ in others)]
+        self._years = [catalog.items[index].year for index in self._item_of]
+        self._spellings = [Spelling.of(name) for name in (*(i.title for i in catalog), *(name for _, name in others))]
         self._by_key: dict[str, list[int]] = defaultdict(list)
         self._by_head: dict[str, list[int]] = defaultdict(list)
         self._by_tail: dict[str, list[int]] = defaultdict(list)
         self._keys = [spelling.key for spelling in self._spellings]
         self._by_year: dict[int, tuple[list[int], list[str]]] = {}
-        for index, (spelling, year) in enumerate(zip(self._spellings, self._years, strict=True)):
-            self._by_key[spelling.key].append(index)
+        for name, (spelling, year) in enumerate(zip(self._spellings, self._years, strict=True)):
+            self._by_key[spelling.key].append(name)
             for head in spelling.heads:
-                self._by_head[head].append(index)
+                self._by_head[head].append(name)
             for tail in spelling.tails:
-                self._by_tail[tail].append(index)
-            indices, keys = self._by_year.setdefault(year, ([], []))
-            indices.append(index)
+                self._by_tail[tail].append(name)
+            names, keys = self._by_year.setdefault(year, ([], []))
+            names.append(name)
             keys.append(spelling.key)
         self._vocabulary = frozenset(word for spelling in self._spellings for word in spelling.words)
 
@@ -145,22 +150,40 @@ class TitleMatcher:
             return self._match_without_year(title, spelling)
         for candidates in (self._catalog.title_indices(title), self._by_key.get(spelling.key, ())):
             if exact := self._near(candidates, year, 0):
-                return _only(exact)
+                return self._only(exact)
+        if (both := _TWO_TITLES.fullmatch(title)) and (named := self._in_brackets(both.groups(), spelling, year)):
+            return self._only(named)
         subtitle_differs = self._subtitle_differs(spelling, year)
         off_by_one = self._near(self._same_articles(spelling), year, YEAR_TOLERANCE)
         if off_by_one and len(spelling.key) >= MIN_CHARS:
-            return None if subtitle_differs else _only(off_by_one)
+            return None if subtitle_differs else self._only(off_by_one)
         if subtitle_differs:
-            in_series = self._sharing(spelling.key)
-            return _only(subtitle_differs) if len(in_series) < 2 else None
+            in_series = {self._item_of[name] for name in self._sharing(spelling.key)}
+            return self._only(subtitle_differs) if len(in_series) < 2 else None
         return self._typing_error(spelling, year)
 
+    def _in_brackets(self, titles: Iterable[str], spelling: Spelling, year: int) -> list[int]:
+        """Names of this very year that a title or the one in brackets after it is: "기생충 (Parasite)"."""
+        found = []
+        for title in titles:
+            candidates = self._catalog.title_indices(title) or self._by_key.get(Spelling.of(title).key, ())
+            found += self._near(candidates, year, 0)
+        return [name for name in found if not spelling.numbers.isdisjoint(self._spellings[name].numbers)]
+
     def _match_without_year(self, title: str, spelling: Spelling) -> int | None:
-        """The one item with this spelling. One word may be any film's; a long title may have one typing error."""
+        """The one item with this spelling. One word must be the very title, a long title may have a typing error."""
+        alike = self._catalog.title_indices(title)
         if len(spelling.words) < 2:
-            return None
-        alike = self._catalog.title_indices(title) or self._same_articles(spelling)
-        return _only(alike) if alike else self._typing_error(spelling, None)
+            rivals = {self._item_of[name] for name in self._by_key.get(spelling.key, ())}
+            is_number = len(title.strip()) < 3 and title.strip().isdecimal()  # of a line, rather than a title
+            return alike[0] if len(alike) == 1 and rivals == set(alike) and not is_number else None
+        alike = alike or self._same_articles(spelling)
+        return self._only(alike) if alike else self._typing_error(spelling, None)
+
+    def _only(self, names: Iterable[int]) -> int | None:
+        """The item that all these names are of; None when there is none or more than one."""
+        items = {self._item_of[name] for name in names}
+        return items.pop() if len(items) == 1 else None
 
     def _same_articles(self, spelling: Spelling) -> list[int]:
         """Items of this spelling, articles included unless the title is long: "The Heat" is not "Heat"."""
@@ -204,7 +227,7 @@ class TitleMatcher:
                 near = process.extract(spelling.key, keys, scorer=OSA.distance, score_cutoff=limit, limit=None)
                 found |= {indices[place]: distance for _, distance, place in near}
         similar = {i: d for i, d in found.items() if self._is_typing_error(spelling, self._spellings[i])}
-        return _only([index for index, distance in similar.items() if distance == min(similar.values())])
+        return self._only([name for name, distance in similar.items() if distance == min(similar.values())])
 
     def _is_typing_error(self, written: Spelling, meant: Spelling) -> bool:
         if written.numbers != meant.numbers or written.key[0] != meant.key[0]:
@@ -259,11 +282,11 @@ def _fold(title: str) -> str:
     return _THOUSANDS.sub("", plain.translate(_LETTERS)).replace("&", " and ").replace(" + ", " and ")
 
 
-def _words(part: str) -> list[str]:
+def _words(part: str, *, numbers: bool = True) -> list[str]:
     if match := _LAST_ARTICLE.fullmatch(part.strip()):
         part = f"{match['article']} {match['title']}"
     words = _WORD.findall(part.replace("'", "").replace("⁄", " "))
-    return [_as_number(words, place) for place in range(len(words))]
+    return [_as_number(words, place) for place in range(len(words))] if numbers else words
 
 
 def _as_number(words: Sequence[str], place: int) -> str:
@@ -317,7 +340,3 @@ def _num_edits(num_chars: int) -> int:
 def _glue(words: Iterable[str]) -> str:
     """Words without spaces, except between numbers."""
     return re.sub(r"(?<!\d) | (?!\d)", "", " ".join(words))
-
-
-def _only(indices: Sequence[int]) -> int | None:
-    return indices[0] if len(indices) == 1 else None

@@ -7,7 +7,8 @@ catalogs hold a few ("The Wall", 201), and they are not the user's to mend.
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
@@ -15,6 +16,10 @@ from rankgrpo.data.importers.common import Notes, parse_name
 from rankgrpo.errors import DataError
 from rankgrpo.files.rows import read_csv, read_jsonl, type_name
 from rankgrpo.items.catalog import Item, normalise_title, parse_item
+from rankgrpo.items.titles import in_library_order, natural_order, split_names
+
+LIBRARY_FRAC = 0.01
+"""Share of titles that end in an article from which a catalog is one in library order."""
 
 
 def read_items(path: Path, notes: Notes) -> list[Item]:
@@ -53,6 +58,35 @@ def keep_items(rows: Iterable[tuple[int, dict[str, Any] | str]], where: str, not
         known.add(key)
         items.append(item)
     return items
+
+
+def in_natural_order(items: Sequence[Item], notes: Notes) -> list[Item]:
+    """Items under the titles that people write; the catalog's own forms and the titles in brackets become aliases.
+
+    "Matrix, The" is The Matrix and "Seven (a.k.a. Se7en)" is Seven. In a catalog of which at least 1 % stand in library
+    order, what is in brackets at the end of a title is the original title: "Postman, The (Postino, Il)". A title that
+    is another item's without its brackets keeps them.
+    """
+    in_library = sum(in_library_order(item.title) for item in items) >= max(LIBRARY_FRAC * len(items), 2)
+    taken = {(normalise_title(item.title), item.year) for item in items}
+    found = []
+    for item in items:
+        title, others = split_names(item.title, originals=in_library)
+        if (normalise_title(title), item.year) in taken:  # its own title, or another item's
+            title, others = natural_order(item.title) or item.title, ()
+            if (normalise_title(title), item.year) in taken:
+                title = item.title
+        if title != item.title:
+            taken.add((normalise_title(title), item.year))
+            aliases = dict.fromkeys((*item.aliases, *others, item.title))
+            example = f"{item.title!r} is {title!r}"
+            if in_library_order(item.title):
+                notes.add("catalog titles in library order, the article moved to the front", example)
+            if others:
+                notes.add("catalog titles with others in brackets, by which the item is known too", example)
+            item = replace(item, title=title, aliases=tuple(aliases))
+        found.append(item)
+    return found
 
 
 def _with_year(row: dict[str, Any]) -> dict[str, Any]:

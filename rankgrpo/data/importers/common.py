@@ -11,34 +11,41 @@ from rankgrpo.data.samples import Sample
 from rankgrpo.errors import DataError
 from rankgrpo.files.rows import type_name
 from rankgrpo.items.catalog import Catalog, Item, parse_title, parse_year
+from rankgrpo.items.titles import natural_order
 
 SPLIT_NAMES = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
     **dict.fromkeys(("test", "testing"), "test"),
 }
-_TITLE_YEAR = re.compile(r"(?P<title>.*\S)\s*[(\[](?P<year>\d+)[)\]]", re.DOTALL)
+MAX_PLACES = 3
+_TITLE_YEAR = re.compile(r"(?P<title>.*\S)\s*[(\[](?P<year>\d+(?:\s*[-–]\s*(?:\d{4})?)?)[)\]]", re.DOTALL)
 
 
 class Notes:
-    """What was left out or changed while reading, by kind: how often, and the first place.
+    """What was left out or changed while reading, by kind: how often, and the first places.
 
     Example: notes.add("films without a year, left out", "movie 203371: 'Up'")
     """
 
     def __init__(self) -> None:
         self._counts: dict[str, int] = {}
-        self._first: dict[str, str] = {}
+        self._places: dict[str, list[str]] = {}
 
     def add(self, kind: str, where: str) -> None:
         self._counts[kind] = self._counts.get(kind, 0) + 1
-        self._first.setdefault(kind, where)
+        if self._counts[kind] <= MAX_PLACES:
+            self._places.setdefault(kind, []).append(where)
 
     def count(self, kind: str) -> int:
         return self._counts.get(kind, 0)
 
     def __str__(self) -> str:
-        return "\n".join(f"{count} {kind}; the first: {self._first[kind]}" for kind, count in self._counts.items())
+        lines = []
+        for kind, count in self._counts.items():
+            first, *others = self._places[kind]
+            lines += [f"{count} {kind}; the first: {first}", *(f"  then {place}" for place in others)]
+        return "\n".join(lines)
 
 
 @dataclass(frozen=True)
@@ -62,7 +69,7 @@ def parse_name(name: str) -> tuple[str, int | None]:
     """(title, year) of "Heat (1995)"; the year is None where there is none. DataError for one that cannot be."""
     name = " ".join(name.split())
     match = _TITLE_YEAR.fullmatch(name)
-    # "Apollo (13)" is a title; digits that could be meant as a year are one, possible or not.
+    # "Apollo (13)" is a title; digits that could be meant as a year, or years, are one, possible or not.
     if match and len(match["year"]) >= 3:
         return parse_title(match["title"]), parse_year(match["year"])
     return parse_title(name), None
@@ -91,8 +98,18 @@ def parse_groundtruth(value: object, catalog: Catalog | None, notes: Notes, wher
                 continue
             year = catalog.items[named[0]].year
             notes.add("ground-truth entries without a year, taken from the catalog", f"{where}: {title} ({year})")
+        index = _lookup(catalog, title, year) if catalog is not None else None
+        # An item has one name in a data set, the catalog's; other spellings of it stay as they are.
+        if index is not None and not catalog.has_title(index, title):
+            title = catalog.items[index].title
         found.setdefault((title, year))
     return tuple(found)
+
+
+def _lookup(catalog: Catalog, title: str, year: int) -> int | None:
+    """Index of an item, its title perhaps in library order."""
+    names = (title, natural_order(title))
+    return next((i for name in names if name and (i := catalog.lookup(name, year)) is not None), None)
 
 
 def _title_and_year(title: str, year: object) -> tuple[str, int | None]:

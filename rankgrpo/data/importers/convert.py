@@ -10,7 +10,7 @@ from typing import Literal
 
 import numpy as np
 
-from rankgrpo.data.importers.catalogs import read_items
+from rankgrpo.data.importers.catalogs import in_natural_order, read_items
 from rankgrpo.data.importers.common import Imported, Notes
 from rankgrpo.data.importers.redial import Choice, is_redial, read_redial
 from rankgrpo.data.importers.saved import find_saved, read_saved
@@ -60,10 +60,13 @@ def import_dataset(source: Path, out: Path, options: ImportOptions) -> tuple[str
             raise DataError(f"{name} must be between 0 and 1, got {frac}")
     notes = Notes()
     given = options.catalog or _own_catalog(source)
-    items = read_items(given, notes) if given is not None else []
+    items = in_natural_order(read_items(given, notes), notes) if given is not None else []
     imported = _read(source, options, Catalog(items) if items else None)
     splits = _complete(_usable(imported, notes), options, notes)
-    items = _with_popularity(items or imported.items or _named_items(splits), splits["train"])
+    if not items:
+        items = in_natural_order(imported.items or _named_items(splits), notes)
+        splits = _under_catalog_titles(splits, Catalog(items))
+    items = _with_popularity(items, splits["train"])
     with atomic_folder(out) as folder:
         for name in SPLITS:
             write_samples(folder / f"{name}.jsonl", splits[name])
@@ -162,6 +165,20 @@ def _named_items(splits: Mapping[str, Sequence[Sample]]) -> list[Item]:
             for title, year in sample.groundtruth:
                 items.setdefault((normalise_title(title), year), Item(title, year))
     return list(items.values())
+
+
+def _under_catalog_titles(splits: Mapping[str, list[Sample]], catalog: Catalog) -> dict[str, list[Sample]]:
+    """Samples whose ground truth is called as the catalog calls it."""
+
+    def renamed(sample: Sample) -> Sample:
+        entries = []
+        for title, year in sample.groundtruth:
+            index = catalog.lookup(title, year)
+            known = index is None or catalog.has_title(index, title)
+            entries.append((title if known else catalog.items[index].title, year))
+        return replace(sample, groundtruth=tuple(dict.fromkeys(entries)))
+
+    return {name: [renamed(sample) for sample in samples] for name, samples in splits.items()}
 
 
 def _load(folder: Path, out: Path) -> Dataset:
