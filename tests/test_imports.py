@@ -1,8 +1,13 @@
+import re
 import subprocess
 import sys
+import tomllib
+from functools import cache
 from pathlib import Path
 
 import pytest
+
+from rankgrpo.__main__ import MODULES
 
 ROOT = Path(__file__).parents[1]
 HEAVY = {"transformers", "vllm", "triton", "tokenizers", "rankgrpo_kernels"}
@@ -20,6 +25,49 @@ def test_the_maths_costs_torch_alone(module):
     loaded = modules_after(f"import rankgrpo.{module}")
     assert not {name.split(".")[0] for name in loaded} & HEAVY
     assert {name for name in loaded if name.startswith("rankgrpo")} == {"rankgrpo", f"rankgrpo.{module}"}
+
+
+@cache
+def packages_after(statement):
+    """Top-level packages that a statement loads, without those of the standard library."""
+    loaded = {name.split(".")[0] for name in modules_after(statement)}
+    return {name for name in loaded if not name.startswith("_")} - sys.stdlib_module_names
+
+
+# What the base install has to serve: pyproject.toml asks for torch and nothing else.
+BASE = ["loss", "units", "advantage", "parse", "reward", "logprob", "rollouts.mismatch"]
+
+
+@pytest.mark.parametrize("module", BASE)
+def test_the_base_install_is_torch_alone(module):
+    assert packages_after(f"import rankgrpo.{module}") - packages_after("import torch") == {"rankgrpo"}
+
+
+def extras():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    return project["dependencies"], project["optional-dependencies"]
+
+
+def test_the_command_line_names_every_requirement_of_the_pipeline():
+    base, optional = extras()
+    assert [re.split(r"[<>=]", line)[0] for line in base] == ["torch"]
+    module_of = {"tomli-w": "tomli_w", "pillow": "PIL"}
+    names = [re.split(r"[<>=]", line)[0] for line in optional["train"]]
+    assert [module_of.get(name, name) for name in names] == list(MODULES)
+
+
+def test_the_command_line_without_the_pipeline_says_so_in_one_line():
+    hidden = ("tyro", "peft")
+    code = f"""
+import importlib.util
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name in {hidden} else find(name, *rest)
+from rankgrpo.__main__ import main
+main()
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr == "rankgrpo: the command line needs tyro, peft: pip install 'rankgrpo[train]'\n"
 
 
 @pytest.mark.parametrize("module", ["units", "reward", "metrics"])

@@ -9,15 +9,17 @@ unit is that of the loss: with ranks, the geometric mean over the tokens of one 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from rankgrpo.config import RlConfig
 from rankgrpo.loss import rank_log_ratio
-from rankgrpo.runtime.means import Means
 from rankgrpo.units import Units
+
+if TYPE_CHECKING:  # `mismatch_weight` costs torch alone
+    from rankgrpo.config import RlConfig
+    from rankgrpo.runtime.means import Means
 
 Correction = Literal["truncate", "mask"]
 
