@@ -133,7 +133,7 @@ def evaluate(
         int, arg(help="lists sampled a conversation; above 1 the table is of their union: Recall, coverage, popularity")
     ] = 1,
     markdown: Annotated[bool, arg(help="print the table in Markdown")] = False,
-    free: Annotated[bool, arg(help="decode freely where the run holds its lists to the catalog")] = False,
+    free: Annotated[bool, arg(help="decode freely, also a run that holds its lists to the catalog")] = False,
     overrides: Overrides = [],  # noqa: B006
 ) -> None:
     """Compare any number of models, the popularity list and EASE: Recall and NDCG with 95 % bootstrap intervals.
@@ -157,7 +157,7 @@ def evaluate(
         out=out,
         markdown=markdown,
         num_lists=lists,
-        overrides=[*overrides, *(["rl.constrain=none"] if free else [])],
+        overrides=[*overrides, *(["eval.constrain=none"] if free else [])],
     )
     print(table)
 
@@ -192,7 +192,7 @@ def recommend(
         str | None, arg(help="data set whose catalog marks the items (default: the run's own, or demo)")
     ] = None,
     batch: Annotated[Path | None, arg(help="JSONL file of samples; prints one JSON line each")] = None,
-    free: Annotated[bool, arg(help="decode freely where the run holds its lists to the catalog")] = False,
+    free: Annotated[bool, arg(help="decode freely, also a run that holds its lists to the catalog")] = False,
     overrides: Overrides = [],  # noqa: B006
 ) -> None:
     """Print a ranked list: `+` in the catalog, `?` not in the catalog, `!` not a title with a year.
@@ -204,7 +204,7 @@ def recommend(
     """
     from rankgrpo.evaluation.compare import recommend_from
 
-    overrides = [*overrides, *(["rl.constrain=none"] if free else [])]
+    overrides = [*overrides, *(["eval.constrain=none"] if free else [])]
     recommend_from(model, data, conversation, batch, overrides)
 
 

@@ -322,6 +322,9 @@ class EvalConfig:
     all of them."""
     list_samples: NonNegativeInt = 0
     """Samples that get eval.lists lists, from the beginning of the split; 0 is all."""
+    constrain: Literal["run", "none", "catalog"] = "run"
+    """What lists are held to when they are scored after training or shown: run = as rl.constrain. Validation during
+    training does not follow it: the model that is kept is the best at what is trained, whatever it is then used for."""
     free_samples: NonNegativeInt = 64
     """Where lists are held to the catalog: validation also draws a free list for so many samples, and logs how many of
     its lines are in the catalog and how many repeat, so that a policy that drifts shows."""
@@ -362,6 +365,11 @@ class Config:
     rl: RlConfig = field(default_factory=RlConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+
+    @property
+    def shown_constrain(self) -> Literal["none", "catalog"]:
+        """What eval.constrain means: what scored and shown lists are held to."""
+        return self.rl.constrain if self.eval.constrain == "run" else self.eval.constrain
 
 
 def with_steps(config: Config, num_train: int, num_demonstrations: int | None = None) -> Config:

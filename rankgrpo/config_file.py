@@ -30,19 +30,19 @@ FREE_KEYS = frozenset(
 )
 
 _SIZES = ("hidden", "layers", "ffn", "heads", "kv_heads", "vocab")
-# Keys that nothing reads unless another has one of these values.
-READ_WITH: Mapping[str, tuple[str, tuple[str, ...]]] = {
-    **dict.fromkeys((f"model.{size}" for size in _SIZES), ("model.name", ("tiny",))),
+# Keys that nothing reads unless another, one of these, has one of these values.
+READ_WITH: Mapping[str, Mapping[str, tuple[str, ...]]] = {
+    **dict.fromkeys((f"model.{size}" for size in _SIZES), {"model.name": ("tiny",)}),
     **dict.fromkeys(
-        (f"adapter.{key}" for key in ("rank", "alpha", "rslora", "targets")), ("adapter.kind", ("lora", "dora"))
+        (f"adapter.{key}" for key in ("rank", "alpha", "rslora", "targets")), {"adapter.kind": ("lora", "dora")}
     ),
-    "rl.gamma": ("rl.returns", ("exp",)),
-    "rl.forbid": ("rl.constrain", ("catalog",)),
-    "rl.count_forced": ("rl.constrain", ("catalog",)),
-    "sft.constrain": ("rl.constrain", ("catalog",)),
-    "rl.second_phase_at": ("rl.schedule", ("two-phase",)),
-    "rl.second_phase_lr": ("rl.schedule", ("two-phase",)),
-    "rl.mismatch_cap": ("rl.mismatch_correction", ("truncate", "mask")),
+    "rl.gamma": {"rl.returns": ("exp",)},
+    "rl.forbid": {"rl.constrain": ("catalog",), "eval.constrain": ("catalog",)},
+    "rl.count_forced": {"rl.constrain": ("catalog",)},
+    "sft.constrain": {"rl.constrain": ("catalog",)},
+    "rl.second_phase_at": {"rl.schedule": ("two-phase",)},
+    "rl.second_phase_lr": {"rl.schedule": ("two-phase",)},
+    "rl.mismatch_cap": {"rl.mismatch_correction": ("truncate", "mask")},
 }
 _SECTIONS = {name: kind for name, kind in typing.get_type_hints(Config).items() if dataclasses.is_dataclass(kind)}
 
@@ -143,8 +143,7 @@ def _differing(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
 
 
 def _is_read(key: str, flat: Mapping[str, Any]) -> bool:
-    owner, values = READ_WITH.get(key, (key, (flat[key],)))
-    return flat[owner] in values
+    return key not in READ_WITH or any(flat[owner] in values for owner, values in READ_WITH[key].items())
 
 
 def _unread(config: Config, keys: list[str]) -> list[Fault]:
@@ -153,9 +152,10 @@ def _unread(config: Config, keys: list[str]) -> list[Fault]:
     faults = []
     for key in keys:
         if not _is_read(key, flat) and flat[key] != defaults[key]:
-            owner, values = READ_WITH[key]
-            text = f"{key}: is read with {owner} = {' or '.join(values)} only, and {owner} is {flat[owner]!r}"
-            faults.append(Fault((key,), text, is_rule=True))
+            owners = READ_WITH[key]
+            needed = " or ".join(f"{owner} = {' or '.join(values)}" for owner, values in owners.items())
+            found = " and ".join(f"{owner} is {flat[owner]!r}" for owner in owners)
+            faults.append(Fault((key,), f"{key}: is read with {needed} only, and {found}", is_rule=True))
     return faults
 
 

@@ -115,10 +115,11 @@ def check_catalog(config: Config, dataset: Dataset) -> None:
     """Raise ConfigError for a reward, or for lists held to the catalog, that this catalog cannot give."""
     load_parts(config.rl.reward, dataset.catalog)
     num_ranks, num_items = config.data.num_ranks, len(dataset.catalog)
-    if config.rl.constrain == "catalog" and config.rl.forbid != "none" and num_ranks > num_items:
+    held = "catalog" in (config.rl.constrain, config.shown_constrain)
+    if held and config.rl.forbid != "none" and num_ranks > num_items:
         raise ConfigError(
             f"data.num_ranks = {num_ranks}: the catalog of {config.data.path} has {num_items} items, and lists held to "
-            f"it name none twice; ask for fewer, or set rl.forbid=none or rl.constrain=none"
+            f"it name none twice; ask for fewer, or set rl.forbid=none, or rl.constrain=none eval.constrain=run"
         )
 
 

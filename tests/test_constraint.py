@@ -140,7 +140,7 @@ def test_the_warm_start_may_be_trained_so_and_names_a_demonstration_it_cannot(st
 def test_more_ranks_than_items_are_refused(start):
     catalog, tokenizer = Catalog([Item("Heat", 1995), Item("Up", 2009)]), AutoTokenizer.from_pretrained(start)
     open_constraint(catalog, tokenizer, num_ranks=2, forbid="repeats")
-    with pytest.raises(ConfigError, match="rl.constrain = catalog: .*3 ranks .*rl.constrain=none"):
+    with pytest.raises(ConfigError, match="held to the catalog: .*3 ranks .*rl.constrain=none eval.constrain=run"):
         open_constraint(catalog, tokenizer, num_ranks=3, forbid="repeats")
 
 
@@ -159,10 +159,30 @@ def test_a_run_is_evaluated_as_it_was_trained_or_freely(tmp_path):
     lists = [json.loads(line) for line in (tmp_path / "run" / "eval" / "test" / "rank-grpo.lists.jsonl").open()]
     assert all(mark["in_catalog"] and not mark["duplicate"] for row in lists for mark in row["items"])
     options = {"data": None, "split": "test", "num_samples": 2, "out": tmp_path / "out"}
-    evaluate_models([str(tmp_path / "run")], **options, overrides=["rl.constrain=none"])
+    evaluate_models([str(tmp_path / "run")], **options, overrides=["eval.constrain=none"])
     (path,) = (tmp_path / "out" / "eval" / "test").glob("*before.lists.jsonl")
     for row in map(json.loads, path.open()):
         assert len(row["items"]) != 5 or any(mark["duplicate"] or not mark["in_catalog"] for mark in row["items"])
+
+
+@pytest.mark.slow
+def test_a_model_trained_free_is_validated_free_and_scored_held(tmp_path):
+    config = tiny_config("eval.constrain=catalog", "rl.num_steps=1", "sft.num_steps=1", "eval.num_samples=3")
+    run_pipeline(config, tmp_path / "run")
+    lists = [json.loads(line) for line in (tmp_path / "run" / "eval" / "test" / "rank-grpo.lists.jsonl").open()]
+    assert all(len(row["items"]) == 5 for row in lists)
+    assert all(mark["in_catalog"] and not mark["duplicate"] for row in lists for mark in row["items"])
+    rows, _ = read_metrics(tmp_path / "run" / "rl" / "metrics.jsonl")
+    assert rows[0]["eval/items_mean"] != 5  # one line, of a model that has hardly learned
+    assert not any(key.startswith("eval_free/") for key in rows[0])
+
+
+def test_what_shown_lists_are_held_to():
+    assert tiny_config(HELD).shown_constrain == tiny_config("eval.constrain=catalog").shown_constrain == "catalog"
+    assert tiny_config(HELD, "eval.constrain=none").shown_constrain == tiny_config().shown_constrain == "none"
+    assert tiny_config("eval.constrain=catalog", "rl.forbid=none").rl.forbid == "none"
+    with pytest.raises(ConfigError, match="rl.forbid: is read with rl.constrain = catalog or eval.constrain = catalog"):
+        tiny_config("rl.forbid=none")
 
 
 def test_a_sample_without_seen_titles_forbids_nothing():
@@ -172,4 +192,6 @@ def test_a_sample_without_seen_titles_forbids_nothing():
 def test_a_catalog_too_small_is_refused_before_anything_is_made(tmp_path):
     with pytest.raises(ConfigError, match="data.num_ranks = 601: the catalog of demo has 600 items"):
         check_run(tiny_config(HELD, "data.num_ranks=601"), tmp_path / "run")
+    with pytest.raises(ConfigError, match="601: the catalog of demo has 600 items"):
+        check_run(tiny_config("eval.constrain=catalog", "data.num_ranks=601"), tmp_path / "run")
     check_run(tiny_config(HELD, "data.num_ranks=601", "rl.forbid=none"), tmp_path / "run")

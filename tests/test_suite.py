@@ -19,7 +19,7 @@ from rankgrpo.suite.command import list_suite, open_suite, rebuild_page
 from rankgrpo.suite.figures import FIGURES, draw_figures
 from rankgrpo.suite.page import gains_table, read_paper, scores_table, stages_table, union_table
 from rankgrpo.suite.results import read_results, write_results
-from rankgrpo.suite.runs import choose_runs, plan_runs
+from rankgrpo.suite.runs import choose_runs, plan_runs, share_evaluations
 from rankgrpo.suite.spec import OWN_START, read_suite, suite_path
 
 SUITE = """
@@ -87,8 +87,18 @@ def write(tmp_path):
         ('method = "rank-grpo"', 'method = "rankgrpo"', r"row 'mine': unknown method 'rankgrpo'; methods are .*grpo"),
         ("num_steps = 5", "num_step = 5", r"unknown key 'rl.num_step'"),
         ('"rl.lr" = 0.5', '"rl.lr" = "fast"', r"row 'mine': override 'rl.lr=fast': rl.lr must be float"),
-        ('stage = "sft"', 'stage = "dpo"', r"row sft: stage must be 'rl' or 'sft', got 'dpo'"),
+        ('stage = "sft"', 'stage = "dpo"', r"row sft: stage must be one of sft, rl, eval, got 'dpo'"),
         ('start = "none"', 'start = "mine"', r"row 'zero' starts from 'mine'; rows with stage = \"sft\" are sft"),
+        (
+            'label = "SFT"\nstage = "sft"',
+            'stage = "eval"',
+            r"row 'sft' scores the model of 'none'; rows that train .* mine",
+        ),
+        (
+            'name = "zero"',
+            'name = "zero"\nstage = "eval"',
+            r"row zero: method: not of a row of stage eval",
+        ),
         ('against = ["sft", "grpo"]', 'against = ["dpo"]', r"against names the row 'dpo'; rows are mine, sft, grpo"),
         ('name = "mine"', 'name = "start"', r"two rows are named 'start' .*and start is a word of its own"),
         ("paper = { tiny", "paper = { big", r"no such model 'big' in it; models are tiny"),
@@ -147,6 +157,53 @@ def test_the_plan_goes_seed_by_seed_and_warm_starts_come_first(write):
     )
     assert grpo.start is sft and "seed=2" in grpo.command
     assert "--from-model" not in runs[3].command
+
+
+FREELY = """
+[[rows]]
+name = "mine-free"
+stage = "eval"
+start = "mine"
+set = { "eval.constrain" = "none" }
+
+[[rows]]
+name = "sft-free"
+stage = "eval"
+start = "sft"
+set = { "eval.constrain" = "none" }
+"""
+
+
+def test_a_model_is_scored_again_under_other_settings(write, tmp_path):
+    suite = read_suite(write(SUITE + FREELY))
+    runs = {run.folder.name: run for run in plan_runs(suite, "demo", tmp_path)}
+    assert [name for name in runs if "-free" in name] == ["mine-free-seed1", "sft-free-seed1", "mine-free-seed2"]
+    again = runs["mine-free-seed2"]
+    assert again.start is runs["mine-seed2"] and again.config.shown_constrain == "none"
+    assert again.shell_command == (
+        f"rankgrpo run --model tiny --data demo --run-dir {tmp_path}/tiny/mine-free-seed2 --from-model "
+        f"{tmp_path}/tiny/mine-seed2/rl/best --until sft --set rl.num_steps=5 eval.constrain=none seed=2"
+    )
+    assert runs["sft-free-seed1"].source == f"{tmp_path}/tiny/sft-seed1/sft/final"
+    chosen = choose_runs(suite, list(runs.values()), ["mine-free"], 1)
+    assert [run.folder.name for run in chosen] == ["sft-seed1", "mine-seed1", "mine-free-seed1"]
+
+
+def test_scores_are_shared_where_lists_are_scored_alike(write, tmp_path):
+    text = SUITE + FREELY + '[[rows]]\nname = "free"\nmethod = "grpo"\nset = { "rl.constrain" = "none" }\n'
+    runs = {run.folder.name: run for run in plan_runs(read_suite(write(text)), "demo", tmp_path)}
+    for name in ("sft", "popularity", "ease"):
+        add_scores(runs["sft-seed1"], name)
+    for name in ("mine-seed1", "free-seed1", "sft-free-seed1", "mine-free-seed1"):
+        share_evaluations(runs[name])
+
+    def shared(name):
+        return sorted(path.stem for path in runs[name].evaluation().parent.glob("*.json"))
+
+    assert shared("mine-seed1") == ["ease", "popularity", "sft"]
+    # Nor does a row that scores a model again take that model's scores for its own.
+    assert all(shared(f"{name}-seed1") == ["ease", "popularity"] for name in ("free", "sft-free", "mine-free"))
+    assert not runs["sft-free-seed1"].is_done
 
 
 def test_rows_can_be_chosen_with_the_warm_start_they_need(write):

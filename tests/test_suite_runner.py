@@ -80,7 +80,7 @@ def test_a_failure_is_reported_and_the_others_run(fake):
 def test_nothing_starts_from_a_warm_start_that_failed(fake):
     outcome, order = fake("sft-seed1", num_jobs=2)
     assert sorted(order) == ["sft-seed1", "zero-seed7"]
-    assert outcome.failed.pop("tiny/grpo-seed2") == "its warm start tiny/sft-seed1 failed"
+    assert outcome.failed.pop("tiny/grpo-seed2") == "what it starts from, tiny/sft-seed1, failed"
     assert len(outcome.failed) == 4
 
 

@@ -122,7 +122,7 @@ def draw_lists(
 ) -> list[list[str]]:
     """`num_lists` lists a sample of a model, as text; every process decodes its share of the samples and gets all."""
     policy = open_policy(source.location, source.config.model, parallel.device, trainable=False)
-    policy = hold_to_catalog(policy, source.config, catalog)
+    policy = hold_to_catalog(policy, source.config, catalog, shown=True)
     mine = samples[parallel.dp_rank :: parallel.dp_world]
     with ready_sampler(policy, source.config, parallel) as sampler:
         groups = sample_lists(
@@ -268,7 +268,8 @@ def recommend_from(
         config = replace(config, data=replace(config.data, path=data))
     parallel = start_parallel()
     catalog = load_catalog(config.data.path)
-    policy = hold_to_catalog(open_policy(model, config.model, parallel.device, trainable=False), config, catalog)
+    policy = open_policy(model, config.model, parallel.device, trainable=False)
+    policy = hold_to_catalog(policy, config, catalog, shown=True)
     with ready_sampler(policy, config, parallel) as sampler:
         recommend(policy, sampler, catalog, config, conversation=conversation, batch=batch)
 

@@ -61,16 +61,20 @@ def open_constraint(
     try:
         trie = CatalogTrie.build(lines, tokenizer, num_ranks=num_ranks, eos_id=tokenizer.eos_token_id)
     except ValueError as error:
-        raise ConfigError(f"rl.constrain = catalog: {error}; or set rl.constrain=none") from error
+        raise ConfigError(
+            f"lists held to the catalog: {error}; or decode freely, rl.constrain=none eval.constrain=run"
+        ) from error
     return Constraint(trie, num_ranks, forbid, longest_list(trie, num_ranks, repeats=forbid == "none"))
 
 
-def hold_to_catalog(policy: Policy, config: Config, catalog: Catalog) -> Policy:
-    """The policy under rl.constrain: itself, or the same with its lists held to the catalog."""
-    rl = config.rl
-    if rl.constrain == "none":
+def hold_to_catalog(policy: Policy, config: Config, catalog: Catalog, *, shown: bool = False) -> Policy:
+    """The policy under rl.constrain: itself, or the same with its lists held to the catalog.
+
+    shown: under eval.constrain, for lists that are scored after training or shown.
+    """
+    if (config.shown_constrain if shown else config.rl.constrain) == "none":
         return policy
-    constraint = open_constraint(catalog, policy.tokenizer, num_ranks=config.data.num_ranks, forbid=rl.forbid)
+    constraint = open_constraint(catalog, policy.tokenizer, num_ranks=config.data.num_ranks, forbid=config.rl.forbid)
     return replace(policy, constraint=constraint)
 
 

@@ -141,11 +141,11 @@ def _drop_done(waiting: list[PlannedRun], bar: tqdm) -> None:
 
 
 def _drop_hopeless(waiting: list[PlannedRun], outcome: Outcome, bar: tqdm) -> None:
-    """Drop the runs whose warm start failed, which cannot run."""
+    """Drop the runs for which what they start from failed, which cannot run."""
     for run in list(waiting):
         if run.start is not None and run.start.title in outcome.failed:
             waiting.remove(run)
-            outcome.failed[run.title] = f"its warm start {run.start.title} failed"
+            outcome.failed[run.title] = f"what it starts from, {run.start.title}, failed"
             bar.update()
 
 

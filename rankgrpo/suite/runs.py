@@ -9,17 +9,17 @@ from __future__ import annotations
 import json
 import os
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from rankgrpo.config import Config
+from rankgrpo.config import Config, EvalConfig
 from rankgrpo.config_file import changed_keys, load_config
 from rankgrpo.errors import ConfigError
 from rankgrpo.evaluation.compare import BASELINES, evaluation_path
 from rankgrpo.evaluation.diversity import diversity_path
 from rankgrpo.model.presets import resolve_model
 from rankgrpo.runtime.tracker import read_metrics
-from rankgrpo.suite.spec import NO_START, Row, Suite, row_config
+from rankgrpo.suite.spec import NO_START, STAGES, Row, Suite, row_config
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class PlannedRun:
     folder: Path
     config: Config
     start: PlannedRun | None = None
-    """The run whose warm start it continues."""
+    """The run whose warm start it continues, or whose model it scores."""
     from_model: str | None = None
     """Model given in place of a warm start that is trained here."""
 
@@ -44,12 +44,12 @@ class PlannedRun:
     @property
     def stage(self) -> str:
         """Name under which its model is evaluated."""
-        return "sft" if self.row.stage == "sft" else "rank-grpo"
+        return "rank-grpo" if self.row.stage == "rl" else "sft"
 
     @property
     def source(self) -> str | None:
         """Model that the run takes in place of a warm start of its own."""
-        return self.from_model if self.start is None else self.start.trained_start
+        return self.from_model if self.start is None else self.start.trained_model
 
     @property
     def command(self) -> list[str]:
@@ -57,7 +57,7 @@ class PlannedRun:
         arguments = ["run", "--model", self.model, "--data", self.data, "--run-dir", str(self.folder)]
         arguments += ["--method", self.row.method] if self.row.method else []
         arguments += ["--from-model", self.source] if self.source else []
-        arguments += ["--until", "sft"] if self.row.stage == "sft" else []
+        arguments += ["--until", "sft"] if self.row.stage != "rl" else []  # a model that is given is scored, no more
         return [*arguments, "--set", *self.row.overrides_for(self.model), f"seed={self.seed}"]
 
     @property
@@ -65,9 +65,9 @@ class PlannedRun:
         return shlex.join(["rankgrpo", *self.command])
 
     @property
-    def trained_start(self) -> str:
-        """The model that rows continue from this warm start."""
-        return self.from_model or str(self.folder / "sft" / "final")
+    def trained_model(self) -> str:
+        """The model that this run makes, or that was given in its place."""
+        return self.from_model or str(self.folder / ("rl/best" if self.row.stage == "rl" else "sft/final"))
 
     def evaluation(self, name: str | None = None) -> Path:
         return evaluation_path(self.folder, self.config.eval.split, name or self.stage)
@@ -95,27 +95,30 @@ def plan_runs(suite: Suite, data: str, runs_dir: Path, *, sft: str | None = None
             raise ConfigError(f'suite {suite.name} has no row with stage = "sft" that {sft} could stand for')
     runs: dict[tuple[str, str, int], PlannedRun] = {}
     for model in suite.models:
-        for row in sorted(suite.rows, key=lambda row: row.stage != "sft"):
+        for row in sorted(suite.rows, key=lambda row: STAGES.index(row.stage)):
             for seed in row.seeds:
                 start = None if row.start == NO_START else suite.row(row.start)
+                start_seed = seed if row.stage == "eval" else start and start.seeds[0]
                 runs[model, row.name, seed] = PlannedRun(
                     row, model, seed, data,
                     folder=runs_dir / Path(model).name / f"{row.name}-seed{seed}",
                     config=row_config(row, model, data, seed),
-                    start=start and runs[model, start.name, start.seeds[0]],
+                    start=start and runs[model, start.name, start_seed],
                     from_model=sft if row.name == first_sft else None,
                 )  # fmt: skip
     order = {row.name: place for place, row in enumerate(suite.rows)}
-    planned = sorted(
-        runs.values(), key=lambda run: (run.row.seeds.index(run.seed), run.row.stage != "sft", order[run.row.name])
-    )
+
+    def place(run: PlannedRun) -> tuple[int, int, int]:
+        return run.row.seeds.index(run.seed), STAGES.index(run.row.stage), order[run.row.name]
+
+    planned = sorted(runs.values(), key=place)
     for run in planned:
         check_folder(run)
     return planned
 
 
 def choose_runs(suite: Suite, runs: list[PlannedRun], only: list[str], num_seeds: int | None) -> list[PlannedRun]:
-    """The runs of the rows `only` (default: all) with so many of their seeds, and the warm starts they need.
+    """The runs of the rows `only` (default: all) with so many of their seeds, and the runs that those start from.
 
     Raises ConfigError for an unknown row, and for less than one seed.
     """
@@ -123,8 +126,10 @@ def choose_runs(suite: Suite, runs: list[PlannedRun], only: list[str], num_seeds
         raise ConfigError(f"--seeds must be at least 1, got {num_seeds}")
     names = [suite.row(name).name for name in only] or suite.row_names
     chosen = [run for run in runs if run.row.name in names and run.seed in run.row.seeds[:num_seeds]]
-    needed = [run.start for run in chosen if run.start is not None]
-    return [run for run in runs if run in chosen or run in needed]
+    for run in chosen:  # it grows while it is read: what is scored may itself have a start
+        if run.start is not None and run.start not in chosen:
+            chosen.append(run.start)
+    return [run for run in runs if run in chosen]
 
 
 def check_folder(run: PlannedRun) -> None:
@@ -155,10 +160,14 @@ def _saved_source(run: PlannedRun) -> str | None:
 
 
 def share_evaluations(run: PlannedRun) -> None:
-    """Link the scores of the warm start and of the baselines into `run`, so that they are not computed again."""
+    """Link the scores of the warm start and of the baselines into `run`, so that they are not computed again.
+
+    Those of the warm start where they are of lists like the run's: scored alike, and held to the same or to nothing.
+    """
     if run.start is None:
         return
-    for name in ("sft", *BASELINES):
+    with_start = run.row.stage == "rl" and _scoring(run) == _scoring(run.start)
+    for name in (*(["sft"] if with_start else []), *BASELINES):
         for path in (run.start.evaluation(name), run.start.diversity(name)):
             for file in path.parent.glob(f"{name}.*"):
                 link = run.folder / file.relative_to(run.start.folder)
@@ -166,6 +175,12 @@ def share_evaluations(run: PlannedRun) -> None:
                 if not link.exists():
                     link.unlink(missing_ok=True)
                     link.symlink_to(os.path.relpath(file, link.parent))
+
+
+def _scoring(run: PlannedRun) -> tuple[EvalConfig, str, str]:
+    """What decides which lists of a model are scored, and how."""
+    config = run.config
+    return replace(config.eval, constrain="run"), config.shown_constrain, config.rl.forbid
 
 
 def steps_done(run: PlannedRun) -> int:

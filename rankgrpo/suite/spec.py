@@ -23,7 +23,8 @@
     model_set.tiny = { "rl.lr" = 1e-4 }   with one of the models
 
 A row is reinforcement learning from the model of the first row with `stage = "sft"`, or of the one `start` names, or,
-with `start = "none"`, from the untrained model.
+with `start = "none"`, from the untrained model. With `stage = "eval"` it trains nothing: the model of the row that
+`start` names is scored under this row's settings, such as `eval.constrain`.
 """
 
 from __future__ import annotations
@@ -39,6 +40,8 @@ from rankgrpo.config_file import load_config, preset_file, presets_dir, read_tom
 from rankgrpo.errors import ConfigError
 
 BASELINE_ROWS = ("before", "popularity", "ease")
+STAGES = ("sft", "rl", "eval")
+"""In the order in which rows must run."""
 NO_START = "none"
 OWN_START = "start"
 
@@ -49,9 +52,9 @@ class Row:
     label: str
     about: str = ""
     stage: str = "rl"
-    """rl, or sft for a warm start."""
+    """rl, sft for a warm start, or eval for another row's model that is scored under other settings."""
     start: str = NO_START
-    """Row of stage sft that reinforcement learning starts from."""
+    """Row of stage sft that reinforcement learning starts from; of stage eval, the row whose model is scored."""
     method: str | None = None
     group: str = ""
     overrides: tuple[str, ...] = ()
@@ -184,13 +187,18 @@ def _check_keys(raw: Any, known: Mapping[str, type], where: str, required: tuple
 def _read_row(raw: Any, place: int, path: Path, shared: list[str], overrides: list[str], seeds: tuple[int, ...]) -> Row:
     where = f"{path}: row {raw.get('name', place + 1) if isinstance(raw, dict) else place + 1}"
     _check_keys(raw, _ROW_KEYS, where, required=("name",))
-    if raw.get("stage", "rl") not in ("rl", "sft"):
-        raise ConfigError(f"{where}: stage must be 'rl' or 'sft', got {raw['stage']!r}")
+    stage = raw.get("stage", "rl")
+    if stage not in STAGES:
+        raise ConfigError(f"{where}: stage must be one of {', '.join(STAGES)}, got {stage!r}")
+    if stage == "eval" and (unread := sorted(raw.keys() & {"method", "seeds", "group"})):
+        raise ConfigError(
+            f"{where}: {unread[0]}: not of a row of stage eval, which trains nothing and has its start's seeds"
+        )
     return Row(
         name=raw["name"],
         label=raw.get("label", raw["name"]),
         about=raw.get("about", ""),
-        stage=raw.get("stage", "rl"),
+        stage=stage,
         start=raw.get("start", ""),
         method=raw.get("method"),
         group=raw.get("group", ""),
@@ -198,7 +206,7 @@ def _read_row(raw: Any, place: int, path: Path, shared: list[str], overrides: li
         model_overrides={
             model: (*_as_overrides(table), *overrides) for model, table in raw.get("model_set", {}).items()
         },
-        seeds=tuple(raw.get("seeds", ())) or (seeds if raw.get("stage", "rl") == "rl" else seeds[:1]),
+        seeds=tuple(raw.get("seeds", ())) or (seeds[:1] if stage == "sft" else seeds),
     )
 
 
@@ -214,10 +222,19 @@ def _as_overrides(table: Mapping[str, Any], prefix: str = "") -> list[str]:
 
 
 def _with_starts(rows: tuple[Row, ...], path: Path) -> tuple[Row, ...]:
-    """Every row with the warm start that it means."""
+    """Every row with the row that it starts from; one of stage eval has the seeds of that row."""
     starts = [row.name for row in rows if row.stage == "sft"]
+    trained = {row.name: row for row in rows if row.stage != "eval"}
     done = []
     for row in rows:
+        if row.stage == "eval":
+            if row.start not in trained:
+                raise ConfigError(
+                    f"{path}: row {row.name!r} scores the model of {row.start or NO_START!r}; rows that train one are "
+                    f"{', '.join(trained)}"
+                )
+            done.append(replace(row, seeds=trained[row.start].seeds))
+            continue
         start = row.start or (starts[0] if starts and row.stage == "rl" else NO_START)
         if start not in (NO_START, *starts):
             raise ConfigError(
