@@ -182,7 +182,7 @@ def test_targets(start):
     assert target_names(model, AdapterConfig(targets="q_proj")) == [
         f"model.layers.{n}.self_attn.q_proj" for n in range(2)
     ]
-    with pytest.raises(ConfigError, match="'query' is no Linear layer of Qwen2ForCausalLM; it has down_proj"):
+    with pytest.raises(ConfigError, match="'query' is no Linear layer of LlamaForCausalLM; it has down_proj"):
         target_names(model, AdapterConfig(targets="q_proj,query"))
     for word, message in (
         ("adapter.rank=0", "adapter.rank"),

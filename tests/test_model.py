@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 from rankgrpo.data.prompt import encode_prompts, format_prompt
 from rankgrpo.data.samples import Dataset, Sample, Turn
@@ -24,6 +24,7 @@ from rankgrpo.model.presets import (
     count_parameters,
     load_policy,
     make_init,
+    open_tokenizer,
     resolve_model,
     save_policy,
     valid_token_mask,
@@ -226,9 +227,40 @@ def test_tiny_end_to_end(init):
 def test_parameters_are_counted_once(init):
     model, tokenizer = load_policy(init)
     hidden, ffn, head = SMALL.hidden, SMALL.ffn, SMALL.hidden // SMALL.heads
-    attention = hidden * (hidden + 2 * head) + (hidden + 2 * head) + hidden * hidden  # q, k, v with biases, o
+    attention = hidden * (hidden + 2 * head) + hidden * hidden  # q, k, v, o
     layer = attention + 3 * hidden * ffn + 2 * hidden
     assert count_parameters(model) == len(tokenizer) * hidden + SMALL.layers * layer + hidden
+
+
+TEXTS = [
+    "USER: I like It (2017), Stalker (1979)",
+    "It (2017)\nStalker (1979)\n",
+    "1.  Ame\u0301lie (2001)\r\n x",
+    "A\u0308",
+]
+
+
+@pytest.mark.parametrize("reader", [AutoTokenizer.from_pretrained, lambda folder: load_policy(folder)[1]])
+def test_the_tiny_tokenizer_is_read_as_it_was_made(dataset, init, reader):
+    made, read = train_tokenizer(dataset, SMALL.vocab), reader(init)
+    for text in TEXTS:
+        ids = made(text)["input_ids"]
+        assert read(text)["input_ids"] == ids
+        assert read.decode(ids, clean_up_tokenization_spaces=False) == text
+
+
+def test_a_complete_tokenizer_file_is_read_as_it_is_whatever_the_model_type(dataset, tmp_path):
+    made = train_tokenizer(dataset, SMALL.vocab)
+    config = Qwen2Config(
+        vocab_size=len(made), hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1
+    )
+    save_policy(Qwen2ForCausalLM(config), made, tmp_path)
+    _, read = load_policy(tmp_path)
+    opened = open_tokenizer(str(tmp_path), dataset)
+    for text in TEXTS:
+        ids = made(text)["input_ids"]
+        assert read(text)["input_ids"] == opened(text)["input_ids"] == ids
+        assert read.decode(ids, clean_up_tokenization_spaces=False) == text
 
 
 def test_an_export_is_read_by_transformers_alone(init, tmp_path):

@@ -25,7 +25,15 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import logging
 
 from rankgrpo.data.samples import Dataset
@@ -40,6 +48,8 @@ HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
 HUB_IGNORED = ["original/*", "onnx/*", "consolidated*"]  # the same weights in other formats
 # A padding token other than EOS, in order of preference; the first is Llama 3's, the second Qwen's and SmolLM2's.
 PAD_TOKENS = ("<|finetune_right_pad_id|>", "<|endoftext|>", "<pad>", "[PAD]", "<unk>")
+# Classes without rules of their own: tokenizer.json says all.
+COMPLETE_FILES = ("TokenizersBackend", "PreTrainedTokenizerFast")
 FILE_BYTES = 2**32  # of one safetensors file of an export
 
 
@@ -59,7 +69,7 @@ class Preset:
 PRESETS: dict[str, Preset] = {
     preset.name: preset
     for preset in (
-        Preset("tiny", "scratch", "", "Qwen2 architecture, 5M parameters and a tokenizer made from the data; CPU"),
+        Preset("tiny", "scratch", "", "Llama architecture, 5M parameters and a tokenizer made from the data; CPU"),
         Preset("smollm2-135m", "package", PACKAGE, "SmolLM2-135M-Instruct out of a Python package; CPU or GPU"),
         Preset("qwen2.5-0.5b", "hub", "Qwen/Qwen2.5-0.5B-Instruct", "GPU"),
         Preset("llama3.2-1b", "hub", "meta-llama/Llama-3.2-1B-Instruct", "GPU; the hub asks to accept a licence"),
@@ -147,7 +157,7 @@ def load_policy(
     folder = preset.location if preset.origin == "folder" else _download(preset)
     try:
         with _no_progress_bars():
-            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            tokenizer = _read_tokenizer(folder)
             model = AutoModelForCausalLM.from_pretrained(
                 folder,
                 dtype=torch.float32,
@@ -173,11 +183,24 @@ def open_tokenizer(name_or_path: str, dataset: Dataset) -> PreTrainedTokenizerBa
         return train_tokenizer(dataset, TinyConfig().vocab)
     source = PRESETS[name_or_path].location if name_or_path in PRESETS else name_or_path
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        tokenizer = _read_tokenizer(source)
     except (OSError, ValueError) as error:
         raise ModelError(f"{source}: no tokenizer can be read there ({_first_line(error)})") from error
     if tokenizer.chat_template:
         tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end_of_turn_id(tokenizer))
+    return tokenizer
+
+
+def _read_tokenizer(source: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder or a hub id, as its file says.
+
+    For some model types (qwen2 is one) AutoTokenizer takes a class of its own choice, with its own pre-tokenizer and
+    normaliser, where the file is complete and names no class: texts then have other tokens than they were written with.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    named = get_tokenizer_config(source, trust_remote_code=False).get("tokenizer_class")
+    if named in COMPLETE_FILES and type(tokenizer) is not PreTrainedTokenizerFast:
+        return PreTrainedTokenizerFast.from_pretrained(source)
     return tokenizer
 
 
@@ -303,7 +326,8 @@ def _recipe(preset: Preset, dataset: Dataset, seed: int, tiny: TinyConfig, num_r
     completions = (sample.completion or "" for sample in dataset.train)
     for texts in (corpus_lines(dataset), titles, targets, completions):
         digest.update("\n".join(texts).encode() + b"\0")
-    recipe = {"preset": preset.name, "seed": seed, "size": asdict(tiny), "data_sha256": digest.hexdigest()}
+    size = asdict(tiny) | {"architecture": "llama"}
+    recipe = {"preset": preset.name, "seed": seed, "size": size, "data_sha256": digest.hexdigest()}
     return recipe if num_ranks == 20 else recipe | {"num_ranks": num_ranks}  # folders made for 20 do not name it
 
 

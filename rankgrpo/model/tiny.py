@@ -1,4 +1,4 @@
-"""The `tiny` preset: a Qwen2-architecture model of a few million parameters and a tokenizer fitted to the data set.
+"""The `tiny` preset: a Llama-architecture model of a few million parameters and a tokenizer fitted to the data set.
 
 The tokenizer is a byte-level BPE over words, plus phrases of one token each: the catalog's frequent titles as
 `Title (Year)` and the lines of the instruction. As in SuperBPE (Liu et al. 2025, arXiv 2503.13423) tokens thus span
@@ -11,6 +11,9 @@ make so small a model able to learn, and tests hold them:
 * a line break is a token of its own: no token crosses the lines of a list;
 * every text round-trips exactly, bytes that the data never showed included.
 
+The architecture is one for which transformers takes a tokenizer from its file. For a model of type `qwen2`
+AutoTokenizer puts the pre-tokenizer of Qwen2 in place of the file's own (5.19), and with it all three are lost.
+
 It makes no model that knows a language: without training its lists are noise.
 """
 
@@ -22,7 +25,7 @@ from dataclasses import dataclass
 
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from rankgrpo.data.prompt import SPEAKERS, format_prompt
 from rankgrpo.data.samples import Dataset
@@ -84,19 +87,19 @@ class TinyConfig:
 
 def make_tiny(
     dataset: Dataset, config: TinyConfig, *, seed: int, num_ranks: int = 20
-) -> tuple[Qwen2ForCausalLM, PreTrainedTokenizerFast]:
+) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
     """A randomly initialised model and the tokenizer of `dataset`'s train split; the same for the same arguments."""
     tokenizer = train_tokenizer(dataset, config.vocab, num_ranks)
     return init_model(config, tokenizer, seed=seed), tokenizer
 
 
-def init_model(config: TinyConfig, tokenizer: PreTrainedTokenizerFast, *, seed: int) -> Qwen2ForCausalLM:
+def init_model(config: TinyConfig, tokenizer: PreTrainedTokenizerFast, *, seed: int) -> LlamaForCausalLM:
     """Random float32 weights, a function of `seed`; leaves the global RNG alone.
 
     Normal with std hidden^-1/2, embeddings tied. The usual 0.02 is meant for wide models: at 256 it makes attention
     nearly uniform, and the model stays at the popularity list for a thousand steps before it reads the titles.
     """
-    qwen2_config = Qwen2Config(
+    llama_config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=config.hidden,
         num_hidden_layers=config.layers,
@@ -112,7 +115,7 @@ def init_model(config: TinyConfig, tokenizer: PreTrainedTokenizerFast, *, seed: 
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return Qwen2ForCausalLM(qwen2_config)
+        return LlamaForCausalLM(llama_config)
 
 
 def train_tokenizer(dataset: Dataset, vocab: int, num_ranks: int = 20) -> PreTrainedTokenizerFast:
