@@ -16,13 +16,13 @@ from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from rankgrpo.distill.settings import DistillConfig
 from rankgrpo.errors import UserError
+from rankgrpo.evaluation.data_cli import Data, data_app
 from rankgrpo.files.options import Overrides
 from rankgrpo.sizing.cli import plan
 from rankgrpo.suite.cli import experiments
 
 Model = Annotated[str, arg(help="preset (see `rankgrpo models`), Hugging Face folder, or hub id")]
 Method = Annotated[str | None, arg(help="what Rank-GRPO is compared with, or a variant of it (see `rankgrpo methods`)")]
-Data = Annotated[str, arg(help="`demo`, or a folder with train/validation/test.jsonl and catalog.jsonl or .csv")]
 FromModel = Annotated[
     str | None, arg(help="SFT model that Rank-GRPO starts from, in place of a warm start of the run's own")
 ]
@@ -32,7 +32,6 @@ Demonstrations = Annotated[
 RunDir = Annotated[Path, arg(help="run folder; the same command continues an unfinished run")]
 
 app = tyro.extras.SubcommandApp()
-data_app = tyro.extras.SubcommandApp()
 
 
 @app.command
@@ -195,7 +194,7 @@ def recommend(
     free: Annotated[bool, arg(help="decode freely, also a run that holds its lists to the catalog")] = False,
     overrides: Overrides = [],  # noqa: B006
 ) -> None:
-    """Print a ranked list: `+` in the catalog, `?` not in the catalog, `!` not a title with a year.
+    """Print a ranked list: `+` in the catalog, `?` not in the catalog, `!` not an item.
 
     Try:
       rankgrpo recommend "Something slow and eerie like Stalker (1979)?"
@@ -237,97 +236,6 @@ def methods() -> None:
 
     for name, path in method_files().items():
         print(f"{name}\n{textwrap.indent(path.read_text(encoding='utf-8'), '    ')}")
-
-
-@data_app.command
-def check(
-    path: Positional[Data] = "demo",
-    *,
-    num_train: Annotated[int, arg(help="training samples used; 0 is all")] = 0,
-    tokenizer: Annotated[
-        str, arg(help="folder or hub id whose tokenizer the catalog is shown under as a trie; tiny makes its own")
-    ] = "tiny",
-) -> None:
-    """Health report of a data set: problems by file and line, counts, lengths, ground truth in the catalog, baselines.
-
-    Try:
-      rankgrpo data check path/to/redial
-      rankgrpo data check path/to/redial --tokenizer Qwen/Qwen2.5-0.5B-Instruct
-    """
-    from rankgrpo.data.load import load_dataset
-    from rankgrpo.evaluation.health import check_dataset
-    from rankgrpo.model.presets import open_tokenizer
-
-    dataset = load_dataset(path, num_train=num_train or None)
-    print(check_dataset(dataset, tokenizer=open_tokenizer(tokenizer, dataset)))
-
-
-@data_app.command(name="import")
-def import_(
-    source: Positional[Annotated[str, arg(help="file or folder; or, with --sha256, a URL of a file")]],
-    out: Positional[Annotated[Path, arg(help="data set folder to write; must not exist")]],
-    *,
-    format: Annotated[
-        Literal["auto", "redial", "saved", "table"],
-        arg(help="redial: the official archive or its files; saved: save_to_disk folders; table: JSONL or CSV"),
-    ] = "auto",
-    catalog: Annotated[
-        Path | None, arg(help="catalog as .jsonl, .csv or .pkl (default: the source's, else its ground truth's films)")
-    ] = None,
-    columns: Annotated[
-        list[str], arg(metavar="FIELD=COLUMN", help="columns of a table, for example conversation=dialog id=key")
-    ] = [],  # noqa: B006
-    groundtruth: Annotated[
-        Literal["named", "accepted", "liked", "unseen"],
-        arg(help="ReDial: all films the recommender names, or by the forms: not rejected, liked, not seen"),
-    ] = "accepted",
-    validation_frac: Annotated[float, arg(help="share of the conversations for a missing validation split")] = 0.1,
-    test_frac: Annotated[float, arg(help="the same for a missing test split")] = 0.1,
-    seed: Annotated[int, arg(help="of the drawn splits")] = 0,
-    sha256: Annotated[str | None, arg(help="checksum of the file at a URL, which is kept beside the output")] = None,
-) -> None:
-    """Turn a published data set into a data set folder: ReDial, the released Reddit-v2 and ReDial, JSONL, CSV.
-
-    Try:
-      rankgrpo data import redial_dataset.zip data/redial
-      rankgrpo data import processed_datasets data/reddit --catalog gt_catalog.pkl
-      rankgrpo data import dialogs.csv data/mine --columns conversation=dialog groundtruth=liked --catalog films.csv
-    """
-    from rankgrpo.data.importers.convert import ImportOptions, import_dataset, parse_columns
-    from rankgrpo.data.importers.download import fetch_if_url
-    from rankgrpo.evaluation.health import headline
-
-    options = ImportOptions(
-        format=format,
-        catalog=catalog,
-        columns=parse_columns(columns),
-        groundtruth=groundtruth,
-        validation_frac=validation_frac,
-        test_frac=test_frac,
-        seed=seed,
-    )
-    done, dataset = import_dataset(fetch_if_url(source, sha256, out.absolute().parent), out, options)
-    print(f"{done}\n\n{headline(dataset)}")
-
-
-@data_app.command
-def demo(
-    out: Positional[Annotated[Path, arg(help="folder to write")]],
-    *,
-    num_train: int = 4000,
-    num_validation: int = 200,
-    num_test: int = 500,
-    seed: int = 0,
-) -> None:
-    """Write the built-in demo world as a data set folder.
-
-    Try:
-      rankgrpo data demo my-demo --num-train 10000
-    """
-    from rankgrpo.data.demo import write_demo
-
-    write_demo(out, num_train=num_train, num_validation=num_validation, num_test=num_test, seed=seed)
-    print(out)
 
 
 app.command(experiments)

@@ -27,10 +27,11 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from rankgrpo.files.sections import BrokenRule, section
+from rankgrpo.files.template import item_problem
 
 PARTS = {
     "relevance": "by rank: 1 for the first line that names an item of the ground truth",
-    "format": "by rank: 1 for a line of the form Title (Year)",
+    "format": "by rank: 1 for a line of the form of data.item, Title (Year)",
     "in_catalog": "by rank: 1 for a line that names a catalog item",
     "repetition": "by rank: 1 for a line that names what an earlier line named; give it a negative weight",
     "novelty": "by rank: from 0 for the most popular item of the catalog to 1 for one nobody asked for in training",
@@ -96,6 +97,12 @@ def _reward(value: str) -> str:
     return value
 
 
+def _item(value: str) -> str:
+    if problem := item_problem(value):
+        raise ValueError(problem)
+    return value
+
+
 def _folds(value: int) -> int:
     if value == 1:
         raise ValueError("must be 0, or 2 and more")
@@ -156,6 +163,9 @@ class AdapterConfig:
 class DataConfig:
     path: Text = "demo"
     """`demo`, or a folder with train.jsonl, validation.jsonl, test.jsonl and catalog.jsonl or catalog.csv."""
+    item: Annotated[Text, AfterValidator(_item)] = "{title} ({year})"
+    """How an item is written as one line, from columns of the catalog: `{title}`, `{title} by {author}`, `{sid}`. Years
+    have rules of their own under the default; every other format needs no year."""
     max_prompt_tokens: PositiveInt = 512
     """A longer conversation loses its oldest turns, never the instruction."""
     num_train: NonNegativeInt = 0

@@ -37,6 +37,7 @@ READ_WITH: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         (f"adapter.{key}" for key in ("rank", "alpha", "rslora", "targets")), {"adapter.kind": ("lora", "dora")}
     ),
     "rl.gamma": {"rl.returns": ("exp",)},
+    "rl.year_tolerance": {"data.item": ("{title} ({year})",)},
     "rl.forbid": {"rl.constrain": ("catalog",), "eval.constrain": ("catalog",)},
     "rl.count_forced": {"rl.constrain": ("catalog",)},
     "sft.constrain": {"rl.constrain": ("catalog",)},

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -51,7 +51,10 @@ class ListedItem:
     """
 
     title: str | None
-    """The bare title; None when the line is not ``Title (year)``, and then `year` is None, too."""
+    """The bare title; None when the line is not ``Title (year)``, and then `year` is None, too.
+
+    Where items have a format without years (`rankgrpo.items.lines`) the line of an item, and `year` is None always.
+    """
     year: int | None
     chars: tuple[int, int]
     """[start, end) of the whole line in the text, without its line break."""
@@ -78,6 +81,11 @@ def parse_list(text: str) -> list[ListedItem]:
             title, year = _title_and_year(line[0])
             items.append(ListedItem(title, year, line.span()))
     return items
+
+
+def visible_lines(text: str) -> Iterator[tuple[str, tuple[int, int]]]:
+    """The lines that have a rank, in order, each with its [start, end) in the text."""
+    return ((line[0], line.span()) for line in _LINE.finditer(text) if _VISIBLE.search(line[0]))
 
 
 def bare_title(line: str) -> str:

@@ -228,12 +228,13 @@ def count_demonstrations(config: Config, taught: Dataset, run_dir: Path) -> int:
 
 def teach(config: Config, dataset: Dataset, run_dir: Path, parallel: Parallel) -> dict[str, list[Sample]]:
     """The lists to imitate for the training and validation conversations, from disk when they are there."""
+    item_format = dataset.catalog.item_format
     paths = {split: run_dir / f"demonstrations-{split}.jsonl" for split in ("train", "validation")}
     is_done = all(path.exists() for path in paths.values())
     if parallel.is_main and not is_done and config.teacher.demonstrations:
         say(parallel, f"demonstrations: {config.teacher.demonstrations}")
         for split, path in given_demonstrations(config).items():
-            write_samples(paths[split], read_samples(path)[0])
+            write_samples(paths[split], read_samples(path, item_format=item_format)[0])
     elif parallel.is_main and not is_done:
         say(parallel, "teacher: EASE on the training split")
         teacher = fit_teacher(config, dataset, num_folds=config.teacher.num_folds)
@@ -251,7 +252,7 @@ def teach(config: Config, dataset: Dataset, run_dir: Path, parallel: Parallel) -
                 )
             write_samples(path, demonstrations)
     wait_for_all(parallel)
-    return {split: read_samples(path)[0] for split, path in paths.items()}
+    return {split: read_samples(path, item_format=item_format)[0] for split, path in paths.items()}
 
 
 def make_start(

@@ -24,7 +24,7 @@ ReturnKind = Literal["exp_inf", "exp", "log"]
 
 def relevance(
     items: Sequence[ListedItem],
-    groundtruth: Iterable[tuple[str, int]],
+    groundtruth: Iterable[tuple[str, int | None]],
     *,
     catalog: Catalog,
     seen: Iterable[str],
@@ -41,7 +41,7 @@ def relevance(
 
     Args:
       items: the parsed lines; those past `num_ranks` are ignored.
-      groundtruth: (title, year) pairs.
+      groundtruth: (title, year) pairs; (line, None) where the catalog's items have no years.
       seen: titles already mentioned in the conversation.
       year_tolerance: years by which an item, or a ground-truth entry, may differ from the catalog.
 
@@ -56,9 +56,10 @@ def relevance(
         same_title = set(catalog.title_indices(title))
         wanted -= same_title - exact if len(same_title) > 1 else same_title
 
+    has_years = catalog.item_format.is_film
     relevance_K = torch.zeros(num_ranks)
     for rank, item in enumerate(items[:num_ranks]):
-        if item.title is None or item.year is None:
+        if item.title is None or (has_years and item.year is None):
             continue
         index = catalog.lookup(item.title, item.year, year_tolerance=year_tolerance)
         if index in wanted:

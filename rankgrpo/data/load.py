@@ -9,31 +9,44 @@ from pathlib import Path
 from rankgrpo.data.demo import demo_catalog, make_demo
 from rankgrpo.data.order import permutation
 from rankgrpo.data.samples import SPLITS, Dataset, Sample, scan_samples
-from rankgrpo.errors import DataError
-from rankgrpo.items.catalog import Catalog, read_catalog
+from rankgrpo.errors import ConfigError, DataError
+from rankgrpo.items.catalog import Catalog
+from rankgrpo.items.format import FILM, ItemFormat, title_line
+from rankgrpo.items.lines import open_catalog
 
 DEMO = "demo"
 
 
-def load_catalog(source: str | os.PathLike[str]) -> Catalog:
+def load_catalog(source: str | os.PathLike[str], item_format: ItemFormat = FILM) -> Catalog:
     """The catalog of what `load_dataset` would load, without its samples. Raises DataError as that does."""
-    return demo_catalog() if source == DEMO else read_catalog(_check_folder(Path(source)))[0]
+    if source == DEMO:
+        return _check_demo(item_format)
+    return open_catalog(_check_folder(Path(source)), item_format)[0]
 
 
-def load_dataset(source: str | os.PathLike[str], *, num_train: int | None = None, seed: int = 0) -> Dataset:
+def _check_demo(item_format: ItemFormat) -> Catalog:
+    if not item_format.is_film:
+        raise ConfigError(f"data.item = {item_format.template!r}: the items of the demo are {FILM.template!r}")
+    return demo_catalog()
+
+
+def load_dataset(
+    source: str | os.PathLike[str], *, num_train: int | None = None, seed: int = 0, item_format: ItemFormat = FILM
+) -> Dataset:
     """Load a folder, or make the built-in demo when `source` is "demo" (write "./demo" for a folder of that name).
 
     `num_train` is the size of the demo's training split; of a folder's it takes that many samples, drawn by `seed`, in
-    file order. Samples without ground truth are left out and counted in `Dataset.num_dropped`. Raises DataError, with
-    every bad line of all files, when the folder cannot be used.
+    file order. Items are written as `item_format` says. Samples without ground truth are left out and counted in
+    `Dataset.num_dropped`. Raises DataError, with every bad line of all files, when the folder cannot be used.
     """
     if num_train is not None and num_train < 1:
         raise ValueError(f"num_train must be at least 1, got {num_train}")
     if source == DEMO:
+        _check_demo(item_format)
         return make_demo(seed=seed) if num_train is None else make_demo(num_train=num_train, seed=seed)
     folder = Path(source)
     catalog_path = _check_folder(folder)
-    catalog, problems = read_catalog(catalog_path)
+    catalog, problems = open_catalog(catalog_path, item_format)
     splits: dict[str, list[Sample]] = {}
     num_dropped: dict[str, int] = {}
     errors: list[str] = []
@@ -79,8 +92,8 @@ def _check_usable(
     wanted = [item for name in SPLITS for sample in splits[name] for item in sample.groundtruth]
     if any(item in catalog for item in wanted):
         return
-    examples = ", ".join(f"{title} ({year})" for title, year in wanted[:3])
-    known = ", ".join(f"{item.title} ({item.year})" for item in catalog.items[:3])
+    examples = ", ".join(title_line(title, year) for title, year in wanted[:3])
+    known = ", ".join(item.line for item in catalog.items[:3])
     raise DataError(
         f"{path}: none of the {len(wanted)} ground-truth items of {folder} is in this catalog, so every reward would "
         f"be 0. Ground truth: {examples}, ... Catalog: {known}, ... Check that both come from the same source and that "

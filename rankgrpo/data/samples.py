@@ -19,6 +19,7 @@ from rankgrpo.errors import DataError
 from rankgrpo.files.atomic import write_lines
 from rankgrpo.files.rows import Problem, read_jsonl, type_name
 from rankgrpo.items.catalog import Catalog, parse_title, parse_year
+from rankgrpo.items.format import FILM, ItemFormat, title_line
 
 SPLITS = ("train", "validation", "test")
 ROLES = ("user", "assistant")
@@ -44,10 +45,10 @@ class Sample:
     conversation: tuple[Turn, ...]
     seen_titles: tuple[str, ...]
     """Titles already mentioned, which a list should not repeat; with or without their year."""
-    groundtruth: tuple[tuple[str, int], ...]
-    """(title, year) of the items that count as hits."""
+    groundtruth: tuple[tuple[str, int | None], ...]
+    """(title, year) of the items that count as hits; (line, None) under a format without years."""
     completion: str | None = None
-    """SFT demonstration: `Title (Year)` lines joined by a newline, no trailing newline."""
+    """SFT demonstration: lines of items joined by a newline, no trailing newline."""
 
 
 @dataclass(frozen=True)
@@ -76,19 +77,22 @@ class Dataset:
 # Reading and writing
 
 
-def read_samples(path: str | os.PathLike[str], *, catalog: Catalog | None = None) -> tuple[list[Sample], list[Problem]]:
+def read_samples(
+    path: str | os.PathLike[str], *, catalog: Catalog | None = None, item_format: ItemFormat = FILM
+) -> tuple[list[Sample], list[Problem]]:
     """Read a JSONL file of samples; return them with the soft problems.
 
     Fields: `id` (string), `conversation` (list of {role, content}, role "user" or "assistant"), `seen_titles` (list of
-    strings), `groundtruth` (list of [title, year], the year a number or a string) and optionally `completion` (string).
-    `groundtruth_turn` and `split` are known and not used. With a catalog, titles it does not hold are soft problems;
-    so are an empty ground truth (the sample is returned all the same), an item listed twice in a ground truth (kept
-    once), a `split` that is not the file's, and an unknown field (once a name).
+    strings), `groundtruth` (a list of films as [title, year], of other items as their lines) and optionally
+    `completion` (string). `groundtruth_turn` and `split` are known and not used. With a catalog, whose format then
+    counts, titles it does not hold are soft problems; so are an empty ground truth (the sample is returned all the
+    same), an item listed twice in a ground truth (kept once), a `split` that is not the file's, and an unknown field
+    (once a name).
 
     Raises DataError listing every line with broken JSON, a missing or wrongly typed field, a bad role, an empty
     conversation or an id seen before.
     """
-    samples, errors, problems = scan_samples(Path(path), catalog)
+    samples, errors, problems = scan_samples(Path(path), catalog, item_format)
     if errors:
         raise DataError(f"{path}: {len(errors)} bad line(s):", errors)
     return samples, problems
@@ -102,8 +106,11 @@ def write_samples(path: str | os.PathLike[str], samples: Sequence[Sample]) -> No
 _FIELDS = {"id", "conversation", "seen_titles", "groundtruth", "completion", "groundtruth_turn", "split"}
 
 
-def scan_samples(path: Path, catalog: Catalog | None) -> tuple[list[Sample], list[str], list[Problem]]:
+def scan_samples(
+    path: Path, catalog: Catalog | None, item_format: ItemFormat = FILM
+) -> tuple[list[Sample], list[str], list[Problem]]:
     """(samples, errors, soft problems) of a file; see `read_samples`."""
+    item_format = item_format if catalog is None else catalog.item_format
     if not path.is_file():
         raise DataError(f"{path}: no such file; samples are JSONL, one conversation a line")
     samples: list[Sample] = []
@@ -116,7 +123,7 @@ def scan_samples(path: Path, catalog: Catalog | None) -> tuple[list[Sample], lis
         try:
             if isinstance(row, str):
                 raise DataError(row)
-            sample = _to_sample(row)
+            sample = _to_sample(row, item_format)
             if sample.id in first_line:
                 raise DataError(f"id {sample.id!r} is already on line {first_line[sample.id]}; ids must be unique")
         except DataError as error:
@@ -138,7 +145,7 @@ def _names(row: Mapping[str, Any]) -> set[str]:
     return (row.keys() - _FIELDS) | in_turns
 
 
-def _to_sample(row: Mapping[str, Any]) -> Sample:
+def _to_sample(row: Mapping[str, Any], item_format: ItemFormat) -> Sample:
     if missing := {"id", "conversation", "seen_titles", "groundtruth"} - row.keys():
         raise DataError(f"missing {', '.join(sorted(missing))}")
     completion = row.get("completion")
@@ -156,7 +163,7 @@ def _to_sample(row: Mapping[str, Any]) -> Sample:
         conversation=tuple(_to_turn(turn, place) for place, turn in enumerate(turns)),
         seen_titles=tuple(_in_field(f"seen_titles[{place}]", parse_title, t) for place, t in enumerate(seen_titles)),
         # dict.fromkeys: the same item twice is one thing to find; `_soft_problems` reports it.
-        groundtruth=tuple(dict.fromkeys(_to_title_year(entry, place) for place, entry in enumerate(groundtruth))),
+        groundtruth=tuple(dict.fromkeys(_to_entry(e, place, item_format) for place, e in enumerate(groundtruth))),
         completion=completion,
     )
 
@@ -171,11 +178,24 @@ def _to_turn(turn: object, place: int) -> Turn:
     return Turn(turn["role"], turn["content"])
 
 
-def _to_title_year(entry: object, place: int) -> tuple[str, int]:
+def _to_entry(entry: object, place: int, item_format: ItemFormat) -> tuple[str, int | None]:
+    """[title, year] of a film, the line of any other item; of either an object with the columns that the format names.
+
+    The item of a format without years is (line, None).
+    """
     name = f"groundtruth[{place}]"
-    if not isinstance(entry, list) or len(entry) != 2:
-        raise DataError(f"{name} must be [title, year], got {entry!r}")
-    return _in_field(name, parse_title, entry[0]), _in_field(name, parse_year, entry[1])
+    if isinstance(entry, dict):
+        if not item_format.is_film:
+            return _in_field(name, lambda row: (item_format.write(row), None), entry)
+        entry = [entry.get("title"), entry.get("year")]
+    if item_format.is_film:
+        if not isinstance(entry, list) or len(entry) != 2:
+            raise DataError(f"{name} must be [title, year], got {entry!r}")
+        return _in_field(name, parse_title, entry[0]), _in_field(name, parse_year, entry[1])
+    if not isinstance(entry, str):
+        form = f"the line of an item, {item_format.template!r}, or an object with {', '.join(item_format.columns)}"
+        raise DataError(f"{name} must be {form}, got {entry!r:.80}")
+    return _in_field(name, parse_title, entry), None
 
 
 def _in_field(name: str, parse: Any, value: object) -> Any:
@@ -208,7 +228,7 @@ def _soft_problems(
         if (title, year) not in catalog:
             yield (
                 "ground truth not in the catalog",
-                f"ground truth {title} ({year}) is not in the catalog and can never be a hit",
+                f"ground truth {title_line(title, year)} is not in the catalog and can never be a hit",
             )
     for title in sample.seen_titles:
         if not catalog.title_indices(title):
@@ -220,7 +240,7 @@ def _to_row(sample: Sample) -> dict[str, Any]:
         "id": sample.id,
         "conversation": [{"role": turn.role, "content": turn.content} for turn in sample.conversation],
         "seen_titles": list(sample.seen_titles),
-        "groundtruth": [list(title_year) for title_year in sample.groundtruth],
+        "groundtruth": [title if year is None else [title, year] for title, year in sample.groundtruth],
     }
     if sample.completion is not None:
         row["completion"] = sample.completion

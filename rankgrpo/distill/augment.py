@@ -83,9 +83,7 @@ def similar_items(items: Iterable[int], teacher: Teacher, num_items: int) -> dic
     requests = []
     for index in items:
         item = teacher.catalog.items[index]
-        requests.append(
-            Sample(f"similar to {index}", (Turn("user", f"{item.title} ({item.year})"),), (item.title,), ())
-        )
+        requests.append(Sample(f"similar to {index}", (Turn("user", item.line),), (item.title,), ()))
     return dict(zip(items, teacher.rank_all(requests, num_items=num_items), strict=True))
 
 
@@ -96,7 +94,7 @@ def _items(sample: Sample, catalog: Catalog) -> list[int]:
 
 def _request(sample: Sample, items: Sequence[int], catalog: Catalog, rng: np.random.Generator) -> Sample:
     named = [catalog.items[index] for index in items]
-    *others, last = [f"{item.title} ({item.year})" for item in named]
+    *others, last = [item.line for item in named]
     text = f"{', '.join(others)} and {last}" if others else last
     request = REQUESTS[rng.integers(len(REQUESTS))].format(text)
     seen_titles = tuple(item.title for item in named)

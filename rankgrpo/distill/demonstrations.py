@@ -21,8 +21,8 @@ class Teacher(Protocol):
 
 
 def make_demonstrations(samples: Sequence[Sample], teacher: Teacher, *, num_items: int = 20) -> list[Sample]:
-    """The samples with the teacher's lists as completions: `Title (Year)` lines, no trailing newline."""
+    """The samples with the teacher's lists as completions: lines of items, no trailing newline."""
     items = teacher.catalog.items
     lists = teacher.rank_all(samples, num_items=num_items)
-    texts = ("\n".join(f"{items[index].title} ({items[index].year})" for index in indices) for indices in lists)
+    texts = ("\n".join(items[index].line for index in indices) for indices in lists)
     return [replace(sample, completion=text) for sample, text in zip(samples, texts, strict=True)]

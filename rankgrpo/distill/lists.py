@@ -11,7 +11,7 @@ from rankgrpo.data.samples import Sample
 from rankgrpo.distill.llm import CallReport, Endpoint, Estimate, ReplyLog, ask_all, estimate_calls
 from rankgrpo.distill.metadata import item_name
 from rankgrpo.items.catalog import Catalog, Item, normalise_title
-from rankgrpo.parse import parse_list
+from rankgrpo.parse import ListedItem, parse_list
 
 TOKENS_PER_LINE = 20
 MIN_READABLE = 0.5
@@ -30,7 +30,7 @@ class TeacherLists:
     """By sample, places in `items`, best first; None where the teacher gave no list."""
 
     def text(self, sample: int, num_items: int) -> str:
-        """The first `num_items` of a sample's list as the teacher gave it: `Title (Year)` lines."""
+        """The first `num_items` of a sample's list as the teacher gave it."""
         return "\n".join(item_name(self.items[index]) for index in (self.lists[sample] or ())[:num_items])
 
 
@@ -39,9 +39,9 @@ def list_prompt(sample: Sample, num_items: int) -> str:
     return format_prompt(sample.conversation, num_items)
 
 
-def is_list(reply: str) -> bool:
-    """Whether at least half of the lines read as `Title (Year)`."""
-    lines = parse_list(reply)
+def is_list(reply: str, parse: Callable[[str], list[ListedItem]] = parse_list) -> bool:
+    """Whether at least half of the lines read as items: `parse` is the catalog's reader."""
+    lines = parse(reply)
     return bool(lines) and sum(line.title is not None for line in lines) >= MIN_READABLE * len(lines)
 
 
@@ -56,14 +56,14 @@ def ask_lists(
 ) -> tuple[TeacherLists, CallReport]:
     """The teacher's list for every sample, at most `num_items` long, each line matched to the catalog where it can be.
 
-    Lines that are no `Title (Year)` are left out, and so are repeats.
+    Lines that are no item are left out, and so are repeats.
     """
     replies, report = ask_all(
         endpoint,
         [list_prompt(sample, num_items) for sample in samples],
         log,
         max_tokens=TOKENS_PER_LINE * num_items,
-        is_readable=lambda _, reply: is_list(reply),
+        is_readable=lambda _, reply: is_list(reply, catalog.parse),
         title="teacher lists",
     )
     return read_lists(replies, catalog, match, num_items), report
@@ -71,15 +71,15 @@ def ask_lists(
 
 def read_lists(replies: Sequence[str | None], catalog: Catalog, match: Match, num_items: int) -> TeacherLists:
     """Answers as lists of at most `num_items` different items. A line that `match` knows is a catalog item; any other
-    is a new one if it reads as `Title (Year)`, and else left out."""
+    is a new one if it reads as an item of the catalog's format, and else left out."""
     items = list(catalog.items)
-    new: dict[tuple[str, int], int] = {}
+    new: dict[tuple[str, int | None], int] = {}
     lists: list[list[int] | None] = []
     for reply in replies:
         places: dict[int, None] = {}
-        for line in parse_list(reply or ""):
+        for line in catalog.parse(reply or ""):
             place = match(reply[slice(*line.chars)])
-            if place is None and line.title is not None and line.year is not None:
+            if place is None and line.title is not None:
                 place = new.setdefault((normalise_title(line.title), line.year), len(items))
                 if place == len(items):
                     items.append(Item(line.title, line.year))

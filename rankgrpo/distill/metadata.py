@@ -35,8 +35,8 @@ _REPLY = re.compile(r"(?ims)^\W*keywords\W*:\s*(?P<keywords>[^\n]*\w[^\n]*)\n+\W
 
 
 def item_name(item: Item) -> str:
-    """Title (Year)"""
-    return f"{item.title} ({item.year})"
+    """The item as lists write it: Title (Year), unless the catalog has another format."""
+    return item.line
 
 
 def catalog_text(item: Item) -> str:

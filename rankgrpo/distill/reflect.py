@@ -23,7 +23,6 @@ from rankgrpo.distill.llm import CallReport, Endpoint, Estimate, ReplyLog, ask_a
 from rankgrpo.distill.metadata import item_name
 from rankgrpo.distill.remap import Scores
 from rankgrpo.items.catalog import Catalog, Item
-from rankgrpo.parse import parse_list
 
 TOKENS_PER_LINE = 24
 RATINGS = {"-2": -2, "-1": -1, "0": 0, "1": 1, "2": 2, "+1": 1, "+2": 2}
@@ -56,8 +55,8 @@ def read_ratings(reply: str, candidates: Sequence[int], catalog: Catalog) -> dic
         match = _LINE.match(line.strip())
         if match is None or match["rating"] not in RATINGS:
             continue
-        items = parse_list(match["name"])
-        if len(items) == 1 and items[0].title is not None and items[0].year is not None:
+        items = catalog.parse(match["name"])
+        if len(items) == 1 and items[0].title is not None:
             index = catalog.lookup(items[0].title, items[0].year)
             if index in wanted:
                 ratings.setdefault(index, RATINGS[match["rating"]])

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from tyro.conf import arg
 
 from rankgrpo.distill.llm import Endpoint
+from rankgrpo.items.format import FILM_TEMPLATE
 
 EASE = "ease"
 STELLA = "NovaSearch/stella_en_400M_v5"
@@ -20,6 +21,8 @@ STELLA = "NovaSearch/stella_en_400M_v5"
 class DistillConfig:
     data: str = "demo"
     """`demo`, or a folder with train/validation/test.jsonl and catalog.jsonl or .csv"""
+    item: str = FILM_TEMPLATE
+    """How an item is written, from columns of the catalog: `{title} by {author}`"""
     out: Path | None = None
     """Output folder (default: runs/distill-DATA); the same command continues it, another reuses what it can."""
     teacher: str = EASE

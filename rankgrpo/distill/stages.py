@@ -49,7 +49,8 @@ from rankgrpo.evaluation.evaluate import score_completions, summarise
 from rankgrpo.evaluation.tables import format_table, format_value, metric_label
 from rankgrpo.files.atomic import only_one, write_lines
 from rankgrpo.items.catalog import Item
-from rankgrpo.items.match import TitleMatcher
+from rankgrpo.items.format import ItemFormat
+from rankgrpo.items.match import open_matcher
 
 HELD_BYTES = 2 << 30
 """Scores of the training conversations up to this size are kept in memory while w and b are fitted."""
@@ -57,7 +58,8 @@ HELD_BYTES = 2 << 30
 
 def distill(config: DistillConfig) -> Path:
     """Make or continue the demonstrations of `config.out`; returns the folder."""
-    dataset = load_dataset(config.data, num_train=config.num_train or None, seed=config.seed)
+    item_format = ItemFormat(config.item)
+    dataset = load_dataset(config.data, num_train=config.num_train or None, seed=config.seed, item_format=item_format)
     ease = fit_ease(config, dataset)
     corpus = make_corpus(config, dataset, ease)
     out = config.out or Path("runs") / f"distill-{Path(config.data).resolve().name}"
@@ -118,7 +120,7 @@ class DistillRun:
             lists, report = ask_lists(
                 corpus.samples,
                 corpus.catalog,
-                TitleMatcher(corpus.catalog).match_line,
+                open_matcher(corpus.catalog).match_line,
                 config.listed,
                 config.teacher_endpoint(),
                 self.teacher_log,
@@ -382,7 +384,7 @@ def _rating_row(corpus: Corpus, place: int, ratings: Mapping[int, int]) -> dict[
     return {"id": corpus.samples[place].id, "ratings": rated}
 
 
-def _index(corpus: Corpus, title: str, year: int) -> int:
+def _index(corpus: Corpus, title: str, year: int | None) -> int:
     index = corpus.catalog.lookup(title, year)
     assert index is not None, (title, year)  # written by a stage from the same catalog: the key says so
     return index

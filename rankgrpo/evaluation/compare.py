@@ -35,6 +35,7 @@ from rankgrpo.evaluation.recommend import recommend
 from rankgrpo.evaluation.tables import format_table
 from rankgrpo.evaluation.validate import sample_lists
 from rankgrpo.items.catalog import Catalog
+from rankgrpo.items.format import ItemFormat
 from rankgrpo.model.constraint import hold_to_catalog
 from rankgrpo.model.policy import open_policy
 from rankgrpo.model.presets import resolve_model
@@ -55,7 +56,8 @@ class Source:
 
 
 def load_config_dataset(config: Config) -> Dataset:
-    return load_dataset(config.data.path, num_train=config.data.num_train or None)
+    data = config.data
+    return load_dataset(data.path, num_train=data.num_train or None, item_format=ItemFormat(data.item))
 
 
 def fit_teacher(config: Config, dataset: Dataset, *, num_folds: int) -> EaseTeacher:
@@ -267,7 +269,7 @@ def recommend_from(
     if data is not None:
         config = replace(config, data=replace(config.data, path=data))
     parallel = start_parallel()
-    catalog = load_catalog(config.data.path)
+    catalog = load_catalog(config.data.path, ItemFormat(config.data.item))
     policy = open_policy(model, config.model, parallel.device, trainable=False)
     policy = hold_to_catalog(policy, config, catalog, shown=True)
     with ready_sampler(policy, config, parallel) as sampler:

@@ -9,7 +9,7 @@ Metrics of a sample, over its first K = `num_ranks` lines:
   recall@k, ndcg@k   k in 5, 10, 15, 20 (those below K, and K itself); see `rankgrpo.metrics`. The ground truth counts
                      as a set of catalog items; an item the catalog does not hold, or that was already seen, can never
                      be hit and still counts.
-  parsed_frac        share of these lines that read as `Title (Year)`
+  parsed_frac        share of these lines that have the form of an item, `Title (Year)` unless data.item says otherwise
   in_catalog_frac    share of these lines that name a catalog item
   duplicate_frac     share of these lines that name an earlier line's item again
   items_mean         number of lines in the whole answer, more than K if there are more; short lists show here and not
@@ -38,7 +38,7 @@ from rankgrpo.files.atomic import write_lines
 from rankgrpo.files.rows import read_jsonl
 from rankgrpo.items.catalog import Catalog
 from rankgrpo.metrics import bootstrap_interval, hit_rate_by_rank, ndcg_at_k, paired_bootstrap, recall_at_k
-from rankgrpo.parse import ListedItem, parse_list
+from rankgrpo.parse import ListedItem
 from rankgrpo.reward import relevance
 
 __all__ = [
@@ -92,7 +92,7 @@ def score_completions(
     Raises ValueError for different lengths and for a sample without ground truth.
     """
     _check_same_length(samples, completions, "completions")
-    lists = [parse_list(text) for text in completions]
+    lists = [catalog.parse(text) for text in completions]
     return _score(samples, completions, lists, catalog, num_ranks, year_tolerance)
 
 
@@ -118,7 +118,7 @@ def score_items(
             )
         items = [catalog.items[index] for index in indices]
         lists.append([ListedItem(item.title, item.year, (0, 0)) for item in items])
-        texts.append("\n".join(f"{item.title} ({item.year})" for item in items))
+        texts.append("\n".join(item.line for item in items))
     return _score(samples, texts, lists, catalog, num_ranks, year_tolerance)
 
 
@@ -168,7 +168,7 @@ def count_groundtruth(sample: Sample, catalog: Catalog, year_tolerance: int = 0)
     return len({_item_key(title, year, catalog, year_tolerance) for title, year in sample.groundtruth})
 
 
-def _item_key(title: str, year: int, catalog: Catalog, year_tolerance: int) -> int | tuple[str, int]:
+def _item_key(title: str, year: int | None, catalog: Catalog, year_tolerance: int) -> int | tuple[str, int | None]:
     """What makes two lines the same item: the catalog item, or title and year where the catalog has none."""
     index = catalog.lookup(title, year, year_tolerance=year_tolerance)
     return (catalog.title_key(title), year) if index is None else index
@@ -187,7 +187,7 @@ def _mark_items(
     for rank, item in enumerate(items):
         mark = {"title": item.title, "year": item.year, "in_catalog": False, "hit": False, "seen": False}
         mark["duplicate"] = False
-        if item.title is None or item.year is None:
+        if item.title is None:
             mark["line"] = text[slice(*item.chars)]
         else:
             key = _item_key(item.title, item.year, catalog, year_tolerance)

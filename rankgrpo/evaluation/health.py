@@ -22,10 +22,9 @@ from rankgrpo.evaluation.evaluate import score_items, summarise
 from rankgrpo.evaluation.tables import format_table
 from rankgrpo.files.rows import Problem
 from rankgrpo.items.catalog import Catalog
+from rankgrpo.items.lines import LineCatalog
 from rankgrpo.items.titles import in_library_order
 from rankgrpo.model.constraint import open_constraint
-from rankgrpo.model.tiny import title_line
-from rankgrpo.parse import parse_list
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -153,11 +152,11 @@ def _trie_facts(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, num_ranks:
     }
 
 
-def _keys(sample: Sample, catalog: Catalog) -> list[tuple[str, int]]:
+def _keys(sample: Sample, catalog: Catalog) -> list[tuple[str, int | None]]:
     return [(catalog.title_key(title), year) for title, year in sample.groundtruth]
 
 
-def _split_health(dataset: Dataset, name: str, train_items: set[tuple[str, int]]) -> SplitHealth:
+def _split_health(dataset: Dataset, name: str, train_items: set[tuple[str, int | None]]) -> SplitHealth:
     samples, catalog = dataset.split(name), dataset.catalog
     named = [set(named_items(sample, catalog)) for sample in samples]
     indices = [[catalog.lookup(*item) for item in sample.groundtruth] for sample in samples]
@@ -206,12 +205,17 @@ def _leaks(dataset: Dataset) -> list[str]:
 
 def _catalog_facts(catalog: Catalog) -> dict[str, str]:
     items = catalog.items
-    years = sorted(item.year for item in items)
-    num_titles = len({catalog.title_key(item.title) for item in items})
+    named = {"items": f"{len(items)}, written {catalog.item_format.template}"}
+    if catalog.item_format.is_film:
+        years = sorted(item.year for item in items)
+        num_titles = len({catalog.title_key(item.title) for item in items})
+        named = {
+            "items": f"{len(items)}, {years[0]} to {years[-1]} (median {years[len(years) // 2]})",
+            "titles with several years": str(sum(len(catalog.title_indices(t)) > 1 for t in _titles(catalog))),
+            "different titles": str(num_titles),
+        }
     return {
-        "items": f"{len(items)}, {years[0]} to {years[-1]} (median {years[len(years) // 2]})",
-        "titles with several years": str(sum(len(catalog.title_indices(t)) > 1 for t in _titles(catalog))),
-        "different titles": str(num_titles),
+        **named,
         "with popularity": _share(sum(item.popularity > 0 for item in items), len(items)),
         "with genres": _share(sum(bool(item.genres) for item in items), len(items)),
         "with text": _share(sum(bool(item.text) for item in items), len(items)),
@@ -224,20 +228,25 @@ def _titles(catalog: Catalog) -> list[str]:
 
 
 def _catalog_warnings(catalog: Catalog) -> list[str]:
-    """Items whose line `Title (Year)`, written exactly so, is not read back as the item: they can never be a hit."""
+    """Items whose line, written exactly so, is not read back as the item: they can never be a hit. And items told apart
+    by exact spelling alone."""
     lost = []
     for index, item in enumerate(catalog.items):
-        line = title_line(item.title, item.year)
-        parsed = parse_list(line)
-        found = [catalog.lookup(p.title, p.year) for p in parsed if p.title is not None and p.year is not None]
+        parsed = catalog.parse(item.line)
+        found = [catalog.lookup(p.title, p.year) for p in parsed if p.title is not None]
         if found != [index]:
-            lost.append(line)
+            lost.append(item.line)
     warnings = []
     if lost:
+        text = "catalog items are not read back from the line that names them, for example"
+        warnings.append(f"{len(lost)} {text} {lost[0]!r}")
+    if isinstance(catalog, LineCatalog) and catalog.alike:
+        first = ", ".join(repr(catalog.items[index].line) for index in catalog.alike[0])
         warnings.append(
-            f"{len(lost)} catalog items are not read back from the line that names them, for example {lost[0]!r}"
+            f"{sum(map(len, catalog.alike))} catalog items differ from another in case, spaces or punctuation marks "
+            f"alone, for example {first}; a line counts as one of them only where it is spelt exactly so"
         )
-    library = [item.title for item in catalog if in_library_order(item.title)]
+    library = [item.title for item in catalog if catalog.item_format.is_film and in_library_order(item.title)]
     if library:
         warnings.append(
             f"{len(library)} of {len(catalog)} titles are in library order, for example {library[0]!r}, as no model "

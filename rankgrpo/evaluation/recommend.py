@@ -11,20 +11,21 @@ from rankgrpo.data.conversation import read_conversation
 from rankgrpo.data.samples import Sample, read_samples
 from rankgrpo.evaluation.validate import recommend_lists
 from rankgrpo.items.catalog import Catalog
+from rankgrpo.items.format import title_line
 from rankgrpo.model.policy import Policy
-from rankgrpo.parse import parse_list
+from rankgrpo.parse import ListedItem
 from rankgrpo.sampler.base import Sampler
 
 
 def format_list(text: str, catalog: Catalog) -> str:
-    """The list with ranks; `+` marks an item of the catalog, `?` one that is not, `!` a line without title and year."""
+    """The list with ranks; `+` marks an item of the catalog, `?` one that is not, `!` a line that is no item."""
     lines = []
-    for rank, item in enumerate(parse_list(text), start=1):
+    for rank, item in enumerate(catalog.parse(text), start=1):
         if item.title is None:
             lines.append(f"{rank:3d} ! {text[slice(*item.chars)].strip()}")
         else:
             mark = "+" if catalog.lookup(item.title, item.year) is not None else "?"
-            lines.append(f"{rank:3d} {mark} {item.title} ({item.year})")
+            lines.append(f"{rank:3d} {mark} {title_line(item.title, item.year)}")
     return "\n".join(lines) if lines else "(an empty list)"
 
 
@@ -43,13 +44,17 @@ def recommend(
         (text,) = recommend_lists(policy, sampler, [Sample("command-line", turns, (), ())], catalog, config)
         print(format_list(text, catalog))
         return
-    samples, _ = read_samples(batch)
+    samples, _ = read_samples(batch, item_format=catalog.item_format)
     lists = recommend_lists(policy, sampler, samples, catalog, config, title="recommend")
     for sample, text in zip(samples, lists, strict=True):
         items = [
-            {"title": item.title, "year": item.year, "in_catalog": catalog.lookup(item.title, item.year) is not None}
-            if item.title is not None
-            else {"line": text[slice(*item.chars)]}
-            for item in parse_list(text)
+            _named(item, catalog) if item.title is not None else {"line": text[slice(*item.chars)]}
+            for item in catalog.parse(text)
         ]
         print(json.dumps({"id": sample.id, "items": items}, ensure_ascii=False))
+
+
+def _named(item: ListedItem, catalog: Catalog) -> dict[str, object]:
+    """An item of a list as JSON: title and year, or its line where the format has no year."""
+    name = {"item": item.title} if item.year is None else {"title": item.title, "year": item.year}
+    return {**name, "in_catalog": catalog.lookup(item.title, item.year) is not None}

@@ -11,7 +11,7 @@ import json
 import os
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -20,7 +20,9 @@ from typing import Any
 from rankgrpo.errors import DataError
 from rankgrpo.files.atomic import write_lines
 from rankgrpo.files.rows import Problem, read_csv, read_jsonl, type_name
+from rankgrpo.items.format import FILM, ItemFormat, title_line
 from rankgrpo.items.titles import natural_order
+from rankgrpo.parse import ListedItem, parse_list
 
 MIN_YEAR, MAX_YEAR = 1870, 2100  # first moving pictures; anything later is a typing error
 
@@ -49,7 +51,9 @@ class Item:
     """
 
     title: str
-    year: int
+    """Under a format without years (`rankgrpo.items.lines`) the whole line."""
+    year: int | None = None
+    """None under such a format."""
     popularity: int = 0
     """How often the item is in the training ground truth; 0 where the file does not say."""
     genres: tuple[str, ...] = ()
@@ -57,6 +61,13 @@ class Item:
     """Plot or keywords, free text."""
     aliases: tuple[str, ...] = ()
     """Other titles of the same item, such as the original one; a line that names one names the item."""
+    fields: tuple[tuple[str, str], ...] = ()
+    """The other columns of its row, those that the format names among them; films have none."""
+
+    @property
+    def line(self) -> str:
+        """The item as lists write it."""
+        return title_line(self.title, self.year)
 
 
 @lru_cache(maxsize=1 << 16)
@@ -77,8 +88,11 @@ def _fold(text: str) -> str:
 class Catalog:
     """Items in file order with a look-up by normalised title and year.
 
-    Raises DataError when two items have the same normalised title and year.
+    Raises DataError when two items have the same normalised title and year. `rankgrpo.items.lines.LineCatalog` is the
+    catalog of every other format.
     """
+
+    item_format: ItemFormat = FILM
 
     def __init__(self, items: Iterable[Item]) -> None:
         self.items: tuple[Item, ...] = tuple(items)
@@ -111,15 +125,24 @@ class Catalog:
     def __iter__(self) -> Iterator[Item]:
         return iter(self.items)
 
-    def __contains__(self, title_year: tuple[str, int]) -> bool:
+    def __contains__(self, title_year: tuple[str, int | None]) -> bool:
         return self.lookup(*title_year) is not None
+
+    @property
+    def lines(self) -> list[str]:
+        """Every item as lists write it."""
+        return [item.line for item in self.items]
+
+    def parse(self, text: str) -> list[ListedItem]:
+        """Items of a ranked list, one a line with a visible character: `rankgrpo.parse.parse_list`."""
+        return parse_list(text)
 
     @staticmethod
     def title_key(title: str) -> str:
         """The normalised form under which titles are compared."""
         return normalise_title(title)
 
-    def lookup(self, title: str, year: int, *, year_tolerance: int = 0) -> int | None:
+    def lookup(self, title: str, year: int | None, *, year_tolerance: int = 0) -> int | None:
         """Index of the item with this title and the nearest year within `year_tolerance`, or None.
 
         The exact year wins; at equal distance d the later year (+d) is tried before the earlier (-d). Raises ValueError
@@ -173,7 +196,7 @@ class Catalog:
 
     @classmethod
     def from_file(cls, path: str | os.PathLike[str]) -> Catalog:
-        """Read a .jsonl or .csv catalog; raises DataError naming every bad row. See `read_catalog` for the format."""
+        """Read a .jsonl or .csv catalog of titles and years; raises DataError naming every bad row (`read_catalog`)."""
         return read_catalog(path)[0]
 
     def to_jsonl(self, path: str | os.PathLike[str]) -> None:
@@ -191,16 +214,11 @@ def read_catalog(path: str | os.PathLike[str]) -> tuple[Catalog, list[Problem]]:
     one title a line), a year outside 1870..2100, an item named twice.
     """
     path = Path(path)
-    readers = {".jsonl": read_jsonl, ".csv": read_csv}
-    if path.suffix.lower() not in readers:
-        raise DataError(f"{path}: a catalog is a .jsonl or a .csv file, got {path.suffix or 'no suffix'!r}")
-    if not path.is_file():
-        raise DataError(f"{path}: no such file; a catalog has one item a line with title and year")
     items: list[Item] = []
     first_line: dict[tuple[str, int], int] = {}
     errors: list[str] = []
     unknown: dict[str, Problem] = {}
-    for line, row in readers[path.suffix.lower()](path):
+    for line, row in catalog_rows(path, ("title", "year")):
         where = f"{path}:{line}"
         if isinstance(row, str):
             errors.append(f"{where}: {row}")
@@ -224,6 +242,19 @@ def read_catalog(path: str | os.PathLike[str]) -> tuple[Catalog, list[Problem]]:
     if not items:
         raise DataError(f"{path}: the catalog is empty; it needs one item a line with title and year")
     return Catalog(items), sorted(unknown.values(), key=str)
+
+
+def catalog_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, Any] | str]]:
+    """(line, row or what is wrong with it) of a catalog file; `columns` are those that a CSV file must have.
+
+    Raises DataError for a file of another kind and for a missing one.
+    """
+    suffix = path.suffix.lower()
+    if suffix not in (".jsonl", ".csv"):
+        raise DataError(f"{path}: a catalog is a .jsonl or a .csv file, got {path.suffix or 'no suffix'!r}")
+    if not path.is_file():
+        raise DataError(f"{path}: no such file; a catalog has one item a line with {' and '.join(columns)}")
+    return read_jsonl(path) if suffix == ".jsonl" else read_csv(path, columns=columns)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -268,7 +299,8 @@ def parse_whole(value: object, field: str) -> int:
 
 
 _TEXT_KEYS = ("plot", "keywords", "text")
-_CATALOG_KEYS = {"title", "year", "popularity", "genres", "aliases", *_TEXT_KEYS}
+FACT_KEYS = frozenset({"popularity", "genres", "aliases", *_TEXT_KEYS})
+_CATALOG_KEYS = {"title", "year", *FACT_KEYS}
 
 
 def parse_item(row: Mapping[str, Any]) -> Item:
@@ -276,18 +308,21 @@ def parse_item(row: Mapping[str, Any]) -> Item:
     row = {key: value for key, value in row.items() if value is not None}
     if missing := {"title", "year"} - row.keys():
         raise DataError(f"missing {' and '.join(sorted(missing))}")
+    return Item(title=parse_title(row["title"]), year=parse_year(row["year"]), **item_facts(row))
+
+
+def item_facts(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Popularity, genres and text of a catalog row, as `Item` takes them; DataError says what is wrong with them."""
     popularity = parse_whole(row.get("popularity", 0), "popularity")
     if popularity < 0:
         raise DataError(f"popularity must be >= 0, got {popularity}")
     texts = [_to_text(row[key], key) for key in _TEXT_KEYS if key in row]
-    return Item(
-        title=parse_title(row["title"]),
-        year=parse_year(row["year"]),
-        popularity=popularity,
-        genres=_to_names(row.get("genres", ()), "genres", "|;"),
-        text="\n".join(text for text in texts if text),
-        aliases=_to_names(row.get("aliases", ()), "aliases", "|"),
-    )
+    return {
+        "popularity": popularity,
+        "genres": _to_names(row.get("genres", ()), "genres", "|;"),
+        "text": "\n".join(text for text in texts if text),
+        "aliases": _to_names(row.get("aliases", ()), "aliases", "|"),
+    }
 
 
 def _to_names(value: object, field: str, separators: str) -> tuple[str, ...]:
@@ -306,7 +341,8 @@ def _to_text(value: object, key: str) -> str:
 
 
 def _to_row(item: Item) -> dict[str, Any]:
-    row: dict[str, Any] = {"title": item.title, "year": item.year, "popularity": item.popularity}
+    name = dict(item.fields) if item.year is None else {"title": item.title, "year": item.year}
+    row: dict[str, Any] = {**name, "popularity": item.popularity}
     if item.genres:
         row["genres"] = list(item.genres)
     if item.text:

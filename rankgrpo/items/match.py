@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from urllib.parse import unquote
 
 from rankgrpo.items.catalog import Catalog, normalise_title
+from rankgrpo.items.lines import LineCatalog, LineMatcher
 from rankgrpo.items.titles import ARTICLES as MOVED_ARTICLES
 from rankgrpo.parse import bare_title, parse_list
 
@@ -240,6 +241,11 @@ class TitleMatcher:
         if any(_is_plural(*pair) for pair in pairs) or extra.keys() & self._vocabulary:
             return False  # another word is another film: Dark Water, Dark Waters
         return bool(extra) or lost.keys() <= _SMALL_WORDS
+
+
+def open_matcher(catalog: Catalog) -> TitleMatcher | LineMatcher:
+    """The matcher for the lines of teachers that goes with the catalog's format."""
+    return LineMatcher(catalog) if isinstance(catalog, LineCatalog) else TitleMatcher(catalog)
 
 
 def readings(line: str) -> list[tuple[str, int | None]]:

@@ -22,7 +22,6 @@ from rankgrpo.items.choices import Choices
 from rankgrpo.items.trie import CatalogTrie, Forbid
 from rankgrpo.items.walk import ListWalk
 from rankgrpo.model.packing import Group
-from rankgrpo.model.tiny import title_line
 
 if TYPE_CHECKING:
     from rankgrpo.config import Config
@@ -57,9 +56,8 @@ def open_constraint(
 
     Raises ConfigError, which says which line, for a catalog that cannot be written so.
     """
-    lines = [title_line(item.title, item.year) for item in catalog.items]
     try:
-        trie = CatalogTrie.build(lines, tokenizer, num_ranks=num_ranks, eos_id=tokenizer.eos_token_id)
+        trie = CatalogTrie.build(catalog.lines, tokenizer, num_ranks=num_ranks, eos_id=tokenizer.eos_token_id)
     except ValueError as error:
         raise ConfigError(
             f"lists held to the catalog: {error}; or decode freely, rl.constrain=none eval.constrain=run"

@@ -39,8 +39,9 @@ from transformers.utils import logging
 from rankgrpo.data.samples import Dataset
 from rankgrpo.errors import ModelError
 from rankgrpo.files.atomic import atomic_folder
+from rankgrpo.items.format import title_line
 from rankgrpo.model.smollm2 import PACKAGE, convert_smollm2
-from rankgrpo.model.tiny import TinyConfig, corpus_lines, make_tiny, title_line, train_tokenizer
+from rankgrpo.model.tiny import TinyConfig, corpus_lines, make_tiny, train_tokenizer
 
 RECIPE_FILE = "rankgrpo_init.json"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
@@ -321,7 +322,7 @@ def _recipe(preset: Preset, dataset: Dataset, seed: int, tiny: TinyConfig, num_r
     if preset.origin == "package":
         return {"preset": preset.name, "package": preset.location}
     digest = hashlib.sha256()
-    titles = (title_line(item.title, item.year) for item in dataset.catalog.items)
+    titles = dataset.catalog.lines
     targets = (title_line(title, year) for sample in dataset.train for title, year in sample.groundtruth)
     completions = (sample.completion or "" for sample in dataset.train)
     for texts in (corpus_lines(dataset), titles, targets, completions):

@@ -29,6 +29,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from rankgrpo.data.prompt import SPEAKERS, format_prompt
 from rankgrpo.data.samples import Dataset
+from rankgrpo.items.format import title_line
 
 PAD_TOKEN, START_TOKEN, END_TOKEN = SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 MIN_VOCAB = 1024  # half of it must hold 256 bytes, 3 special tokens and some words
@@ -126,7 +127,7 @@ def train_tokenizer(dataset: Dataset, vocab: int, num_ranks: int = 20) -> PreTra
     data set gets fewer ids. Raises ValueError when the train split has no text.
     """
     instruction = [line for line in format_prompt((), num_ranks).split("\n") if " " in line]
-    titles = [title_line(item.title, item.year) for item in dataset.catalog.items]
+    titles = dataset.catalog.lines
     lines = corpus_lines(dataset)
     if not lines:
         raise ValueError(f"data set {dataset.name!r}: the train split has no conversation to fit a tokenizer to")
@@ -147,11 +148,6 @@ def train_tokenizer(dataset: Dataset, vocab: int, num_ranks: int = 20) -> PreTra
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, eos_token=END_TOKEN, pad_token=PAD_TOKEN, chat_template=CHAT_TEMPLATE
     )
-
-
-def title_line(title: str, year: int) -> str:
-    """A title as the lists write it."""
-    return f"{title} ({year})"
 
 
 def corpus_lines(dataset: Dataset) -> list[str]:

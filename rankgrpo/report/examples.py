@@ -11,6 +11,7 @@ from typing import Any
 
 from rankgrpo.evaluation.evaluate import Evaluation
 from rankgrpo.evaluation.tables import format_value, in_sentence, main_metric, metric_label, model_label
+from rankgrpo.items.format import title_line
 
 EXAMPLES_PER_KIND = 2
 
@@ -51,7 +52,7 @@ def examples_context(
                 "id": row["id"],
                 "scores": f"{metric_label(key)} {format_value(key, old[index])} → {format_value(key, new[index])}",
                 "turns": row.get("conversation", []),
-                "groundtruth": ", ".join(f"{title} ({year})" for title, year in row.get("groundtruth", [])),
+                "groundtruth": ", ".join(title_line(*entry) for entry in row.get("groundtruth", [])),
                 "lists": [one for one in shown if one],
             }
         )
@@ -80,7 +81,7 @@ def _example_list(name: str, evaluation: Evaluation, sample_id: str, key: str) -
 def _example_item(mark: Mapping[str, Any]) -> dict[str, str]:
     if mark["title"] is None:
         return {"text": mark.get("line", ""), "css": "unparsed", "mark": "unreadable"}
-    text = f"{mark['title']} ({mark['year']})"
+    text = title_line(mark["title"], mark["year"])
     if mark["hit"]:
         return {"text": text, "css": "hit", "mark": "hit"}
     if not mark["in_catalog"]:

@@ -29,7 +29,7 @@ from rankgrpo.config import PARTS, reward_terms
 from rankgrpo.data.samples import Sample
 from rankgrpo.errors import ConfigError, TrainingError
 from rankgrpo.items.catalog import Catalog
-from rankgrpo.parse import ListedItem, parse_list
+from rankgrpo.parse import ListedItem
 from rankgrpo.reward import relevance
 
 
@@ -50,8 +50,8 @@ class Answer:
 
     @cached_property
     def items(self) -> list[ListedItem]:
-        """The lines that are not blank, those beyond K too; `title` is None for a line that is not Title (Year)."""
-        return parse_list(self.text)
+        """The lines that are not blank, those beyond K too; `title` is None for a line that is no item."""
+        return self.catalog.parse(self.text)
 
     @cached_property
     def indices(self) -> list[int | None]:
