@@ -5,7 +5,7 @@ from rankgrpo.data import load
 from rankgrpo.data.conversation import read_conversation
 from rankgrpo.data.samples import DataError, Turn
 from rankgrpo.evaluation.compare import recommend_from
-from rankgrpo.evaluation.recommend import format_list
+from rankgrpo.evaluation.recommend import format_list, recommend
 from rankgrpo.items.catalog import Catalog, Item
 from rankgrpo.model.presets import make_init
 from rankgrpo.model.tiny import TinyConfig
@@ -28,8 +28,13 @@ def test_a_colon_alone_is_no_speaker():
 
 @pytest.mark.parametrize("text", ["", "  \n ", "User:"])
 def test_no_conversation(text):
-    with pytest.raises(DataError, match="standard input"):
-        read_conversation(text)
+    assert read_conversation(text) == ()
+    with pytest.raises(DataError, match="no conversation: pass it as an argument, on standard input"):
+        recommend(None, None, None, None, conversation=text, batch=None)
+
+
+def test_the_cue_of_the_next_speaker_is_no_turn():
+    assert read_conversation("User: Heat (1995)?\nAssistant:") == (Turn("user", "Heat (1995)?"),)
 
 
 def test_marks():

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
 
 from rankgrpo.data.samples import Sample, Turn
 from rankgrpo.items.catalog import Catalog
+
+PLAIN_WORDS = 12
+"""A conversation of fewer words may be a stranger's, word for word."""
 
 
 def named_items(sample: Sample, catalog: Catalog) -> list[int]:
@@ -34,23 +38,54 @@ def groundtruth_items(sample: Sample, catalog: Catalog) -> list[int]:
 def dialog_ids(samples: Sequence[Sample]) -> list[int]:
     """For every sample the number of its dialog, counted from 0 in order of first appearance.
 
-    One dialog often gives several samples, each a longer cut of it. Two samples belong together when their ids agree up
-    to the last "-" (`redial-391-3`, `redial-391-7`) and one conversation begins with the other; the second condition
-    keeps apart ids that merely number unrelated samples (`demo-1`, `demo-2`).
+    One dialog often gives several samples, each a longer cut of it. Samples that say their dialog belong to it. Of
+    others two belong together when their ids agree up to the last "-" (`redial-391-3`, `redial-391-7`) and one
+    conversation begins with the other; the second condition keeps apart ids that merely number unrelated samples
+    (`demo-1`, `demo-2`). An opening as plain as "Hello", which strangers share, joins none of the conversations that go
+    on from it in different ways.
     """
-    dialog_of: dict[tuple[str, tuple[Turn, ...]], int] = {}
+    ends = _plain_ends(samples)
+    dialog_of: dict[object, int] = {}
     ids = [-1] * len(samples)
     num_dialogs = 0
     for index in sorted(range(len(samples)), key=lambda index: len(samples[index].conversation)):
         sample = samples[index]
-        stem = sample.id.rpartition("-")[0] or sample.id
-        cuts = [(stem, sample.conversation[:length]) for length in range(len(sample.conversation), 0, -1)]
+        if sample.dialog is not None:
+            cuts: list[object] = [sample.dialog]
+        else:
+            cuts = [cut for cut in _cuts(sample) if cut not in ends]
         known = next((dialog_of[cut] for cut in cuts if cut in dialog_of), None)
         if known is None:
             known, num_dialogs = num_dialogs, num_dialogs + 1
-        dialog_of[cuts[0]] = ids[index] = known
+        ids[index] = known
+        if cuts:
+            dialog_of.setdefault(cuts[0], known)
     order = {dialog: place for place, dialog in enumerate(dict.fromkeys(ids))}
     return [order[dialog] for dialog in ids]
+
+
+def _cuts(sample: Sample) -> list[tuple[str, tuple[Turn, ...]]]:
+    """The sample's stem with its conversation and every beginning of it, the longest first."""
+    stem = sample.id.rpartition("-")[0] or sample.id
+    return [(stem, sample.conversation[:length]) for length in range(len(sample.conversation), 0, -1)]
+
+
+def _plain_ends(samples: Sequence[Sample]) -> set[tuple[str, tuple[Turn, ...]]]:
+    """Beginnings of few words that are whole conversations of two samples, or go on in two ways."""
+    goes_on: dict[object, set[Turn]] = {}
+    num_whole: Counter[object] = Counter()
+    for sample in samples:
+        if sample.dialog is not None:
+            continue
+        following = None
+        for cut in _cuts(sample):
+            if sum(len(turn.content.split()) for turn in cut[1]) < PLAIN_WORDS:
+                if following is None:
+                    num_whole[cut] += 1
+                else:
+                    goes_on.setdefault(cut, set()).add(following)
+            following = cut[1][-1]
+    return {cut for cut in (*goes_on, *num_whole) if len(goes_on.get(cut, ())) > 1 or num_whole[cut] > 1}
 
 
 def share_of_dialogs(samples: Sequence[Sample], frac: float, *, seed: int = 0) -> list[Sample]:

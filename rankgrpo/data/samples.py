@@ -49,6 +49,8 @@ class Sample:
     """(title, year) of the items that count as hits; (line, None) under a format without years."""
     completion: str | None = None
     """SFT demonstration: lines of items joined by a newline, no trailing newline."""
+    dialog: str | None = None
+    """What all samples cut from one dialog share, or all of one user; None where `dialog_ids` has to find out."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,7 @@ def write_samples(path: str | os.PathLike[str], samples: Sequence[Sample]) -> No
     write_lines(path, (json.dumps(_to_row(sample), ensure_ascii=False) for sample in samples))
 
 
-_FIELDS = {"id", "conversation", "seen_titles", "groundtruth", "completion", "groundtruth_turn", "split"}
+_FIELDS = {"id", "conversation", "seen_titles", "groundtruth", "completion", "dialog", "groundtruth_turn", "split"}
 
 
 def scan_samples(
@@ -151,8 +153,9 @@ def _to_sample(row: Mapping[str, Any], item_format: ItemFormat) -> Sample:
     completion = row.get("completion")
     if not isinstance(row["id"], str) or not row["id"]:
         raise DataError(f"id must be a non-empty string, got {row['id']!r}")
-    if completion is not None and not isinstance(completion, str):
-        raise DataError(f"completion must be a string, got {type_name(completion)}")
+    for name in ("completion", "dialog"):
+        if row.get(name) is not None and not isinstance(row[name], str):
+            raise DataError(f"{name} must be a string, got {type_name(row[name])}")
     turns = _a_list(row["conversation"], "conversation")
     if not turns:
         raise DataError("conversation is empty; there is nothing to recommend for")
@@ -165,6 +168,7 @@ def _to_sample(row: Mapping[str, Any], item_format: ItemFormat) -> Sample:
         # dict.fromkeys: the same item twice is one thing to find; `_soft_problems` reports it.
         groundtruth=tuple(dict.fromkeys(_to_entry(e, place, item_format) for place, e in enumerate(groundtruth))),
         completion=completion,
+        dialog=row.get("dialog"),
     )
 
 
@@ -244,6 +248,8 @@ def _to_row(sample: Sample) -> dict[str, Any]:
     }
     if sample.completion is not None:
         row["completion"] = sample.completion
+    if sample.dialog is not None:
+        row["dialog"] = sample.dialog
     return row
 
 

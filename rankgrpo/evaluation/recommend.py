@@ -9,6 +9,7 @@ from pathlib import Path
 from rankgrpo.config import Config
 from rankgrpo.data.conversation import read_conversation
 from rankgrpo.data.samples import Sample, read_samples
+from rankgrpo.errors import DataError
 from rankgrpo.evaluation.validate import recommend_lists
 from rankgrpo.items.catalog import Catalog
 from rankgrpo.items.format import title_line
@@ -41,6 +42,8 @@ def recommend(
     """Print one list for `conversation` (standard input when None), or a JSON line for every sample of `batch`."""
     if batch is None:
         turns = read_conversation(sys.stdin.read() if conversation is None else conversation)
+        if not turns:
+            raise DataError("no conversation: pass it as an argument, on standard input, or as --batch FILE.jsonl")
         (text,) = recommend_lists(policy, sampler, [Sample("command-line", turns, (), ())], catalog, config)
         print(format_list(text, catalog))
         return

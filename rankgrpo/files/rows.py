@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ast
 import csv
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from rankgrpo.errors import DataError
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +55,57 @@ def parse_jsonl(lines: Iterable[bytes]) -> Iterator[tuple[int, dict[str, Any] | 
             yield line, f"unreadable JSON: {error}"
         else:
             yield line, row if isinstance(row, dict) else f"expected a JSON object, got {type_name(row)}"
+
+
+def read_json(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
+    """Yield (place from 1, object) of a .json file: an array of objects, or lines of them; or what is wrong."""
+    with path.open("rb") as file:
+        start = file.read(64).decode("utf-8-sig", "replace").lstrip()
+    if not start.startswith("["):
+        yield from read_jsonl(path)
+        return
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (UnicodeDecodeError, ValueError, RecursionError) as error:
+        yield 1, f"broken JSON: {error}"
+        return
+    for place, row in enumerate(rows, start=1):
+        yield place, row if isinstance(row, dict) else f"expected a JSON object, got {type_name(row)}"
+
+
+def read_parquet(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
+    """Yield (row from 1, values by column, without those that are null) of a parquet file."""
+    place = 0
+    for batch in open_parquet(path).iter_batches():
+        for row in batch.to_pylist():
+            place += 1
+            yield place, {name: value for name, value in row.items() if value is not None}
+
+
+def open_parquet(path: Path) -> Any:
+    """A pyarrow.parquet.ParquetFile. Raises DataError without pyarrow, and for a file that is none."""
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise DataError(f"{path}: reading parquet needs pyarrow: pip install 'rankgrpo[import]'") from None
+    try:
+        return pyarrow.parquet.ParquetFile(path)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"{path}: not a whole parquet file ({error}); copy it again") from None
+
+
+def parse_list_text(text: str) -> list[Any] | None:
+    """The list that a text is, in JSON or as Python writes it; None for any other text."""
+    if not text.lstrip().startswith("["):
+        return None
+    for read in (json.loads, ast.literal_eval):
+        try:
+            value = read(text.strip())
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            continue
+        return value if isinstance(value, list) and value else None
+    return None
 
 
 def type_name(value: object) -> str:

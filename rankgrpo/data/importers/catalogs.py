@@ -47,7 +47,7 @@ def keep_items(rows: Iterable[tuple[int, dict[str, Any] | str]], where: str, not
         try:
             if isinstance(row, str):
                 raise DataError(row)
-            item = parse_item(_with_year(row))
+            item = parse_item(with_year(row))
         except DataError as error:
             notes.add("catalog rows that are no item, left out", f"{where}:{line}: {error}")
             continue
@@ -89,7 +89,8 @@ def in_natural_order(items: Sequence[Item], notes: Notes) -> list[Item]:
     return found
 
 
-def _with_year(row: dict[str, Any]) -> dict[str, Any]:
+def with_year(row: dict[str, Any]) -> dict[str, Any]:
+    """A row whose title holds the year, `Title (Year)`, with both apart."""
     if "year" not in row and isinstance(row.get("title"), str):
         title, year = parse_name(row["title"])
         return {**row, "title": title, "year": year}

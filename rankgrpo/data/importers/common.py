@@ -9,7 +9,7 @@ from typing import Any
 
 from rankgrpo.data.samples import Sample
 from rankgrpo.errors import DataError
-from rankgrpo.files.rows import type_name
+from rankgrpo.files.rows import parse_list_text, type_name
 from rankgrpo.items.catalog import Catalog, Item, parse_title, parse_year
 from rankgrpo.items.titles import natural_order
 
@@ -133,7 +133,9 @@ def parse_seen(value: object, notes: Notes, where: str) -> tuple[str, ...]:
 
 
 def parse_names(value: object, field: str) -> list[Any]:
-    """The entries of a list, or of one string that separates them by `|` or line breaks."""
+    """The entries of a list, or of one string that is a list or separates them by `|` or line breaks."""
+    if isinstance(value, str) and (listed := parse_list_text(value)) is not None:
+        value = listed
     if isinstance(value, str):
         return [name.strip() for name in re.split(r"[|\n]", value) if name.strip()]
     if not isinstance(value, list):

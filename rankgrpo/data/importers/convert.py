@@ -10,6 +10,7 @@ from typing import Literal
 
 import numpy as np
 
+from rankgrpo.data.dialogs import PLAIN_WORDS, dialog_ids
 from rankgrpo.data.importers.catalogs import in_natural_order, read_items
 from rankgrpo.data.importers.common import Imported, Notes
 from rankgrpo.data.importers.redial import Choice, is_redial, read_redial
@@ -26,7 +27,8 @@ CATALOG_NAMES = ("catalog.jsonl", "catalog.csv", "gt_catalog.pkl", "catalog.pkl"
 FORMATS = """what can be imported:
   redial  redial_dataset.zip or its folder: train_data.jsonl, test_data.jsonl, movies_with_mentions.csv
   saved   a folder that Hugging Face's save_to_disk wrote, or a folder of such folders (the released Reddit-v2)
-  table   a .jsonl or .csv file with a sample a row, or a folder with train, validation and test as such files"""
+  table   a .jsonl, .json, .csv or .parquet file with a sample a row, or a folder with train, validation and test as
+          such files"""
 
 
 @dataclass(frozen=True)
@@ -138,23 +140,36 @@ def _usable(imported: Imported, notes: Notes) -> dict[str, list[Sample]]:
 
 
 def _complete(splits: Mapping[str, list[Sample]], options: ImportOptions, notes: Notes) -> dict[str, list[Sample]]:
-    """All three splits: what is missing is taken from the training split, whole conversations drawn by the seed.
-
-    Conversations that open alike stay together, for samples of one dialog are cuts of it.
-    """
+    """All three splits: what is missing is taken from the training split, whole dialogs drawn by the seed."""
     splits = {name: list(samples) for name, samples in splits.items()}
     for place, (name, frac) in enumerate((("validation", options.validation_frac), ("test", options.test_frac))):
         if splits.get(name):
             continue
-        openings = list(dict.fromkeys(sample.conversation[:1] for sample in splits["train"]))
-        if len(openings) < 2:
-            raise DataError(f"no {name} split, and all training conversations open alike: none can be taken from them")
-        order = np.random.default_rng([options.seed, place]).permutation(len(openings))
-        drawn = {openings[index] for index in order[: max(1, round(frac * len(openings)))]}
-        splits[name] = [sample for sample in splits["train"] if sample.conversation[:1] in drawn]
-        splits["train"] = [sample for sample in splits["train"] if sample.conversation[:1] not in drawn]
+        groups = _groups(splits["train"])
+        num_groups = max(groups) + 1
+        if num_groups < 2:
+            raise DataError(f"no {name} split, and all training samples are of one dialog: none can be taken from it")
+        order = np.random.default_rng([options.seed, place]).permutation(num_groups)
+        drawn = set(order[: max(1, round(frac * num_groups))].tolist())
+        marked = list(zip(groups, splits["train"], strict=True))
+        splits[name] = [sample for group, sample in marked if group in drawn]
+        splits["train"] = [sample for group, sample in marked if group not in drawn]
         notes.add("splits missing in the source, drawn from train", f"{name}: {len(splits[name])} samples")
     return splits
+
+
+def _groups(samples: Sequence[Sample]) -> list[int]:
+    """By sample the number of what stays in one split: a dialog, and dialogs that open with the same telling words.
+
+    Two answers to one question make two dialogs of a forum, and what is right for one is a hint for the other.
+    """
+    names: list[object] = []
+    for sample, dialog in zip(samples, dialog_ids(samples), strict=True):
+        opening = sample.conversation[0].content  # that of all samples of a dialog, each of which begins another
+        tells = sample.dialog is None and len(opening.split()) >= PLAIN_WORDS
+        names.append(opening if tells else dialog)
+    order = {name: place for place, name in enumerate(dict.fromkeys(names))}
+    return [order[name] for name in names]
 
 
 def _named_items(splits: Mapping[str, Sequence[Sample]]) -> list[Item]:

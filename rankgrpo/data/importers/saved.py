@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ STATE = "state.json"
 MARK = "Here is the conversation:"
 GROUNDTRUTH = "groundtruth_with_release_year"
 LAYOUT = "a folder that save_to_disk wrote has state.json, dataset_info.json and data-*.arrow, one such folder a split"
+NOTHING_SAID = "rows that hold no more than the cue of the next speaker, left out"
 MAX_DEPTH = 4
 
 _SPEAKER = re.compile(r"(?:\A|\n)[ \t]*(USER|SYSTEM):[ \t]?")
@@ -89,9 +90,14 @@ def _read_split(
     for place, row in enumerate(rows):
         where = f"{folder}: row {place}"
         try:
-            yield _to_sample(row, f"{prefix}-{place}", catalog, notes, where)
+            sample = _to_sample(row, f"{prefix}-{place}", catalog, notes, where)
         except DataError as error:
             errors.append(f"{where}: {error}")
+            continue
+        if sample.conversation:
+            yield sample
+        else:
+            notes.add(NOTHING_SAID, where)
 
 
 def _arrow_rows(folder: Path) -> Iterator[dict[str, Any]]:
@@ -130,14 +136,19 @@ def _arrow_files(folder: Path) -> list[Path]:
 def _to_sample(row: Mapping[str, Any], sample_id: str, catalog: Catalog | None, notes: Notes, where: str) -> Sample:
     return Sample(
         id=sample_id,
-        conversation=parse_prompt(_content(row["prompt"], "prompt", "user")),
+        conversation=said(parse_prompt(message_of(row["prompt"], "prompt", "user"))),
         seen_titles=parse_seen(row["seen_titles"] or [], notes, where),
         groundtruth=parse_groundtruth(row[GROUNDTRUTH] or [], catalog, notes, where),
-        completion=_content(row["completion"], "completion", "assistant") if row.get("completion") else None,
+        completion=message_of(row["completion"], "completion", "assistant") if row.get("completion") else None,
     )
 
 
-def _content(messages: object, name: str, role: str) -> str:
+def said(turns: Sequence[Turn]) -> tuple[Turn, ...]:
+    """The turns in which something is said; the cue of the next speaker ends many a row."""
+    return tuple(turn for turn in turns if turn.content)
+
+
+def message_of(messages: object, name: str, role: str) -> str:
     """The text of the last message of a role."""
     if isinstance(messages, list):
         for message in reversed(messages):

@@ -1,30 +1,44 @@
-"""Plain JSONL and CSV: one sample a row, under column names of one's own.
+"""Plain tables: one sample a row of a JSONL, JSON, CSV or parquet file, under column names of one's own.
 
-Columns, by our names: `conversation` (a list of {role, content}, or text with lines `User: ...` and `Assistant: ...`;
-text without them is one user turn) and `groundtruth` (see `parse_groundtruth`) are needed; `seen_titles`, `id`,
-`completion` and `split` are optional. `columns` maps our names to the file's.
+Columns, by our names: `conversation` (see `read_turns`) and `groundtruth` (see `parse_groundtruth`) are needed;
+`seen_titles`, `id`, `dialog`, `completion` and `split` are optional. `columns` maps our names to the file's. Without
+that, `prompt` and `groundtruth_with_release_year`, the columns of the released data, are taken for the first two, and a
+column such as `dialog_id` for the dialog.
+
+Rows of one dialog have one value of `dialog`. Ids that several rows share are such values.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from rankgrpo.data.conversation import read_conversation
 from rankgrpo.data.importers.common import SPLIT_NAMES, Imported, Notes, parse_groundtruth, parse_seen, split_name
-from rankgrpo.data.samples import Sample, Turn
+from rankgrpo.data.importers.saved import GROUNDTRUTH, NOTHING_SAID, message_of
+from rankgrpo.data.importers.turns import read_turns
+from rankgrpo.data.samples import Sample
 from rankgrpo.errors import DataError
-from rankgrpo.files.rows import read_csv, read_jsonl, type_name
+from rankgrpo.files.rows import read_csv, read_json, read_jsonl, read_parquet, type_name
 from rankgrpo.items.catalog import Catalog
 
-FIELDS = ("id", "conversation", "seen_titles", "groundtruth", "completion", "split")
-SUFFIXES = (".jsonl", ".csv")
-_ROLES = {
-    **dict.fromkeys(("user", "human", "seeker", "initiator", "you"), "user"),
-    **dict.fromkeys(("assistant", "system", "bot", "gpt", "recommender", "respondent"), "assistant"),
+FIELDS = ("id", "dialog", "conversation", "seen_titles", "groundtruth", "completion", "split")
+SUFFIXES = (".jsonl", ".csv", ".json", ".parquet")
+_OTHER_NAMES = {
+    "conversation": ("prompt",),
+    "groundtruth": (GROUNDTRUTH,),
+    "dialog": ("dialog_id", "dialogue_id", "conversation_id", "conv_id"),
+}
+"""Columns taken for a field where its own is not there."""
+_READERS = {
+    ".jsonl": read_jsonl,
+    ".json": read_json,
+    ".parquet": read_parquet,
+    ".csv": lambda path: read_csv(path, columns=()),
 }
 
 
@@ -45,51 +59,82 @@ def find_tables(path: Path) -> dict[str, Path]:
 
 def read_tables(path: Path, *, catalog: Catalog | None = None, columns: Mapping[str, str] | None = None) -> Imported:
     """Samples of one file, or of a folder with a file a split. Raises DataError naming every unusable row."""
-    theirs = {name: name for name in FIELDS} | dict(columns or {})
-    if unknown := theirs.keys() - set(FIELDS):
+    columns = dict(columns or {})
+    if unknown := columns.keys() - set(FIELDS):
         raise DataError(f"--columns: {', '.join(sorted(unknown))} is no field; fields are {', '.join(FIELDS)}")
     files = find_tables(path)
     if not files:
-        raise DataError(
-            f"{path}: expected a .jsonl or .csv file, or a folder with train, validation, test as such files"
-        )
+        kinds = f"{', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}"
+        raise DataError(f"{path}: expected a {kinds} file, or a folder with train, validation, test as such files")
     notes = Notes()
     errors: list[str] = []
-    splits: dict[str, list[Sample]] = {}
-    known: set[str] = set()
+    found: list[tuple[str, Sample, str | None, str]] = []
     for split, file in files.items():
-        for line, row in tqdm(_rows(file, theirs), desc=file.name, unit=" rows", dynamic_ncols=True):
+        for line, row in tqdm(_rows(file, columns), desc=file.name, unit=" rows", dynamic_ncols=True):
             where = f"{file}:{line}"
             try:
                 if isinstance(row, str):
                     raise DataError(row)
                 sample = _to_sample(row, f"{file.stem}-{line}", catalog, notes, where)
-                if sample.id in known:
-                    raise DataError(f"id {sample.id!r} is there before; ids must be unique")
                 own = _own_split(row, split)
             except DataError as error:
                 errors.append(f"{where}: {error}")
                 continue
-            known.add(sample.id)
-            splits.setdefault(own, []).append(sample)
+            if sample.conversation:
+                found.append((own, sample, str(row["id"]) if "id" in row else None, where))
+            else:
+                notes.add(NOTHING_SAID, where)
+    splits: dict[str, list[Sample]] = {}
+    for own, sample in _with_ids(found, notes, errors):
+        splits.setdefault(own, []).append(sample)
     if errors:
         raise DataError(f"{path}: {len(errors)} unusable row(s):", errors)
     return Imported(f"{', '.join(file.name for file in files.values())} of {path}", splits, notes=notes)
 
 
-def _rows(file: Path, theirs: Mapping[str, str]) -> Iterator[tuple[int, dict[str, Any] | str]]:
+def _with_ids(
+    found: list[tuple[str, Sample, str | None, str]], notes: Notes, errors: list[str]
+) -> Iterator[tuple[str, Sample]]:
+    """(split, sample), each under an id of its own; an id that several rows share is that of their dialog."""
+    counts = Counter(key for *_, key, _ in found if key is not None)
+    shared = any(count > 1 for count in counts.values())
+    by_dialog = any(sample.dialog is not None for _, sample, *_ in found)
+    number: Counter[str] = Counter()
+    for split, sample, key, where in found:
+        if not shared or key is None:
+            yield split, sample
+            continue
+        number[key] += 1
+        if by_dialog:
+            if number[key] > 1:
+                errors.append(f"{where}: id {key!r} is there before; with a column of dialogs, ids must be unique")
+            yield split, sample
+            continue
+        if number[key] == 2:
+            notes.add("ids that several rows share, taken for those of their dialogs", f"{where}: {key}")
+        yield split, replace(sample, id=f"{key}-{number[key]}", dialog=key)
+
+
+def _rows(file: Path, columns: Mapping[str, str]) -> Iterator[tuple[int, dict[str, Any] | str]]:
     """Rows under our names of their columns; the names of a CSV are compared in lower case."""
-    if file.suffix.lower() == ".csv":
-        theirs = {name: column.lower() for name, column in theirs.items()}
-        rows = read_csv(file, columns=[theirs["conversation"], theirs["groundtruth"]])
-    else:
-        rows = read_jsonl(file)
-    for line, row in rows:
+    is_csv = file.suffix.lower() == ".csv"
+    columns = {name: column.lower() if is_csv else column for name, column in columns.items()}
+    free = [name for name in FIELDS if name not in columns]
+    taken = set(columns.values())
+    names = {name: (column,) for name, column in columns.items()}
+    names |= {name: tuple(n for n in (name, *_OTHER_NAMES.get(name, ())) if n not in taken) for name in free}
+    for line, row in _READERS[file.suffix.lower()](file):
         if isinstance(row, str):
             yield line, row
             continue
-        named = {name: row[column] for name, column in theirs.items() if row.get(column) is not None}
-        missing = [f"{theirs[name]} ({name})" for name in ("conversation", "groundtruth") if name not in named]
+        named = {}
+        for name, theirs in names.items():
+            column = next((column for column in theirs if row.get(column) is not None), None)
+            if column is not None:
+                named[name] = row[column]
+        missing = [
+            f"{columns.get(name, name)} ({name})" for name in ("conversation", "groundtruth") if name not in named
+        ]
         if missing:
             there = ", ".join(row)
             yield line, f"missing {', '.join(missing)}; there is {there}; name others by --columns conversation=NAME"
@@ -99,31 +144,21 @@ def _rows(file: Path, theirs: Mapping[str, str]) -> Iterator[tuple[int, dict[str
 
 def _to_sample(row: Mapping[str, Any], sample_id: str, catalog: Catalog | None, notes: Notes, where: str) -> Sample:
     completion = row.get("completion")
+    if isinstance(completion, list):
+        completion = message_of(completion, "completion", "assistant")
     if completion is not None and not isinstance(completion, str):
-        raise DataError(f"completion must be a string, got {type_name(completion)}")
+        raise DataError(f"completion must be a string or messages, got {type_name(completion)}")
+    dialog = row.get("dialog")
+    if not isinstance(dialog, str | int | float | None):
+        raise DataError(f"dialog must be the id of a dialog, got {type_name(dialog)}")
     return Sample(
         id=str(row.get("id", sample_id)),
-        conversation=_conversation(row["conversation"]),
+        conversation=read_turns(row["conversation"]),
         seen_titles=parse_seen(row.get("seen_titles", []), notes, where),
         groundtruth=parse_groundtruth(row["groundtruth"], catalog, notes, where),
         completion=completion,
+        dialog=None if dialog is None else str(dialog),
     )
-
-
-def _conversation(value: object) -> tuple[Turn, ...]:
-    if isinstance(value, str):
-        return read_conversation(value)
-    if not isinstance(value, list) or not value:
-        raise DataError(f"conversation must be a list of turns or a text, got {value!r:.80}")
-    turns = []
-    for place, turn in enumerate(value):
-        if not isinstance(turn, dict) or not isinstance(turn.get("content"), str):
-            raise DataError(f"conversation[{place}] must be an object with role and content, got {turn!r:.80}")
-        role = _ROLES.get(str(turn.get("role")).lower())
-        if role is None:
-            raise DataError(f"conversation[{place}].role must be one of {', '.join(_ROLES)}, got {turn.get('role')!r}")
-        turns.append(Turn(role, turn["content"]))
-    return tuple(turns)
 
 
 def _own_split(row: Mapping[str, Any], split: str) -> str:
