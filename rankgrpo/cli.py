@@ -201,7 +201,7 @@ def recommend(
       printf 'User: I loved Alien (1979)\\nAssistant: More space?\\nUser: Yes, and scary' | rankgrpo recommend
       rankgrpo recommend --model runs/tiny-demo --batch requests.jsonl
     """
-    from rankgrpo.evaluation.compare import recommend_from
+    from rankgrpo.evaluation.recommend import recommend_from
 
     overrides = [*overrides, *(["eval.constrain=none"] if free else [])]
     recommend_from(model, data, conversation, batch, overrides)

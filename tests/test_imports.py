@@ -87,7 +87,14 @@ def test_help_imports_no_torch():
     assert not {name.split(".")[0] for name in loaded} & {*HEAVY, "torch", "numpy"}
 
 
-def test_recommend_imports_no_more_than_its_model_needs():
+def test_recommend_imports_no_transformers():
+    loaded = modules_after("import rankgrpo.evaluation.recommend")
+    unneeded = {"transformers", "vllm", "peft", "matplotlib", "datasets", "rankgrpo_kernels", "triton", "sympy"}
+    assert not {name.split(".")[0] for name in loaded} & unneeded
+    assert not {"torch._dynamo", "torch.distributed.tensor"} & loaded
+
+
+def test_scores_import_no_more_than_a_model_needs():
     # `triton` comes with transformers, whose flash attention imports torch's compiler.
     loaded = modules_after("import rankgrpo.evaluation.compare")
     unneeded = {"vllm", "peft", "matplotlib", "datasets", "rankgrpo_kernels"}

@@ -4,8 +4,7 @@ from tiny_world import tiny_dataset
 from rankgrpo.data import load
 from rankgrpo.data.conversation import read_conversation
 from rankgrpo.data.samples import DataError, Turn
-from rankgrpo.evaluation.compare import recommend_from
-from rankgrpo.evaluation.recommend import format_list, recommend
+from rankgrpo.evaluation.recommend import format_list, recommend, recommend_from
 from rankgrpo.items.catalog import Catalog, Item
 from rankgrpo.model.presets import make_init
 from rankgrpo.model.tiny import TinyConfig

@@ -16,7 +16,7 @@ from rankgrpo.baselines.ease import EaseTeacher
 from rankgrpo.baselines.popularity import popularity_counts, popularity_lists
 from rankgrpo.config import Config
 from rankgrpo.config_file import load_config
-from rankgrpo.data.load import load_catalog, load_dataset
+from rankgrpo.data.load import load_dataset
 from rankgrpo.data.samples import Dataset, Sample
 from rankgrpo.errors import ConfigError
 from rankgrpo.evaluation.diversity import Diversity, describe_lists, diversity_path, summarise_lists, write_diversity
@@ -31,9 +31,9 @@ from rankgrpo.evaluation.evaluate import (
     summarise,
     write_evaluation,
 )
-from rankgrpo.evaluation.recommend import recommend
+from rankgrpo.evaluation.lists import sample_lists
+from rankgrpo.evaluation.run_folder import is_run, run_models
 from rankgrpo.evaluation.tables import format_table
-from rankgrpo.evaluation.validate import sample_lists
 from rankgrpo.items.catalog import Catalog
 from rankgrpo.items.format import ItemFormat
 from rankgrpo.model.constraint import hold_to_catalog
@@ -43,7 +43,6 @@ from rankgrpo.runtime.distributed import Parallel, start_parallel, wait_for_all
 from rankgrpo.sampler.choose import ready_sampler
 
 BASELINES = ("popularity", "ease")
-DEFAULT_RUN = "runs/tiny-demo"
 
 
 @dataclass(frozen=True)
@@ -241,39 +240,6 @@ def list_sources(models: list[str], data: str | None, overrides: Sequence[str] =
                 resolve_model(model)
             sources.append(Source(model, model, replace(common, data=chosen)))
     return sources
-
-
-def is_run(folder: Path) -> bool:
-    return (folder / "config.toml").is_file()
-
-
-def run_models(folder: Path) -> dict[str, Path]:
-    """The models that a run folder holds, in the order they were made. Raises ConfigError when there is none."""
-    stages = {"before": folder / "init", "sft": folder / "sft" / "final", "rank-grpo": folder / "rl" / "best"}
-    found = {stage: path for stage, path in stages.items() if path.is_dir()}
-    if not found:
-        raise ConfigError(f"{folder}: this run has no model yet; `rankgrpo run --run-dir {folder}` continues it")
-    return found
-
-
-def recommend_from(
-    model: str, data: str | None, conversation: str | None, batch: Path | None, overrides: Sequence[str] = ()
-) -> None:
-    """Recommend with a run's latest model, or with any model; the catalog is the run's unless `data` names another."""
-    folder = Path(model)
-    config = load_config(folder / "config.toml" if is_run(folder) else None, list(overrides), saved=True)
-    if is_run(folder):
-        *_, model = map(str, run_models(folder).values())
-    elif model == DEFAULT_RUN and not folder.exists():
-        raise ConfigError(f"{model}: no such run; `make train` (or `rankgrpo run`) makes it, or name one with --model")
-    if data is not None:
-        config = replace(config, data=replace(config.data, path=data))
-    parallel = start_parallel()
-    catalog = load_catalog(config.data.path, ItemFormat(config.data.item))
-    policy = open_policy(model, config.model, parallel.device, trainable=False)
-    policy = hold_to_catalog(policy, config, catalog, shown=True)
-    with ready_sampler(policy, config, parallel) as sampler:
-        recommend(policy, sampler, catalog, config, conversation=conversation, batch=batch)
 
 
 def first_samples(dataset: Dataset, split: str, num_samples: int) -> list[Sample]:

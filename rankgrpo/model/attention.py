@@ -31,6 +31,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from rankgrpo.model.autocast import in_autocast_type
 from rankgrpo.model.packing import SharedPrefixLayout, Spans
 
 SHARED_PREFIX = "shared_prefix"
@@ -322,14 +323,6 @@ def _packed_forward(
     out_NHE = shared_prefix_attention(*rows_first, shared_prefix, scale=scaling)
     shared_prefix.num_calls += 1
     return out_NHE[None], None
-
-
-def in_autocast_type(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors in autocast's type where it is on, else as they are. Rotary embeddings return float32 under it."""
-    device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
-        return tensors
-    return tuple(tensor.to(torch.get_autocast_dtype(device)) for tensor in tensors)
 
 
 def _refuse_unsupported(query, attention_mask, dropout, sliding_window, layout, kwargs) -> None:

@@ -10,10 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from rankgrpo.data.samples import Sample
 from rankgrpo.errors import ConfigError
@@ -24,8 +23,13 @@ from rankgrpo.items.walk import ListWalk
 from rankgrpo.model.packing import Group
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from rankgrpo.config import Config
+    from rankgrpo.model.plain_policy import PlainPolicy
     from rankgrpo.model.policy import Policy
+
+    PolicyT = TypeVar("PolicyT", Policy, PlainPolicy)
 
 
 @dataclass(frozen=True)
@@ -65,7 +69,7 @@ def open_constraint(
     return Constraint(trie, num_ranks, forbid, longest_list(trie, num_ranks, repeats=forbid == "none"))
 
 
-def hold_to_catalog(policy: Policy, config: Config, catalog: Catalog, *, shown: bool = False) -> Policy:
+def hold_to_catalog(policy: PolicyT, config: Config, catalog: Catalog, *, shown: bool = False) -> PolicyT:
     """The policy under rl.constrain: itself, or the same with its lists held to the catalog.
 
     shown: under eval.constrain, for lists that are scored after training or shown.
@@ -81,6 +85,15 @@ def longest_list(trie: CatalogTrie, num_ranks: int, *, repeats: bool) -> int:
     longest = np.sort(trie.line_lengths())[::-1]
     chosen = np.full(num_ranks, longest[0]) if repeats else longest[:num_ranks]
     return int(chosen.sum())
+
+
+def forbidden_items(
+    constraint: Constraint | None, samples: Sequence[Sample], catalog: Catalog
+) -> list[tuple[int, ...]]:
+    """For every sample the items that its lists must not name: none, unless what was seen is forbidden."""
+    if constraint is None or constraint.forbid != "repeats+seen":
+        return [()] * len(samples)
+    return [tuple(seen_items(sample, catalog)) for sample in samples]
 
 
 def seen_items(sample: Sample, catalog: Catalog) -> list[int]:

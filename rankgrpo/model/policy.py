@@ -26,7 +26,7 @@ from rankgrpo.items.catalog import Catalog
 from rankgrpo.logprob import Impl
 from rankgrpo.model.adapter import adapters_off, add_adapters, has_adapters, merged_parameters
 from rankgrpo.model.attention import use_shared_prefix
-from rankgrpo.model.constraint import Constraint, seen_items
+from rankgrpo.model.constraint import Constraint, forbidden_items
 from rankgrpo.model.forward import pack_logprobs
 from rankgrpo.model.packing import Group, Pack, build_pack
 from rankgrpo.model.presets import load_policy, save_policy, valid_token_mask
@@ -60,9 +60,7 @@ class Policy:
 
     def seen(self, samples: Sequence[Sample], catalog: Catalog) -> list[tuple[int, ...]]:
         """For every sample the items that its lists must not name: none, unless what was seen is forbidden."""
-        if self.constraint is None or self.constraint.forbid != "repeats+seen":
-            return [()] * len(samples)
-        return [tuple(seen_items(sample, catalog)) for sample in samples]
+        return forbidden_items(self.constraint, samples, catalog)
 
     def allowed_ids(self, groups: list[Group]) -> AllowedIds | None:
         """The ids that were allowed at every token of every list; None for a policy that may write any list."""

@@ -40,6 +40,7 @@ from rankgrpo.data.samples import Dataset
 from rankgrpo.errors import ModelError
 from rankgrpo.files.atomic import atomic_folder
 from rankgrpo.items.format import title_line
+from rankgrpo.model.plain_tokenizer import COMPLETE_FILES
 from rankgrpo.model.smollm2 import PACKAGE, convert_smollm2
 from rankgrpo.model.tiny import TinyConfig, corpus_lines, make_tiny, train_tokenizer
 
@@ -49,8 +50,6 @@ HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
 HUB_IGNORED = ["original/*", "onnx/*", "consolidated*"]  # the same weights in other formats
 # A padding token other than EOS, in order of preference; the first is Llama 3's, the second Qwen's and SmolLM2's.
 PAD_TOKENS = ("<|finetune_right_pad_id|>", "<|endoftext|>", "<pad>", "[PAD]", "<unk>")
-# Classes without rules of their own: tokenizer.json says all.
-COMPLETE_FILES = ("TokenizersBackend", "PreTrainedTokenizerFast")
 FILE_BYTES = 2**32  # of one safetensors file of an export
 
 

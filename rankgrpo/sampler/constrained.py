@@ -24,7 +24,7 @@ from rankgrpo.items.line_paths import ragged_range
 from rankgrpo.items.walk import ListWalk
 from rankgrpo.model.constraint import Constraint
 from rankgrpo.sampler.hf import HFSampler
-from rankgrpo.sampler.jump import ATTENTION_NAME, JumpCache
+from rankgrpo.sampler.jump import ATTENTION_NAME, JumpCache, jump_attention
 
 WIDE = 64  # a node with so many children is a dense product of its own
 GATHERED_BYTES = 2**22  # of weights at a time
@@ -37,6 +37,7 @@ class ConstrainedSampler(HFSampler):
     """
 
     attention = ATTENTION_NAME
+    attend = staticmethod(jump_attention)
 
     def __init__(self, model, tokenizer, constraint: Constraint, **options):
         super().__init__(model, tokenizer, **options)

@@ -13,15 +13,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 
 from rankgrpo.errors import SamplingError
-from rankgrpo.model.attention import in_autocast_type
+from rankgrpo.model.autocast import in_autocast_type
+from rankgrpo.model.decoder import Decoder
 from rankgrpo.sampler.base import Rollout, check_prompts, eos_token_ids
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 ATTENTION_NAME = "rankgrpo_decode"
 PROMPTS_READ = 8  # at a time
@@ -122,7 +126,22 @@ def read_prompts(layer: int, query, key, value, scaling: float, cache: PromptCac
     return out.transpose(1, 2)
 
 
-ALL_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, grouped_attention)
+@contextmanager
+def attention_of_decoding(model: PreTrainedModel | Decoder, name: str, attend: Callable) -> Iterator[None]:
+    """The model with `attend` as its attention, which transformers knows under `name`."""
+    if isinstance(model, Decoder):
+        model.attend = attend
+        yield
+        return
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    ALL_ATTENTION_FUNCTIONS.register(name, attend)
+    before = model.config._attn_implementation
+    model.config._attn_implementation = name
+    try:
+        yield
+    finally:
+        model.config._attn_implementation = before
 
 
 class HFSampler:
@@ -136,10 +155,11 @@ class HFSampler:
 
     owns_weights = False
     attention = ATTENTION_NAME
+    attend = staticmethod(grouped_attention)
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: PreTrainedModel | Decoder,
         tokenizer,
         *,
         allowed_V: Tensor | None = None,
@@ -195,17 +215,16 @@ class HFSampler:
     @contextmanager
     def _ready(self) -> Iterator[None]:
         """The model with its weights and the attention of decoding."""
-        was_training, was_attention = self.model.training, self.model.config._attn_implementation
+        was_training = self.model.training
         parameters = dict(self.model.named_parameters()) if self.weights is not None else {}
         try:
             for name, tensor in self.weights() if self.weights is not None else ():
                 parameters[name].data = tensor
             self.model.eval()
-            self.model.config._attn_implementation = self.attention
-            yield
+            with attention_of_decoding(self.model, self.attention, self.attend):
+                yield
         finally:
             self.model.train(was_training)
-            self.model.config._attn_implementation = was_attention
             for parameter in parameters.values():
                 parameter.data = parameter.new_empty(0)
 

@@ -18,9 +18,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from rankgrpo.model.attention import in_autocast_type
+from rankgrpo.model.autocast import in_autocast_type
 from rankgrpo.sampler.hf import PromptCache, read_prompts
 
 ATTENTION_NAME = "rankgrpo_jump"
@@ -267,6 +266,3 @@ def attend_padded(
     out_SNqH = weight_SNqK.to(value_SNKH.dtype) @ value_SNKH
     out_NMRH = out_SNqH.view(S, N, q, R, H).transpose(0, 1).reshape(N, S * q, R, H)[:, slot_M]
     return out_NMRH, lse_SNqR.transpose(0, 1).reshape(N, S * q, R)[:, slot_M]
-
-
-ALL_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, jump_attention)
