@@ -305,6 +305,9 @@ class RlConfig:
     eval_samples: int = 200
     save_every: PositiveInt = 25
     keep_last: PositiveInt = 2
+    log_lists: NonNegativeInt = 2000
+    """Sampled lists that are kept in rl/rollouts.jsonl for the report and `rankgrpo show`, of steps spread evenly over
+    the run; 0 keeps none."""
 
     @model_validator(mode="after")
     def _rules(self) -> Self:

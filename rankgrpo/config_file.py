@@ -24,6 +24,7 @@ from rankgrpo.files.sections import Fault, SectionError, unknown_key
 FREE_KEYS = frozenset(
     {
         *("sft.save_every", "sft.keep_last", "rl.save_every", "rl.keep_last"),
+        "rl.log_lists",
         *("rl.vllm_memory", "rl.vllm_sleep", "rl.mismatch_alarm"),
         *("parallel.shard", "parallel.cpu_offload"),
     }

@@ -32,6 +32,7 @@ from rankgrpo.model.packing import Group, Pack, plan_micro_batches
 from rankgrpo.model.policy import Policy, open_policy, open_reference
 from rankgrpo.parse import RankSegmenter
 from rankgrpo.rollouts.mismatch import Gap, correct_units, describe_mismatch
+from rankgrpo.rollouts.record import RolloutLog
 from rankgrpo.rollouts.score import Scorer, score_groups
 from rankgrpo.runtime.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from rankgrpo.runtime.distributed import Parallel, make_sharding, sum_gradients, wait_for_all
@@ -51,10 +52,14 @@ class MicroBatch:
     groups: list[Group]
     units: Units
     sampler_logp_BT: Tensor
+    lists: list[int]
+    """Which lists of the step they are, in order."""
     allowed: AllowedIds | None = None
     """The ids that were allowed at each token, where lists are held to the catalog."""
     old_logp_BT: Tensor | None = None
     """Log-probs under the policy that sampled; the first pass, which it makes, sets them."""
+    logp_BT: Tensor | None = None
+    """Log-probs in the last update."""
     ref_logp_BT: Tensor | None = None
     """Log-probs under the reference, set by `Updater.add_reference` when there is one."""
     gap: Gap = Gap(0.0, 0)
@@ -82,7 +87,7 @@ def make_micro_batches(
         of_lists = take_lists(units, lists, max(map(len, logp)), at_least=num_ranks + 1)
         allowed = None if choices is None else choices.of_lists(lists).for_head()
         own = [groups[p] for p in places]
-        batch.append(MicroBatch(own, of_lists, pad_sequence(logp, batch_first=True), allowed))
+        batch.append(MicroBatch(own, of_lists, pad_sequence(logp, batch_first=True), lists, allowed))
     return batch
 
 
@@ -131,6 +136,7 @@ class Updater:
         )
         if micro_batch.old_logp_BT is None:
             self._first_pass(micro_batch, pack, logp_BT.detach(), means)
+        micro_batch.logp_BT = logp_BT.detach()
         units = micro_batch.units
         loss, metrics = rank_grpo_loss(
             logp_BT,
@@ -216,6 +222,11 @@ def train(config: Config, dataset: Dataset, start: str | Path, out: Path, parall
         if parallel.is_main
         else None
     )
+    rollout_log = (
+        RolloutLog(out / "rollouts.jsonl", scorer, num_prompts=len(order.indices(0)), resume_step=done)
+        if parallel.is_main
+        else None
+    )
 
     def validate_and_keep_best(num_done: int) -> dict[str, float]:
         nonlocal best
@@ -280,6 +291,7 @@ def train(config: Config, dataset: Dataset, start: str | Path, out: Path, parall
         synced = time.perf_counter()
 
         means.add("groups/trained_frac", len(chosen), len(indices))
+        means.add("groups/gradient_frac", sum(scored.carries_gradient), len(indices))
         means.add("tokens/sampled", num_tokens, 1 / parallel.dp_world)
         metrics = means.reduce(parallel)
         metrics |= {"grad/norm": norm, "lr": lr}
@@ -295,6 +307,8 @@ def train(config: Config, dataset: Dataset, start: str | Path, out: Path, parall
         }
         if log is not None:
             log.write(num_done, metrics)
+        if rollout_log is not None and rollout_log.wants(num_done):
+            rollout_log.write(num_done, examples, rollouts, scored, choices, token_log_ratios(batch))
         if num_done % rl.save_every == 0 and num_done < rl.num_steps:
             state = {"best": best}
             save_checkpoint(out / "checkpoints", num_done, policy.model, optimizer, state, rl.keep_last, parallel)
@@ -304,6 +318,15 @@ def train(config: Config, dataset: Dataset, start: str | Path, out: Path, parall
     sampler.sleep()
     wait_for_all(parallel)
     return out / "best"
+
+
+def token_log_ratios(batch: list[MicroBatch]) -> dict[int, Tensor]:
+    """By list, (T,) log pi / pi_old of its tokens in the last update; lists that were left out have none."""
+    return {
+        b: log_ratio_T
+        for micro_batch in batch
+        for b, log_ratio_T in zip(micro_batch.lists, micro_batch.logp_BT - micro_batch.old_logp_BT, strict=True)
+    }
 
 
 def keep_best(policy: Policy, out: Path, num_done: int, parallel: Parallel) -> None:

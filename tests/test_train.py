@@ -258,10 +258,35 @@ def test_resume_cuts_the_metrics_back_to_the_checkpoint(warm, tmp_path):
     out = tmp_path / "b" / "rl"
     shutil.rmtree(out / "final")
     shutil.rmtree(out / "checkpoints" / "step-00000004")
-    with (out / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 7, "rew')  # a row cut short by a kill
+    for name in ("metrics.jsonl", "rollouts.jsonl"):
+        with (out / name).open("a") as file:
+            file.write('{"step": 7, "rew')  # a row cut short by a kill
     assert json.loads((out / "checkpoints" / "step-00000002" / "state.json").read_text())["step"] == 2
     assert without_times(run(warm, tmp_path / "b")) == without_times(whole)
+    sampled = (tmp_path / "a" / "rl" / "rollouts.jsonl").read_bytes()
+    assert (out / "rollouts.jsonl").read_bytes() == sampled and sampled.count(b"\n") == 6 * 4
+
+
+def test_sampled_lists_are_kept_with_their_ratios(warm, tmp_path):
+    from rankgrpo.rollouts.record import read_rollouts
+
+    words = ("rl.num_steps=2", "rl.updates_per_batch=3", "rl.lr=1e-2", "rl.log_lists=12")
+    metrics = run(warm, tmp_path / "a", *words)
+    groups, _ = read_rollouts(tmp_path / "a" / "rl" / "rollouts.jsonl")
+    assert [group["step"] for group in groups] == [2] * 4 and all(len(group["lists"]) == 3 for group in groups)
+    lists = [one for group in groups for one in group["lists"]]
+    assert sum(one["num_tokens"] for one in lists) == metrics[2]["tokens/sampled"]
+    ratios = [ratio for one in lists for ratio in one["ratio"]]
+    assert any(abs(ratio - 1) > 1e-3 for ratio in ratios)
+    rewards = [reward for one in lists for reward in one["reward"] if reward is not None]
+    assert sum(rewards) == pytest.approx(metrics[2]["reward/mean"] * 12 * 5)
+    run(warm, tmp_path / "b", *words[:1], "rl.kl_coef=0", "rl.overflow_penalty=0", "rl.early_eos_penalty=0")
+    groups, _ = read_rollouts(tmp_path / "b" / "rl" / "rollouts.jsonl")
+    for group in groups:  # on-policy: 1 wherever there is a gradient, and no ratio where a group was left out
+        has_gradient = any(advantage for one in group["lists"] for advantage in one["advantage"])
+        assert {ratio for one in group["lists"] for ratio in one["ratio"]} <= ({1.0} if has_gradient else {None})
+    run(warm, tmp_path / "c", "rl.num_steps=1", "rl.log_lists=0")
+    assert not (tmp_path / "c" / "rl" / "rollouts.jsonl").exists()
 
 
 def test_ranks_of_the_tiny_tokenizer_are_the_parsers(warm):

@@ -83,7 +83,7 @@ def score_groups(
     for answer, rollout in zip(answers, flat, strict=True):
         _describe_list(answer, rollout, means)
     values = {name: measure(name, part, answers) for name, part in scorer.parts.items()}
-    rank_BT, eos_BT = _ranks(flat, scorer)
+    rank_BT, eos_BT = list_ranks(flat, scorer)
     if choices is not None:
         _describe_choices(choices, flat, means)
         if not rl.count_forced:
@@ -121,7 +121,7 @@ def score_groups(
     return ScoredGroups(reward_PGK, advantage_PGU, units, carries, _denominator(units, rl))
 
 
-def _ranks(rollouts: list[Rollout], scorer: Scorer) -> tuple[Tensor, Tensor]:
+def list_ranks(rollouts: list[Rollout], scorer: Scorer) -> tuple[Tensor, Tensor]:
     """Rank of every token, -1 after a list's end, and which tokens end a list: (B, T) each."""
     ids_BT = pad_sequence([torch.tensor(rollout.token_ids) for rollout in rollouts], batch_first=True)
     length_B1 = torch.tensor([[len(rollout.token_ids)] for rollout in rollouts])
