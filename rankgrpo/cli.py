@@ -18,6 +18,7 @@ from rankgrpo.distill.settings import DistillConfig
 from rankgrpo.errors import UserError
 from rankgrpo.evaluation.data_cli import Data, data_app
 from rankgrpo.files.options import Overrides
+from rankgrpo.report.cli import report, show
 from rankgrpo.sizing.cli import plan
 from rankgrpo.suite.cli import experiments
 
@@ -208,18 +209,6 @@ def recommend(
 
 
 @app.command
-def report(run: Positional[RunDir] = Path("runs/tiny-demo")) -> None:
-    """Rebuild report.html and the plots of a run folder, complete or not.
-
-    Try:
-      rankgrpo report runs/tiny-demo
-    """
-    from rankgrpo.report.build import build_report
-
-    print(build_report(run))
-
-
-@app.command
 def models() -> None:
     """List the model presets, where each comes from, and how to use a model of your own."""
     from rankgrpo.model.presets import PRESETS
@@ -238,6 +227,8 @@ def methods() -> None:
         print(f"{name}\n{textwrap.indent(path.read_text(encoding='utf-8'), '    ')}")
 
 
+app.command(report)
+app.command(show)
 app.command(experiments)
 app.command(plan)
 app.command(data_app, name="data")

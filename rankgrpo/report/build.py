@@ -3,8 +3,9 @@
 It works on an incomplete run: what is missing is left out and named on the page. Everything read is written as text
 (escaped), the figures are embedded, and the page loads nothing, so it opens offline and can be sent as one file.
 
-This module reads the folder; `plots.py` makes the figures, `page.py` says what stands on the page, and
-`template.html` how it looks. None of them evaluates, trains or changes anything else in the folder.
+This module reads the folder; `plots.py` makes the figures, `viewer.py` packs the sampled lists, `page.py` says what
+stands on the page, and `template.html` how it looks. None of them evaluates, trains or changes anything else in the
+folder.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from rankgrpo.files.atomic import write_lines
 from rankgrpo.report.figures import Curves, RunCurves
 from rankgrpo.report.page import MODEL_ORDER, STAGES, RunRecord, last_step, page_context
 from rankgrpo.report.plots import draw_plots
+from rankgrpo.report.viewer import viewer_context
 from rankgrpo.runtime.tracker import read_metrics
 
 
@@ -39,7 +41,8 @@ def build_report(run_dir: str | Path) -> Path:
     notes = run.notes + _left_out_notes(run, [f"{plot.title} (needs {plot.needs})" for plot in left_out])
     folder = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(loader=folder, autoescape=True, undefined=jinja2.StrictUndefined)
-    page = environment.get_template("template.html").render(page_context(run, drawn, notes))
+    viewer = viewer_context(run_dir / "rl" / "rollouts.jsonl", notes)
+    page = environment.get_template("template.html").render(page_context(run, drawn, notes, viewer))
     path = run_dir / "report.html"
     write_lines(path, [page])
     return path

@@ -88,14 +88,17 @@ class RunRecord:
         return self.curves.evaluations.get(self.split, [])
 
 
-def page_context(run: RunRecord, drawn: Sequence[DrawnPlot], notes: Sequence[str]) -> dict[str, Any]:
-    """The variables of `template.html`."""
+def page_context(
+    run: RunRecord, drawn: Sequence[DrawnPlot], notes: Sequence[str], viewer: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """The variables of `template.html`. viewer: those of its part viewer.html, where there are sampled lists."""
     pair, comparison_notes = _comparable_pair(run)
     gains = compare(run.lists[pair[0]], run.lists[pair[1]]) if pair else {}
     examples = examples_context(run.lists, pair, [name for name in STAGES if name in run.lists]) if pair else None
     plot_sections = [section for section in _plot_sections(run, drawn) if section["plots"] or section["table"]]
     sections = [("result", "Result"), *((section["anchor"], section["label"]) for section in plot_sections)]
     sections += [("examples", "Conversations")] if examples else []
+    sections += [("rollouts", "Sampled lists")] if viewer else []
     splits = sorted(run.curves.evaluations, key=lambda split: (split != run.split, split))
     return {
         "title": f"Rank-GRPO run: {run.name}",
@@ -109,6 +112,7 @@ def page_context(run: RunRecord, drawn: Sequence[DrawnPlot], notes: Sequence[str
         "gain": _gain_table(pair, gains) if pair else None,
         "plot_sections": plot_sections,
         "examples": examples,
+        "viewer": viewer,
         "facts": _facts(run),
         "glossary": GLOSSARY,
     }
