@@ -22,6 +22,7 @@ from rankgrpo.evaluation.tables import (
     metric_label,
     model_label,
 )
+from rankgrpo.report.diagnosis import Evidence, diagnose
 from rankgrpo.report.examples import examples_context
 from rankgrpo.report.figures import Curves, RunCurves, phase_seconds
 from rankgrpo.report.plots import DrawnPlot
@@ -95,8 +96,13 @@ def page_context(
     pair, comparison_notes = _comparable_pair(run)
     gains = compare(run.lists[pair[0]], run.lists[pair[1]]) if pair else {}
     examples = examples_context(run.lists, pair, [name for name in STAGES if name in run.lists]) if pair else None
+    why = diagnose(Evidence(run.curves.rl, run.config, run.lists, pair, gains or None))
     plot_sections = [section for section in _plot_sections(run, drawn) if section["plots"] or section["table"]]
-    sections = [("result", "Result"), *((section["anchor"], section["label"]) for section in plot_sections)]
+    sections = [
+        ("result", "Result"),
+        *([("why", "Why did RL hurt?")] if why else []),
+        *((section["anchor"], section["label"]) for section in plot_sections),
+    ]
     sections += [("examples", "Conversations")] if examples else []
     sections += [("rollouts", "Sampled lists")] if viewer else []
     splits = sorted(run.curves.evaluations, key=lambda split: (split != run.split, split))
@@ -110,6 +116,7 @@ def page_context(
         "bars": _bars(run),
         "tables": [_table(split, run.curves.evaluations[split]) for split in splits],
         "gain": _gain_table(pair, gains) if pair else None,
+        "why": why,
         "plot_sections": plot_sections,
         "examples": examples,
         "viewer": viewer,
