@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, TextIO
 
 from rankgrpo.errors import DataError
+from rankgrpo.items.format import title_line
 from rankgrpo.rollouts.record import read_rollouts
 
 Measure = Literal["reward", "advantage", "ratio", "logp"]
@@ -90,7 +91,7 @@ def format_group(group: Mapping[str, Any], *, by: Measure, width: int, scale: fl
     for turn in group["conversation"]:
         speaker = "Recommender" if turn["role"] == "assistant" else "User"
         lines.append(f"  {speaker}: {printable(turn['content'])}")
-    truth = ", ".join(item_text(item) for item in group["groundtruth"])
+    truth = ", ".join(title_line(*item) for item in group["groundtruth"])
     lines += [f"ground truth: {printable(truth)}", ""]
     lists = list(enumerate(group["lists"], start=1))
     num_beside = min(max(1, (width - 4) // NARROWEST), max(1, len(lists)))
@@ -103,12 +104,6 @@ def format_group(group: Mapping[str, Any], *, by: Measure, width: int, scale: fl
             lines.append(f"{rank + 1:3d} {cells}".rstrip())
         lines.append("")
     return "\n".join([*lines, f"{LEGEND}   number: {by}"])
-
-
-def item_text(item: Sequence[Any]) -> str:
-    """A ground truth item as readers see it."""
-    title, year = item
-    return str(title) if year is None else f"{title} ({year})"
 
 
 def printable(text: str) -> str:
