@@ -114,6 +114,10 @@ def run_words(*words: str) -> str:
     return out.getvalue()
 
 
+SMALL_DATA = "books"
+"""A data set that a page makes of its own lines, smaller than the tests' size."""
+
+
 def at_test_size(words: list[str]) -> list[str]:
     """The same command on a model and data of a second; keys that it sets itself stay."""
     if "--check" in words or "--help" in words:
@@ -121,8 +125,11 @@ def at_test_size(words: list[str]) -> list[str]:
     if words[0] in ("run", "sft", "train", "experiments"):
         if "--set" not in words:
             words = [*words, "--set"]
-        own = words[words.index("--set") + 1 :]
-        return [*words, *(word for word in WORDS if word.partition("=")[0] not in {w.partition("=")[0] for w in own})]
+        own = {word.partition("=")[0] for word in words[words.index("--set") + 1 :]}
+        own |= {"data.num_train"} if SMALL_DATA in words else set()
+        return [*words, *(word for word in WORDS if word.partition("=")[0] not in own)]
+    if SMALL_DATA in words:
+        return words
     small = {"data check": ["--num-train", "48"], "evaluate": ["--num-samples", "8"]}
     return [*words, *small.get(words[0], small.get(" ".join(words[:2]), []))]
 

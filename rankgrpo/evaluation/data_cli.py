@@ -2,15 +2,37 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
-from tyro.conf import Positional, arg
+from tyro.conf import OmitArgPrefixes, Positional, arg
+
+from rankgrpo.errors import ConfigError
 
 Data = Annotated[str, arg(help="`demo`, or a folder with train/validation/test.jsonl and catalog.jsonl or .csv")]
 
 data_app = tyro.extras.SubcommandApp()
+
+
+@dataclass(frozen=True)
+class LogArgs:
+    """Options of --format interactions."""
+
+    item: Annotated[str, arg(help="how an item is written, from columns of the item table (data.item)")] = (
+        "{title} ({year})"
+    )
+    num_history: Annotated[int, arg(help="items of the history that the conversation names, the latest last")] = 10
+    num_next: Annotated[int, arg(help="how many of the next items are right")] = 1
+    num_cuts: Annotated[int, arg(help="training samples of a user, the latest")] = 5
+    split: Annotated[
+        Literal["last", "time"], arg(help="last: everybody's last items are the test; time: what came after a moment")
+    ] = "last"
+    core: Annotated[int, arg(help="leave out users and items with fewer interactions; 0 keeps all")] = 0
+    min_rating: Annotated[float | None, arg(help="leave out what was rated lower")] = None
+    drop_unknown: Annotated[bool, arg(help="leave out items that the item table lacks, in place of an error")] = False
+    sentence: Annotated[str, arg(help="what the user says; {items} are the items")] = "I chose {items}. What next?"
 
 
 @data_app.command
@@ -47,8 +69,11 @@ def import_(
     out: Positional[Annotated[Path, arg(help="data set folder to write; must not exist")]],
     *,
     format: Annotated[
-        Literal["auto", "redial", "saved", "table"],
-        arg(help="redial: the official archive or its files; saved: save_to_disk folders; table: JSONL or CSV"),
+        Literal["auto", "redial", "saved", "table", "interactions"],
+        arg(
+            help="redial: the official archive or its files; saved: save_to_disk folders; table: a sample a row of "
+            "JSONL, JSON, CSV or parquet; interactions: a log of who chose what, or rows with a history"
+        ),
     ] = "auto",
     catalog: Annotated[
         Path | None, arg(help="catalog as .jsonl, .csv or .pkl (default: the source's, else its ground truth's films)")
@@ -64,18 +89,25 @@ def import_(
     test_frac: Annotated[float, arg(help="the same for a missing test split")] = 0.1,
     seed: Annotated[int, arg(help="of the drawn splits")] = 0,
     sha256: Annotated[str | None, arg(help="checksum of the file at a URL, which is kept beside the output")] = None,
+    log: OmitArgPrefixes[LogArgs] = LogArgs(),  # noqa: B008  (frozen)
 ) -> None:
-    """Turn a published data set into a data set folder: ReDial, the released Reddit-v2 and ReDial, JSONL, CSV.
+    """Turn a data set as it is into a data set folder: ReDial, the released Reddit-v2, tables, logs of interactions.
 
     Try:
       rankgrpo data import redial_dataset.zip data/redial
       rankgrpo data import processed_datasets data/reddit --catalog gt_catalog.pkl
       rankgrpo data import dialogs.csv data/mine --columns conversation=dialog groundtruth=liked --catalog films.csv
+      rankgrpo data import log.csv data/books --format interactions --catalog books.csv --item '{title} by {author}'
     """
     from rankgrpo.data.importers.convert import ImportOptions, import_dataset, parse_columns
     from rankgrpo.data.importers.download import fetch_if_url
     from rankgrpo.evaluation.health import headline
 
+    if format == "interactions":
+        print(_import_log(Path(source), out, catalog, parse_columns(columns), validation_frac, test_frac, seed, log))
+        return
+    if log != LogArgs():
+        raise ConfigError("--item, --num-history and the other options of a log belong to --format interactions")
     options = ImportOptions(
         format=format,
         catalog=catalog,
@@ -87,6 +119,30 @@ def import_(
     )
     done, dataset = import_dataset(fetch_if_url(source, sha256, out.absolute().parent), out, options)
     print(f"{done}\n\n{headline(dataset)}")
+
+
+def _import_log(
+    source: Path,
+    out: Path,
+    catalog: Path | None,
+    columns: dict[str, str],
+    validation_frac: float,
+    test_frac: float,
+    seed: int,
+    log: LogArgs,
+) -> str:
+    from rankgrpo.data.importers.interactions import InteractionOptions, import_interactions
+    from rankgrpo.items.format import ItemFormat
+
+    options = InteractionOptions(
+        catalog=catalog,
+        columns=columns,
+        validation_frac=validation_frac,
+        test_frac=test_frac,
+        seed=seed,
+        **{**vars(log), "item": ItemFormat(log.item)},
+    )
+    return import_interactions(source, out, options)
 
 
 @data_app.command

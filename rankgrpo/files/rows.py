@@ -104,7 +104,7 @@ def parse_list_text(text: str) -> list[Any] | None:
             value = read(text.strip())
         except (ValueError, SyntaxError, RecursionError, MemoryError):
             continue
-        return value if isinstance(value, list) and value else None
+        return value if isinstance(value, list) else None
     return None
 
 

@@ -32,10 +32,12 @@ class Notes:
         self._counts: dict[str, int] = {}
         self._places: dict[str, list[str]] = {}
 
-    def add(self, kind: str, where: str) -> None:
-        self._counts[kind] = self._counts.get(kind, 0) + 1
-        if self._counts[kind] <= MAX_PLACES:
-            self._places.setdefault(kind, []).append(where)
+    def add(self, kind: str, where: str, count: int = 1) -> None:
+        if count:
+            self._counts[kind] = self._counts.get(kind, 0) + count
+            places = self._places.setdefault(kind, [])
+            if len(places) < MAX_PLACES:
+                places.append(where)
 
     def count(self, kind: str) -> int:
         return self._counts.get(kind, 0)

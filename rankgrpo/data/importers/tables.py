@@ -137,7 +137,13 @@ def _rows(file: Path, columns: Mapping[str, str]) -> Iterator[tuple[int, dict[st
         ]
         if missing:
             there = ", ".join(row)
-            yield line, f"missing {', '.join(missing)}; there is {there}; name others by --columns conversation=NAME"
+            log = {"user", "item"} <= {name.lower().removesuffix("_id") for name in row}
+            hint = (
+                "a log of choices is imported by --format interactions"
+                if log
+                else "name others by --columns conversation=NAME"
+            )
+            yield line, f"missing {', '.join(missing)}; there is {there}; {hint}"
         else:
             yield line, named
 
