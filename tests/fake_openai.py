@@ -23,6 +23,7 @@ class FakeServer:
     def __init__(self, behave: Callable[[str, int], str | int] = lambda prompt, nth: "good") -> None:
         self.calls: Counter[str] = Counter()
         self.temperatures: dict[str, list[float]] = {}
+        self.limits: dict[str, list[int]] = {}
         self.in_flight = self.most_in_flight = 0
         lock = threading.Lock()
         fake = self
@@ -37,6 +38,7 @@ class FakeServer:
                 with lock:
                     nth = fake.calls[prompt]
                     fake.calls[prompt] += 1
+                    fake.limits.setdefault(prompt, []).append(body["max_tokens"])
                     fake.temperatures.setdefault(prompt, []).append(body["temperature"])
                     fake.in_flight += 1
                     fake.most_in_flight = max(fake.most_in_flight, fake.in_flight)

@@ -10,6 +10,7 @@ from rankgrpo.data.prompt import format_prompt
 from rankgrpo.data.samples import Sample
 from rankgrpo.distill.llm import CallReport, Endpoint, Estimate, ReplyLog, ask_all, estimate_calls
 from rankgrpo.distill.metadata import item_name
+from rankgrpo.distill.replies import item_lines
 from rankgrpo.items.catalog import Catalog, Item, normalise_title
 from rankgrpo.parse import ListedItem, parse_list
 
@@ -39,10 +40,14 @@ def list_prompt(sample: Sample, num_items: int) -> str:
     return format_prompt(sample.conversation, num_items)
 
 
-def is_list(reply: str, parse: Callable[[str], list[ListedItem]] = parse_list) -> bool:
-    """Whether at least half of the lines read as items: `parse` is the catalog's reader."""
-    lines = parse(reply)
-    return bool(lines) and sum(line.title is not None for line in lines) >= MIN_READABLE * len(lines)
+def is_list(
+    reply: str, parse: Callable[[str], list[ListedItem]] = parse_list, match: Match = lambda line: None
+) -> bool:
+    """Whether at least half of the `item_lines` read as items: `parse` is the catalog's reader, `match` knows them."""
+    text = item_lines(reply, lambda line: match(line) is not None)
+    lines = parse(text)
+    num_items = sum(line.title is not None or match(text[slice(*line.chars)]) is not None for line in lines)
+    return bool(lines) and num_items >= MIN_READABLE * len(lines)
 
 
 def estimate_lists(samples: Sequence[Sample], num_items: int, endpoint: Endpoint, log: ReplyLog) -> Estimate:
@@ -63,7 +68,7 @@ def ask_lists(
         [list_prompt(sample, num_items) for sample in samples],
         log,
         max_tokens=TOKENS_PER_LINE * num_items,
-        is_readable=lambda _, reply: is_list(reply, catalog.parse),
+        is_readable=lambda _, reply: is_list(reply, catalog.parse, match),
         title="teacher lists",
     )
     return read_lists(replies, catalog, match, num_items), report
@@ -77,8 +82,9 @@ def read_lists(replies: Sequence[str | None], catalog: Catalog, match: Match, nu
     lists: list[list[int] | None] = []
     for reply in replies:
         places: dict[int, None] = {}
-        for line in catalog.parse(reply or ""):
-            place = match(reply[slice(*line.chars)])
+        text = item_lines(reply or "", lambda line: match(line) is not None)
+        for line in catalog.parse(text):
+            place = match(text[slice(*line.chars)])
             if place is None and line.title is not None:
                 place = new.setdefault((normalise_title(line.title), line.year), len(items))
                 if place == len(items):

@@ -34,6 +34,11 @@ if TYPE_CHECKING:
 LONGEST_WAIT_S = 60.0
 RETRY_TEMPERATURE = 0.7
 """Of a question whose answer could not be read: asked greedily again, it would get the same answer."""
+CUT = "cut in its thoughts"
+MOST_ROOM = 8
+"""Times the usual limit that an answer may take which was cut in its thoughts; each attempt doubles it."""
+LONG_LINE = 15
+"""Words of a first line from which an answer that the limit cut is one that thinks aloud."""
 CHARS_PER_TOKEN = 4.0
 """English text, for the estimate of the cost."""
 
@@ -236,11 +241,13 @@ class _Round:
     async def _ask_until_answered(self, client: AsyncOpenAI, key: str, prompt: str) -> None:
         endpoint = self.endpoint
         unreadable = False
+        room = 1
         for attempt in range(endpoint.max_attempts):
             try:
-                reply, usage = await self._attempt(client, prompt, attempt if unreadable else 0)
+                reply, usage = await self._attempt(client, prompt, attempt if unreadable else 0, room * self.max_tokens)
             except _AttemptError as error:
                 unreadable = error.cause in ("empty", "unreadable")
+                room = min(2 * room, MOST_ROOM) if error.cause == CUT else room
                 if not error.retry or attempt + 1 == endpoint.max_attempts:
                     self._fail(error)
                     return
@@ -265,7 +272,9 @@ class _Round:
                 f"are in {self.log.path}; the same command continues once the endpoint answers"
             )
 
-    async def _attempt(self, client: AsyncOpenAI, prompt: str, draw: int) -> tuple[str, dict[str, int]]:
+    async def _attempt(
+        self, client: AsyncOpenAI, prompt: str, draw: int, max_tokens: int
+    ) -> tuple[str, dict[str, int]]:
         import openai
 
         endpoint = self.endpoint
@@ -274,7 +283,7 @@ class _Round:
             response = await client.chat.completions.create(
                 model=endpoint.model,
                 messages=[{"role": "user", "content": prompt}],
-                max_tokens=self.max_tokens,
+                max_tokens=max_tokens,
                 temperature=max(endpoint.temperature, RETRY_TEMPERATURE) if draw else endpoint.temperature,
                 extra_body=dict(endpoint.extra),
             )
@@ -289,6 +298,10 @@ class _Round:
         # A server that is not quite compatible may answer 200 with any JSON; the client does not look inside.
         body = response.model_dump(warnings=False) if isinstance(response, openai.BaseModel) else None
         content = _at(body, "choices", 0, "message", "content")
+        cut = _at(body, "choices", 0, "finish_reason") == "length"
+        thoughts = _at(body, "choices", 0, "message", "reasoning_content")
+        if _is_thinking(content if isinstance(content, str) else "", cut=cut, aside=bool(thoughts)):
+            raise _AttemptError(CUT, detail=f"{max_tokens} tokens were not enough for its thoughts")
         reply = _without_thoughts(content) if isinstance(content, str) else ""
         if not reply:
             raise _AttemptError("empty", detail="an answer without text")
@@ -344,6 +357,17 @@ def _at(body: Any, *path: str | int) -> Any:
         fits = isinstance(body, list) and step in range(len(body)) or isinstance(body, dict) and step in body
         body = body[step] if fits else None
     return body
+
+
+def _is_thinking(content: str, *, cut: bool, aside: bool) -> bool:
+    """Whether an answer ends before its thoughts do: they were opened and never closed, or the limit cut an answer that
+    has no text beside its thoughts (`aside`) or begins with a long line, as no list does."""
+    if "</think>" in content:
+        return False
+    if "<think>" in content:
+        return True
+    first_line = content.strip().partition("\n")[0]
+    return cut and (aside and not content.strip() or len(first_line.split()) > LONG_LINE)
 
 
 def _without_thoughts(reply: str) -> str:
