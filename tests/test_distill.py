@@ -101,7 +101,8 @@ def test_lists_are_matched_and_the_rest_are_new_items():
     [
         (LIST, True),
         ("Sure!\nHeat (1995)", True),
-        ("Sure!\nHere:\nHeat (1995)", False),
+        ("Sure!\nHere:\nHeat (1995)", True),
+        ("Sure!\nWhy not\nHeat (1995)", False),
         ("As an AI", False),
         ("", False),
     ],
