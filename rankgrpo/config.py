@@ -9,25 +9,30 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import field, replace
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import (
     AfterValidator,
-    BeforeValidator,
     Field,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
-    ValidationError,
-    ValidatorFunctionWrapHandler,
-    WrapValidator,
     model_validator,
 )
-from pydantic_core import PydanticCustomError
 
 from rankgrpo.files.sections import BrokenRule, section
-from rankgrpo.files.template import item_problem
+from rankgrpo.files.values import (
+    Betas,
+    Fraction,
+    Share,
+    Text,
+    check_cutoffs,
+    check_folds,
+    check_item,
+    check_json_object,
+    check_names,
+)
 
 PARTS = {
     "relevance": "by rank: 1 for the first line that names an item of the ground truth",
@@ -75,46 +80,9 @@ def reward_terms(text: str) -> dict[str, float]:
     return terms
 
 
-def _number_as_text(value: Any) -> Any:
-    return str(value) if type(value) in (int, float) else value
-
-
-def _two_numbers(value: Any, check: ValidatorFunctionWrapHandler) -> tuple[float, float]:
-    try:
-        return check(tuple(value) if isinstance(value, list) else value)
-    except ValidationError:
-        raise PydanticCustomError("two_numbers", "not two numbers") from None
-
-
-def _names(value: str) -> str:
-    if not all(name.strip() for name in value.split(",")):
-        raise ValueError("must be linear, or names with commas between")
-    return value
-
-
 def _reward(value: str) -> str:
     reward_terms(value)
     return value
-
-
-def _item(value: str) -> str:
-    if problem := item_problem(value):
-        raise ValueError(problem)
-    return value
-
-
-def _folds(value: int) -> int:
-    if value == 1:
-        raise ValueError("must be 0, or 2 and more")
-    return value
-
-
-Text = Annotated[str, BeforeValidator(_number_as_text)]
-Betas = Annotated[tuple[float, float], WrapValidator(_two_numbers)]
-Share = Annotated[float, Field(gt=0, le=1)]
-"""In (0, 1]."""
-Fraction = Annotated[float, Field(ge=0, lt=1)]
-"""In [0, 1)."""
 
 
 @section
@@ -151,7 +119,7 @@ class AdapterConfig:
     alpha: PositiveFloat = 16.0
     """The adapter is scaled by alpha / rank, with rslora by alpha / sqrt(rank)."""
     rslora: bool = False
-    targets: Annotated[Text, AfterValidator(_names)] = "linear"
+    targets: Annotated[Text, AfterValidator(check_names)] = "linear"
     """linear = every Linear layer of the attention and the MLP; or names with commas between, such as q_proj,v_proj."""
 
     @property
@@ -163,7 +131,7 @@ class AdapterConfig:
 class DataConfig:
     path: Text = "demo"
     """`demo`, or a folder with train.jsonl, validation.jsonl, test.jsonl and catalog.jsonl or catalog.csv."""
-    item: Annotated[Text, AfterValidator(_item)] = "{title} ({year})"
+    item: Annotated[Text, AfterValidator(check_item)] = "{title} ({year})"
     """How an item is written as one line, from columns of the catalog: `{title}`, `{title} by {author}`, `{sid}`. Years
     have rules of their own under the default; every other format needs no year."""
     max_prompt_tokens: PositiveInt = 512
@@ -172,6 +140,18 @@ class DataConfig:
     """Training samples taken from the data set, or made by the demo; 0 is all of them (the demo's own default)."""
     num_ranks: PositiveInt = 20
     """Length K of the list asked for."""
+    prompt: Text = ""
+    """File with the text of the prompt; empty: the paper's. rankgrpo/data/prompt.py has the placeholders."""
+    system_prompt: Text = ""
+    """Text of a system prompt; empty: none."""
+    chat_template_kwargs: Annotated[Text, AfterValidator(check_json_object)] = "{}"
+    """Further arguments of the model's chat template, in JSON: `{"enable_thinking": false}`."""
+    item_noun: Text = ""
+    """What an item is called in prompts; empty: movie under the default data.item, else item."""
+    item_nouns: Text = ""
+    """Several of them; empty: item_noun with an s."""
+    gain: Literal["linear", "exp2"] = "linear"
+    """What a hit of weight w earns in rewards and NDCG, where the ground truth has weights: w, or 2^w - 1."""
 
 
 @section
@@ -183,7 +163,7 @@ class TeacherConfig:
     other keys of this section are then not used."""
     l2: PositiveFloat = 50.0
     popularity_weight: float = 2e-4
-    num_folds: Annotated[NonNegativeInt, AfterValidator(_folds)] = 5
+    num_folds: Annotated[NonNegativeInt, AfterValidator(check_folds)] = 5
     """A training conversation's list comes from a model fitted without that dialog; 0 fits one model on all."""
     data_frac: Share = 1.0
     """Share of the training dialogs that the teacher is fitted on and the warm start learns from, 0.25 in the paper;
@@ -323,6 +303,8 @@ class RlConfig:
 @section
 class EvalConfig:
     split: Literal["validation", "test"] = "test"
+    cutoffs: Annotated[Text, AfterValidator(check_cutoffs)] = "5,10,15,20"
+    """Ranks k of Recall@k and NDCG@k, with commas between; those above data.num_ranks are left out, and it is added."""
     num_samples: NonNegativeInt = 0
     """Samples of the split that are scored, from its beginning; 0 is all."""
     temperature: NonNegativeFloat = 0.0
@@ -347,6 +329,11 @@ class EvalConfig:
         if self.draws > 1 and self.temperature == 0:
             raise BrokenRule("above 1 needs eval.temperature > 0", "draws", "temperature")
         return self
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """The numbers of `cutoffs`, in order."""
+        return tuple(sorted(map(int, self.cutoffs.split(","))))
 
 
 @section

@@ -44,6 +44,39 @@ def ndcg_at_k(hits_BK: Tensor, num_groundtruth_B: Tensor, k: int) -> Tensor:
     return (hits_BK[..., :k] * discounts_K).sum(-1) / ideal_K[num_groundtruth_B.clamp(max=k) - 1]
 
 
+def graded_ndcg_at_k(gain_BK: Tensor, best_BJ: Tensor, k: int) -> Tensor:
+    """DCG@k of gains over that of the best possible list, float64 (B,).
+
+    DCG@k = sum over j <= k of gain_j / log2(j + 1). For gains of 1 these are the very numbers of `ndcg_at_k`.
+
+    Args:
+      gain_BK: what each rank earned, 0 or more.
+      best_BJ: the gains of all there is to find, highest first, filled up with 0 to any length J.
+
+    Raises ValueError for k outside 1..K, for gains below 0 or not finite, for nothing to find, and for a list that
+      earned more than there is.
+    """
+    gain_BK, best_BJ = torch.as_tensor(gain_BK).double(), torch.as_tensor(best_BJ).double()
+    if gain_BK.ndim == 0 or gain_BK.ndim != best_BJ.ndim or gain_BK.shape[:-1] != best_BJ.shape[:-1]:
+        raise ValueError(
+            f"gains must be (B, K) and the best gains (B, J), got {tuple(gain_BK.shape)} and {tuple(best_BJ.shape)}"
+        )
+    if not 1 <= k <= gain_BK.shape[-1]:
+        raise ValueError(f"k must be in 1..{gain_BK.shape[-1]}, the ranks that gains cover, got {k}")
+    for name, gains in (("gains", gain_BK), ("best gains", best_BJ)):
+        if not (gains.isfinite() & (gains >= 0)).all():
+            raise ValueError(f"{name} must be finite and 0 or more")
+    if (best_BJ[..., 1:] > best_BJ[..., :-1]).any() or not (best_BJ[..., :1] > 0).all():
+        raise ValueError("best gains must fall from a first one above 0: leave samples without ground truth out")
+    if (gain_BK.sum(-1) > best_BJ.sum(-1) * (1 + 1e-6)).any():
+        raise ValueError("a list has earned more than its ground truth is worth: an item was counted twice")
+    discounts_K = dcg_discounts(k).to(gain_BK.device)
+    ideal_BK = torch.zeros(*best_BJ.shape[:-1], k, dtype=torch.float64, device=gain_BK.device)
+    num_best = min(k, best_BJ.shape[-1])
+    ideal_BK[..., :num_best] = best_BJ[..., :num_best]
+    return (gain_BK[..., :k] * discounts_K).sum(-1) / (ideal_BK * discounts_K).cumsum(-1)[..., -1]
+
+
 def hit_rate_by_rank(hits_BK: Tensor) -> Tensor:
     """Share of samples with a hit at each rank, float64 (K,). Raises ValueError for a wrong shape or no samples."""
     hits_BK = torch.as_tensor(hits_BK)

@@ -23,8 +23,10 @@ import torch
 
 from rankgrpo.config import Config, with_steps
 from rankgrpo.config_file import changed_keys, load_config, to_toml
+from rankgrpo.data.candidates import check_candidates
 from rankgrpo.data.dialogs import share_of_dialogs
-from rankgrpo.data.samples import Dataset, Sample, read_samples, write_samples
+from rankgrpo.data.prompt import open_prompt
+from rankgrpo.data.samples import SPLITS, Dataset, Sample, read_samples, write_samples
 from rankgrpo.distill.augment import short_demonstrations
 from rankgrpo.distill.demonstrations import make_demonstrations
 from rankgrpo.errors import ConfigError
@@ -115,6 +117,8 @@ def check_catalog(config: Config, dataset: Dataset) -> None:
     """Raise ConfigError for a reward, or for lists held to the catalog, that this catalog cannot give."""
     load_parts(config.rl.reward, dataset.catalog)
     num_ranks, num_items = config.data.num_ranks, len(dataset.catalog)
+    samples = [sample for split in SPLITS for sample in dataset.split(split)]
+    check_candidates(samples, dataset.catalog, num_ranks, config.rl.forbid, held=config.rl.constrain == "catalog")
     held = "catalog" in (config.rl.constrain, config.shown_constrain)
     if held and config.rl.forbid != "none" and num_ranks > num_items:
         raise ConfigError(
@@ -265,7 +269,13 @@ def make_start(
     if not parallel.is_main:
         wait_for_all(parallel)
     start = make_init(
-        config.model.name, taught, run_dir / "init", seed=config.seed, tiny=tiny, num_ranks=config.data.num_ranks
+        config.model.name,
+        taught,
+        run_dir / "init",
+        seed=config.seed,
+        tiny=tiny,
+        num_ranks=config.data.num_ranks,
+        prompt=open_prompt(config.data),
     )
     if parallel.is_main:
         wait_for_all(parallel)

@@ -30,8 +30,9 @@ def relevance(
     seen: Iterable[str],
     num_ranks: int,
     year_tolerance: int = 0,
+    gains: Sequence[float] | None = None,
 ) -> Tensor:
-    """rel_k: 1 where item k is in the ground truth and no earlier item is the same, else 0. Float32, (K,).
+    """rel_k: the gain of item k where it is in the ground truth and no earlier item is the same, else 0. Float32, (K,).
 
     Items and ground truth are compared as catalog items, so spelling variants that the catalog unites are one item and
     nothing outside it can be right. The ground truth is a set: an entry given twice can be hit once.
@@ -43,6 +44,8 @@ def relevance(
       items: the parsed lines; those past `num_ranks` are ignored.
       groundtruth: (title, year) pairs; (line, None) where the catalog's items have no years.
       seen: titles already mentioned in the conversation.
+      gains: what each entry of the ground truth is worth, 1 each by default. Entries that are one catalog item are
+        worth the highest of theirs.
       year_tolerance: years by which an item, or a ground-truth entry, may differ from the catalog.
 
     Raises ValueError for num_ranks < 1 (and `Catalog.lookup` for a year that is not an int).
@@ -51,10 +54,15 @@ def relevance(
         raise ValueError(f"num_ranks must be >= 1, got {num_ranks}")
     groundtruth = tuple(groundtruth)
     exact = {catalog.lookup(title, year) for title, year in groundtruth}
-    wanted = {catalog.lookup(title, year, year_tolerance=year_tolerance) for title, year in groundtruth} - {None}
+    wanted: dict[int, float] = {}
+    for (title, year), gain in zip(groundtruth, gains or (1.0,) * len(groundtruth), strict=True):
+        index = catalog.lookup(title, year, year_tolerance=year_tolerance)
+        if index is not None:
+            wanted[index] = max(gain, wanted.get(index, 0.0))
     for title in seen:
         same_title = set(catalog.title_indices(title))
-        wanted -= same_title - exact if len(same_title) > 1 else same_title
+        for index in same_title - exact if len(same_title) > 1 else same_title:
+            wanted.pop(index, None)
 
     has_years = catalog.item_format.is_film
     relevance_K = torch.zeros(num_ranks)
@@ -63,8 +71,7 @@ def relevance(
             continue
         index = catalog.lookup(item.title, item.year, year_tolerance=year_tolerance)
         if index in wanted:
-            wanted.remove(index)  # a repeat at a later rank earns 0
-            relevance_K[rank] = 1.0
+            relevance_K[rank] = wanted.pop(index)  # a repeat at a later rank earns 0
     return relevance_K
 
 

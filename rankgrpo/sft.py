@@ -9,7 +9,7 @@ import torch
 
 from rankgrpo.config import Config, DataConfig
 from rankgrpo.data.order import BatchOrder
-from rankgrpo.data.prompt import encode_prompts
+from rankgrpo.data.prompt import encode_prompts, open_prompt
 from rankgrpo.data.samples import Dataset, Sample
 from rankgrpo.errors import ConfigError
 from rankgrpo.evaluation.validate import validate
@@ -109,7 +109,7 @@ def demonstration_groups(tokenizer, samples: list[Sample], data: DataConfig) -> 
     missing = [sample.id for sample in samples if not sample.completion]
     if missing:
         raise ValueError(f"{len(missing)} demonstrations have no completion, the first is {missing[0]!r}")
-    prompts = encode_prompts(tokenizer, samples, data.max_prompt_tokens, data.num_ranks)
+    prompts = encode_prompts(tokenizer, samples, data.max_prompt_tokens, data.num_ranks, prompt=open_prompt(data))
     completions = tokenizer([sample.completion for sample in samples], add_special_tokens=False)["input_ids"]
     return [Group(p, [[*c, tokenizer.eos_token_id]]) for p, c in zip(prompts, completions, strict=True)]
 

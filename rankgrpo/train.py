@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from rankgrpo.config import Config, RlConfig
 from rankgrpo.data.order import BatchOrder
-from rankgrpo.data.prompt import encode_prompts
+from rankgrpo.data.prompt import encode_prompts, open_prompt
 from rankgrpo.data.samples import Dataset
 from rankgrpo.errors import TrainingError
 from rankgrpo.evaluation.validate import validate
@@ -209,7 +209,9 @@ def train(config: Config, dataset: Dataset, start: str | Path, out: Path, parall
     updater = Updater(policy, ref, sampler, optimizer, rl, parallel)
     scorer = Scorer.open(dataset.catalog, rl, num_ranks, RankSegmenter(policy.tokenizer), sampler.eos_ids)
     order = BatchOrder(len(dataset.train), rl.prompts_per_step, config.seed, parallel.dp_rank, parallel.dp_world)
-    prompts = encode_prompts(policy.tokenizer, dataset.train, config.data.max_prompt_tokens, num_ranks)
+    prompts = encode_prompts(
+        policy.tokenizer, dataset.train, config.data.max_prompt_tokens, num_ranks, prompt=open_prompt(config.data)
+    )
     seen = policy.seen(dataset.train, dataset.catalog)
     val_samples = dataset.validation[: rl.eval_samples]
 

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from rankgrpo.baselines.popularity import popularity_counts, popularity_order
 from rankgrpo.baselines.ranking import best_items
+from rankgrpo.data.candidates import excluded_items
 from rankgrpo.data.dialogs import dialog_ids, groundtruth_items, named_items
 from rankgrpo.data.samples import Sample
 from rankgrpo.items.catalog import Catalog
@@ -103,7 +104,8 @@ class EaseTeacher:
             for chunk in _chunks(members):
                 named = [named_items(samples[place], self.catalog) for place in chunk]
                 scores_SN = model.scores(named) + self._popularity_weight * model.popularity_N
-                best = best_items(scores_SN, named, popularity_order(model.popularity_N), num_items)
+                excluded = [excluded_items(samples[place], self.catalog) for place in chunk]
+                best = best_items(scores_SN, excluded, popularity_order(model.popularity_N), num_items)
                 for place, indices in zip(chunk, best, strict=True):
                     lists[place] = indices
         return lists

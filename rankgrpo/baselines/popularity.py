@@ -10,7 +10,8 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from rankgrpo.data.dialogs import groundtruth_items, named_items
+from rankgrpo.data.candidates import excluded_items
+from rankgrpo.data.dialogs import groundtruth_items
 from rankgrpo.data.samples import Sample
 from rankgrpo.items.catalog import Catalog
 
@@ -36,6 +37,6 @@ def popularity_lists(
     order = popularity_order(popularity_counts(train, catalog)).tolist()
     lists = []
     for sample in samples:
-        named = set(named_items(sample, catalog))
+        named = set(excluded_items(sample, catalog))
         lists.append(list(islice((index for index in order if index not in named), num_items)))
     return lists

@@ -4,24 +4,40 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
+from rankgrpo.data.candidates import catalog_of_candidates
 from rankgrpo.data.demo import demo_catalog, make_demo
 from rankgrpo.data.order import permutation
-from rankgrpo.data.samples import SPLITS, Dataset, Sample, scan_samples
+from rankgrpo.data.samples import SPLITS, Dataset, Sample, read_samples, scan_samples
 from rankgrpo.errors import ConfigError, DataError
+from rankgrpo.files.rows import Problem
 from rankgrpo.items.catalog import Catalog
 from rankgrpo.items.format import FILM, ItemFormat, title_line
 from rankgrpo.items.lines import open_catalog
 
 DEMO = "demo"
+CATALOG_NAMES = ("catalog.jsonl", "catalog.csv")
 
 
 def load_catalog(source: str | os.PathLike[str], item_format: ItemFormat = FILM) -> Catalog:
     """The catalog of what `load_dataset` would load, without its samples. Raises DataError as that does."""
     if source == DEMO:
         return _check_demo(item_format)
-    return open_catalog(_check_folder(Path(source)), item_format)[0]
+    return _open_catalog(Path(source), item_format)[0]
+
+
+def _open_catalog(folder: Path, item_format: ItemFormat) -> tuple[Catalog, list[Problem], Path]:
+    """The catalog of a folder, what looks wrong with it, and its file; without a file that of all candidates."""
+    if folder.is_dir() and not any((folder / name).is_file() for name in CATALOG_NAMES):
+        paths = [folder / f"{name}.jsonl" for name in SPLITS]
+        samples = [s for path in paths if path.is_file() for s in read_samples(path, item_format=item_format)[0]]
+        if (catalog := catalog_of_candidates(samples, item_format)) is not None:
+            return catalog, [], folder
+    path = _check_folder(folder)
+    return *open_catalog(path, item_format), path
 
 
 def _check_demo(item_format: ItemFormat) -> Catalog:
@@ -31,12 +47,18 @@ def _check_demo(item_format: ItemFormat) -> Catalog:
 
 
 def load_dataset(
-    source: str | os.PathLike[str], *, num_train: int | None = None, seed: int = 0, item_format: ItemFormat = FILM
+    source: str | os.PathLike[str],
+    *,
+    num_train: int | None = None,
+    seed: int = 0,
+    item_format: ItemFormat = FILM,
+    gain: Literal["linear", "exp2"] = "linear",
 ) -> Dataset:
     """Load a folder, or make the built-in demo when `source` is "demo" (write "./demo" for a folder of that name).
 
     `num_train` is the size of the demo's training split; of a folder's it takes that many samples, drawn by `seed`, in
-    file order. Items are written as `item_format` says. Samples without ground truth are left out and counted in
+    file order. Items are written as `item_format` says, and `gain` turns weights into gains. Where every sample brings
+    candidates, the folder needs no catalog. Samples without ground truth are left out and counted in
     `Dataset.num_dropped`. Raises DataError, with every bad line of all files, when the folder cannot be used.
     """
     if num_train is not None and num_train < 1:
@@ -45,14 +67,13 @@ def load_dataset(
         _check_demo(item_format)
         return make_demo(seed=seed) if num_train is None else make_demo(num_train=num_train, seed=seed)
     folder = Path(source)
-    catalog_path = _check_folder(folder)
-    catalog, problems = open_catalog(catalog_path, item_format)
+    catalog, problems, catalog_path = _open_catalog(folder, item_format)
     splits: dict[str, list[Sample]] = {}
     num_dropped: dict[str, int] = {}
     errors: list[str] = []
     for name in SPLITS:
         samples, split_errors, split_problems = scan_samples(folder / f"{name}.jsonl", catalog)
-        splits[name] = [sample for sample in samples if sample.groundtruth]
+        splits[name] = [_with_gain(sample, gain) for sample in samples if sample.groundtruth]
         num_dropped[name] = len(samples) - len(splits[name])
         errors += split_errors
         problems += split_problems
@@ -64,6 +85,10 @@ def load_dataset(
     return Dataset(folder.resolve().name, **splits, catalog=catalog, problems=problems, num_dropped=num_dropped)
 
 
+def _with_gain(sample: Sample, gain: Literal["linear", "exp2"]) -> Sample:
+    return replace(sample, gain=gain) if sample.weights and gain != sample.gain else sample
+
+
 def _check_folder(folder: Path) -> Path:
     """Path of the folder's catalog; DataError when a file is missing."""
     layout = "a data set is a folder with train.jsonl, validation.jsonl, test.jsonl and catalog.jsonl or catalog.csv"
@@ -71,7 +96,7 @@ def _check_folder(folder: Path) -> Path:
         what = "is a file" if folder.exists() else "does not exist"
         raise DataError(f"{folder} {what}; {layout}, or the word demo for the built-in one")
     missing = [f"{name}.jsonl" for name in SPLITS if not (folder / f"{name}.jsonl").is_file()]
-    catalogs = [folder / name for name in ("catalog.jsonl", "catalog.csv") if (folder / name).is_file()]
+    catalogs = [folder / name for name in CATALOG_NAMES if (folder / name).is_file()]
     if not catalogs:
         missing.append("catalog.jsonl or catalog.csv")
     if missing:

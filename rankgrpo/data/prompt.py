@@ -1,27 +1,55 @@
-"""From a conversation to the token ids of its prompt: the paper's template inside the tokenizer's chat template."""
+"""From a sample to the token ids of its prompt: a template, the paper's by default, inside the model's chat template.
+
+Placeholders of a template: `{context}` (a line `USER: ...` or `SYSTEM: ...` a turn), `{num_ranks}`, `{seen}` (titles
+already mentioned, with commas between), `{candidates}` (a line each), `{noun}`, `{nouns}`, `{form}` (how an item is
+written) and any field of the samples' own.
+"""
 
 from __future__ import annotations
 
 import bisect
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
+from rankgrpo.config import DataConfig
 from rankgrpo.data.samples import Sample, Turn
+from rankgrpo.errors import ConfigError
+from rankgrpo.files.template import PLACEHOLDER, placeholders
+from rankgrpo.items.format import FILM_TEMPLATE, ItemFormat
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Appendix D.1 of the paper, word for word for 20 ranks: models trained elsewhere with it stay comparable.
+# Appendix D.1 of the paper, word for word for 20 ranks and movies: models trained elsewhere with it stay comparable.
 PROMPT = (
-    "Pretend you are a movie recommender system.\n"
+    "Pretend you are a {noun} recommender system.\n"
     "I will give you a conversation between a user and you (a recommender system). Based on the conversation, you need "
-    "to reply with {num_ranks} recommendations. List the standardized English title of each movie in each line in the "
-    'form of "movie name" (release_year) with NO extra words or sentences.\n'
+    "to reply with {num_ranks} recommendations. List the standardized English title of each {noun} in each line in the "
+    'form of "{noun} name" (release_year) with NO extra words or sentences.\n'
     "Here is the conversation: {context}"
 )
+ITEM_PROMPT = (
+    "Pretend you are a {noun} recommender system.\n"
+    "I will give you a conversation between a user and you (a recommender system). Based on the conversation, you need "
+    "to reply with {num_ranks} recommendations. List each {noun} in a line of its own in the form of {form} with NO "
+    "extra words or sentences.\n"
+    "Here is the conversation: {context}"
+)
+CANDIDATES_PROMPT = (
+    "Pretend you are a {noun} recommender system.\n"
+    "I will give you candidate {nouns}, and a conversation between a user and you (a recommender system). Based on the "
+    "conversation, you need to reply with the {num_ranks} best candidates, the best first, each in a line of its own "
+    "in the form of {form} with NO extra words or sentences.\n"
+    "Here are the candidates:\n{candidates}Here is the conversation: {context}"
+)
 SPEAKERS = {"user": "USER", "assistant": "SYSTEM"}
+OWN_PLACEHOLDERS = ("context", "num_ranks", "seen", "candidates", "noun", "nouns", "form")
 
 # Llama 3's chat template writes today's date into the prompt unless told one; a prompt must not change overnight.
 TEMPLATE_DATE = "26 Jul 2024"
@@ -29,12 +57,126 @@ TEMPLATE_DATE = "26 Jul 2024"
 ENCODED_AT_ONCE = 512  # prompts a call of the tokenizer, which spreads them over the cores
 
 
+@dataclass(frozen=True)
+class PromptFormat:
+    """How a sample is put to a model. Made from the settings by `open_prompt`."""
+
+    item_format: ItemFormat = field(default_factory=ItemFormat)
+    template: str = ""
+    """Empty: the paper's, or where items are no films or a sample has candidates, words that say the same of these."""
+    noun: str = ""
+    """What an item is; empty: movie for films, else item."""
+    nouns: str = ""
+    """Several of them; empty: the noun with an s."""
+    system: str = ""
+    """System prompt; empty: none."""
+    chat_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    """Further arguments of the tokenizer's chat template."""
+    source: str = "data.prompt"
+    """What the template is called in messages."""
+
+    def template_of(self, sample: Sample) -> str:
+        """The template that a sample's prompt is made from, nouns and form filled in."""
+        by_default = PROMPT if self.item_format.is_film else ITEM_PROMPT
+        template = self.template or (CANDIDATES_PROMPT if sample.candidates else by_default)
+        return _fill(template, self._words)
+
+    @cached_property
+    def _words(self) -> dict[str, str]:
+        noun = self.noun or ("movie" if self.item_format.is_film else "item")
+        form = PLACEHOLDER.sub(lambda match: match[1], self.item_format.template)
+        return {"noun": noun, "nouns": self.nouns or f"{noun}s", "form": form}
+
+    def words(self, template: str) -> str:
+        """A text with `{noun}`, `{nouns}` and `{form}` filled in."""
+        return _fill(template, self._words)
+
+    def text(self, sample: Sample, num_ranks: int) -> str:
+        """The user message."""
+        values = {
+            **dict(sample.fields),
+            "context": format_context(sample.conversation),
+            "num_ranks": str(num_ranks),
+            "seen": ", ".join(sample.seen_titles),
+            "candidates": "".join(f"{candidate}\n" for candidate in sample.candidates),
+        }
+        return _fill(self.template_of(sample), values)
+
+    def messages(self, sample: Sample, num_ranks: int) -> list[dict[str, str]]:
+        """The chat: the system prompt, if there is one, and the user message."""
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        return [*system, {"role": "user", "content": self.text(sample, num_ranks)}]
+
+    def fixed_lines(self, num_ranks: int, samples: Iterable[Sample] = ()) -> list[str]:
+        """The lines and pieces of lines that are the same in the prompts of these samples, each once."""
+        templates = dict.fromkeys([self.template_of(s) for s in samples] or [self.template_of(_NOBODY)])
+        filled = (_fill(template, {"num_ranks": str(num_ranks)}) for template in templates)
+        return list(dict.fromkeys(p for text in filled for p in PLACEHOLDER.sub("\n", text).split("\n") if p))
+
+    def check(self, samples: Iterable[Sample]) -> None:
+        """Raise ConfigError for a template without the conversation, for a placeholder that is none, or that a sample
+        has no field for, and for candidates that the template does not show."""
+        if not self.template:
+            return
+        names = placeholders(self.template)
+        if "context" not in names:
+            raise ConfigError(f"{self.source}: the template needs {{context}}, where the conversation goes")
+        own = [name for name in names if name not in OWN_PLACEHOLDERS]
+        for sample in samples:
+            fields = dict(sample.fields)
+            if missing := [name for name in own if name not in fields]:
+                known = ", ".join(f"{{{name}}}" for name in (*OWN_PLACEHOLDERS, *fields))
+                raise ConfigError(
+                    f"{self.source}: {{{missing[0]}}} is no placeholder for sample {sample.id!r}; there are {known}, "
+                    "and further fields of the samples where every sample has them"
+                )
+            if sample.candidates and "candidates" not in names:
+                raise ConfigError(
+                    f"{self.source}: sample {sample.id!r} has candidates; the template needs {{candidates}}"
+                )
+
+
+_NOBODY = Sample("", (), (), ())
+DEFAULT_PROMPT = PromptFormat()
+
+
+def open_prompt(data: DataConfig) -> PromptFormat:
+    """The prompt of the settings. Raises ConfigError for a file that is not there or holds no text."""
+    template = ""
+    if data.prompt:
+        path = Path(data.prompt)
+        if not path.is_file():
+            raise ConfigError(f"data.prompt: {path}: no such file; it holds the text of the prompt, with {{context}}")
+        template = path.read_text(encoding="utf-8")
+    return PromptFormat(
+        ItemFormat(data.item),
+        template,
+        data.item_noun,
+        data.item_nouns,
+        data.system_prompt,
+        json.loads(data.chat_template_kwargs),
+        f"data.prompt = {data.prompt}",
+    )
+
+
+def prompt_of_nouns(item: str = FILM_TEMPLATE, noun: str = "", nouns: str = "") -> PromptFormat:
+    """The default prompt for items of a format and a name."""
+    return PromptFormat(ItemFormat(item), noun=noun, nouns=nouns)
+
+
+def format_context(conversation: Sequence[Turn]) -> str:
+    """A line `USER: ...` or `SYSTEM: ...` a turn, each ending with a newline."""
+    return "".join(f"{SPEAKERS[turn.role]}: {turn.content}\n" for turn in conversation)
+
+
 def format_prompt(conversation: Sequence[Turn], num_ranks: int) -> str:
-    """The user message: the instruction to list so many items, then a line `USER: ...` or `SYSTEM: ...` a turn, ending
-    with a newline."""
-    context = "".join(f"{SPEAKERS[turn.role]}: {turn.content}\n" for turn in conversation)
-    instruction = PROMPT.replace("{num_ranks}", str(num_ranks))
-    return instruction.replace("{context}", context)  # not str.format: a turn may hold braces
+    """The paper's user message: the instruction to list so many movies, then the turns as `format_context` has them."""
+    return DEFAULT_PROMPT.text(replace(_NOBODY, conversation=tuple(conversation)), num_ranks)
+
+
+def _fill(template: str, values: Mapping[str, str]) -> str:
+    """The template with these placeholders filled in, all at once: a turn may hold braces of its own."""
+    return PLACEHOLDER.sub(lambda match: values.get(match[1], match[0]), template)
 
 
 def encode_prompts(
@@ -44,6 +186,7 @@ def encode_prompts(
     num_ranks: int,
     *,
     quiet: bool = False,
+    prompt: PromptFormat = DEFAULT_PROMPT,
 ) -> list[list[int]]:
     """Token ids of every sample's prompt in the tokenizer's chat template, generation prompt included.
 
@@ -55,33 +198,34 @@ def encode_prompts(
         total=len(samples), desc="tokenise prompts", unit="prompt", disable=quiet or len(samples) < 2000, leave=False
     ) as bar:
         for start in range(0, len(samples), ENCODED_AT_ONCE):
-            conversations = [sample.conversation for sample in samples[start : start + ENCODED_AT_ONCE]]
-            for conversation, ids in zip(conversations, _encode(tokenizer, conversations, num_ranks), strict=True):
+            some = samples[start : start + ENCODED_AT_ONCE]
+            for sample, ids in zip(some, _encode(tokenizer, some, num_ranks, prompt), strict=True):
                 fits = len(ids) <= max_tokens
-                prompts.append(ids if fits else _shorten(tokenizer, conversation, max_tokens, num_ranks))
-            bar.update(len(conversations))
+                prompts.append(ids if fits else _shorten(tokenizer, sample, max_tokens, num_ranks, prompt))
+            bar.update(len(some))
     return prompts
 
 
 def _encode(
-    tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Sequence[Turn]], num_ranks: int
+    tokenizer: PreTrainedTokenizerBase, samples: Sequence[Sample], num_ranks: int, prompt: PromptFormat
 ) -> list[list[int]]:
     return tokenizer.apply_chat_template(
-        [[{"role": "user", "content": format_prompt(turns, num_ranks)}] for turns in conversations],
+        [prompt.messages(sample, num_ranks) for sample in samples],
         add_generation_prompt=True,
         tokenize=True,
         return_dict=False,
-        date_string=TEMPLATE_DATE,
+        **{"date_string": TEMPLATE_DATE, **prompt.chat_kwargs},
     )
 
 
 def _shorten(
-    tokenizer: PreTrainedTokenizerBase, conversation: Sequence[Turn], max_tokens: int, num_ranks: int
+    tokenizer: PreTrainedTokenizerBase, sample: Sample, max_tokens: int, num_ranks: int, prompt: PromptFormat
 ) -> list[int]:
     def encode(turns: Sequence[Turn]) -> list[int]:
-        (ids,) = _encode(tokenizer, [turns], num_ranks)
+        (ids,) = _encode(tokenizer, [replace(sample, conversation=tuple(turns))], num_ranks, prompt)
         return ids
 
+    conversation = sample.conversation
     if conversation:
         *_, last = conversation
         shorter = [conversation[drop:] for drop in range(1, len(conversation))]

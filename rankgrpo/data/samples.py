@@ -9,16 +9,17 @@ DataError naming every bad line; what merely looks wrong (an unknown title, an e
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rankgrpo.errors import DataError
 from rankgrpo.files.atomic import write_lines
 from rankgrpo.files.rows import Problem, read_jsonl, type_name
-from rankgrpo.items.catalog import Catalog, parse_title, parse_year
+from rankgrpo.items.catalog import Catalog, normalise_title, parse_title, parse_year
 from rankgrpo.items.format import FILM, ItemFormat, title_line
 
 SPLITS = ("train", "validation", "test")
@@ -32,6 +33,20 @@ class Turn:
     role: str
     """ "user" or "assistant"."""
     content: str
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """An item that a sample may list, and what its prompt tells of it. Example: Candidate("[7]", None, "Ships.")"""
+
+    title: str
+    """As in `Item`: the whole line under a format without years."""
+    year: int | None = None
+    text: str = ""
+
+    def __str__(self) -> str:
+        """As prompts show it."""
+        return f"{title_line(self.title, self.year)} {self.text}".rstrip()
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +66,21 @@ class Sample:
     """SFT demonstration: lines of items joined by a newline, no trailing newline."""
     dialog: str | None = None
     """What all samples cut from one dialog share, or all of one user; None where `dialog_ids` has to find out."""
+    weights: tuple[float, ...] = ()
+    """How relevant each entry of the ground truth is, above 0; empty: 1 each."""
+    gain: Literal["linear", "exp2"] = "linear"
+    """What a weight w is worth: w, or 2^w - 1."""
+    candidates: tuple[Candidate, ...] = ()
+    """The items that this sample's lists are orders of; empty: those of the catalog."""
+    fields: tuple[tuple[str, str], ...] = ()
+    """Further fields of the row, for prompts that name them."""
+
+    @property
+    def gains(self) -> tuple[float, ...]:
+        """What each entry of the ground truth earns where it is found."""
+        if self.gain == "linear":
+            return self.weights or (1.0,) * len(self.groundtruth)
+        return tuple(2.0**weight - 1 for weight in self.weights) or (1.0,) * len(self.groundtruth)
 
 
 @dataclass(frozen=True)
@@ -105,7 +135,9 @@ def write_samples(path: str | os.PathLike[str], samples: Sequence[Sample]) -> No
     write_lines(path, (json.dumps(_to_row(sample), ensure_ascii=False) for sample in samples))
 
 
-_FIELDS = {"id", "conversation", "seen_titles", "groundtruth", "completion", "dialog", "groundtruth_turn", "split"}
+_FIELDS = frozenset(
+    "id conversation seen_titles groundtruth completion dialog groundtruth_turn split candidates".split()
+)
 
 
 def scan_samples(
@@ -135,7 +167,7 @@ def scan_samples(
         for name in sorted(_names(row) - unknown):
             unknown.add(name)
             problems.append(Problem("unknown fields", where, f"unknown field {name!r} is not used (reported once)"))
-        for kind, text in _soft_problems(row, sample, path.stem, catalog):
+        for kind, text in _soft_problems(row, sample, path.stem, catalog, item_format):
             problems.append(Problem(kind, where, f"{sample.id}: {text}"))
         samples.append(sample)
     return samples, errors, problems
@@ -160,15 +192,19 @@ def _to_sample(row: Mapping[str, Any], item_format: ItemFormat) -> Sample:
     if not turns:
         raise DataError("conversation is empty; there is nothing to recommend for")
     seen_titles = _a_list(row["seen_titles"], "seen_titles")
-    groundtruth = _a_list(row["groundtruth"], "groundtruth")
+    candidates = _to_candidates(row.get("candidates"), item_format)
+    groundtruth, weights = _to_groundtruth(_a_list(row["groundtruth"], "groundtruth"), item_format)
+    _check_candidates(candidates, groundtruth)
     return Sample(
         id=row["id"],
         conversation=tuple(_to_turn(turn, place) for place, turn in enumerate(turns)),
         seen_titles=tuple(_in_field(f"seen_titles[{place}]", parse_title, t) for place, t in enumerate(seen_titles)),
-        # dict.fromkeys: the same item twice is one thing to find; `_soft_problems` reports it.
-        groundtruth=tuple(dict.fromkeys(_to_entry(e, place, item_format) for place, e in enumerate(groundtruth))),
+        groundtruth=groundtruth,
         completion=completion,
         dialog=row.get("dialog"),
+        weights=weights,
+        candidates=candidates,
+        fields=tuple((k, str(v)) for k, v in row.items() if k not in _FIELDS and type(v) in (str, int, float)),
     )
 
 
@@ -182,13 +218,46 @@ def _to_turn(turn: object, place: int) -> Turn:
     return Turn(turn["role"], turn["content"])
 
 
-def _to_entry(entry: object, place: int, item_format: ItemFormat) -> tuple[str, int | None]:
-    """[title, year] of a film, the line of any other item; of either an object with the columns that the format names.
+def _to_groundtruth(
+    entries: list[Any], item_format: ItemFormat
+) -> tuple[tuple[tuple[str, int | None], ...], tuple[float, ...]]:
+    """The items to find, each once, and their weights; none where all weigh 1. What weighs 0 is no item to find."""
+    weight_of: dict[tuple[str, int | None], float] = {}
+    for place, entry in enumerate(entries):
+        name = f"groundtruth[{place}]"
+        item, weight = _split_weight(entry, name, item_format)
+        key = _to_item(item, name, item_format)
+        if weight_of.setdefault(key, weight) != weight:
+            known = f"{title_line(*key)} weighs {weight_of[key]:g} before and {weight:g} here"
+            raise DataError(f"{name}: {known}; keep one")
+    weight_of = {item: weight for item, weight in weight_of.items() if weight > 0}
+    weights = tuple(weight_of.values())
+    return tuple(weight_of), () if all(weight == 1 for weight in weights) else weights
+
+
+def _split_weight(entry: Any, name: str, item_format: ItemFormat) -> tuple[Any, float]:
+    """An entry without its weight, and the weight: [title, year, weight], ["line", weight], {..., "weight": weight}."""
+    weight: Any = 1.0
+    if isinstance(entry, dict) and "weight" in entry:
+        weight = entry["weight"]
+        entry = {key: value for key, value in entry.items() if key != "weight"}
+    elif isinstance(entry, list) and len(entry) == 3 - (not item_format.is_film) and type(entry[-1]) in (int, float):
+        *rest, weight = entry
+        entry = rest if item_format.is_film else rest[0]
+    if type(weight) not in (int, float) or not 0 <= weight < math.inf:
+        raise DataError(f"{name}: the weight must be a number of 0 or more, got {weight!r}")
+    return entry, float(weight)
+
+
+def _to_item(entry: object, name: str, item_format: ItemFormat) -> tuple[str, int | None]:
+    """[title, year] of a film, the line of any other item; of either an object with that as `item`, or with the columns
+    that the format names.
 
     The item of a format without years is (line, None).
     """
-    name = f"groundtruth[{place}]"
-    if isinstance(entry, dict):
+    if isinstance(entry, dict) and "item" in entry and "item" not in item_format.columns:
+        entry = entry["item"]
+    elif isinstance(entry, dict):
         if not item_format.is_film:
             return _in_field(name, lambda row: (item_format.write(row), None), entry)
         entry = [entry.get("title"), entry.get("year")]
@@ -200,6 +269,35 @@ def _to_entry(entry: object, place: int, item_format: ItemFormat) -> tuple[str, 
         form = f"the line of an item, {item_format.template!r}, or an object with {', '.join(item_format.columns)}"
         raise DataError(f"{name} must be {form}, got {entry!r:.80}")
     return _in_field(name, parse_title, entry), None
+
+
+def _to_candidates(value: object, item_format: ItemFormat) -> tuple[Candidate, ...]:
+    """Items as in a ground truth, or objects that have a `text` beside the columns of the format."""
+    if value is None:
+        return ()
+    candidates: dict[tuple[str, int | None], Candidate] = {}
+    for place, entry in enumerate(_a_list(value, "candidates")):
+        name = f"candidates[{place}]"
+        text = entry.get("text", "") if isinstance(entry, dict) else ""
+        if not isinstance(text, str):
+            raise DataError(f"{name}: text must be a string, got {type_name(text)}")
+        item = _to_item(entry, name, item_format)
+        if item in candidates:
+            raise DataError(f"{name}: {title_line(*item)} is a candidate already; keep one")
+        candidates[item] = Candidate(*item, " ".join(text.split()))
+    if not candidates:
+        raise DataError("candidates is empty; leave it out where a list may name any item of the catalog")
+    return tuple(candidates.values())
+
+
+def _check_candidates(candidates: Sequence[Candidate], groundtruth: Sequence[tuple[str, int | None]]) -> None:
+    known = {(normalise_title(candidate.title), candidate.year) for candidate in candidates}
+    missing = [item for item in groundtruth if (normalise_title(item[0]), item[1]) not in known]
+    if candidates and missing:
+        raise DataError(
+            f"the ground truth {title_line(*missing[0])} is not among the {len(candidates)} candidates and can never "
+            "be a hit; add it to candidates, or take it out of groundtruth"
+        )
 
 
 def _in_field(name: str, parse: Any, value: object) -> Any:
@@ -217,12 +315,13 @@ def _a_list(value: object, name: str) -> list[Any]:
 
 
 def _soft_problems(
-    row: Mapping[str, Any], sample: Sample, split: str, catalog: Catalog | None
+    row: Mapping[str, Any], sample: Sample, split: str, catalog: Catalog | None, item_format: ItemFormat
 ) -> Iterator[tuple[str, str]]:
     """(kind, text) of what looks wrong with a sample."""
     if not sample.groundtruth:
         yield "empty ground truth", "ground truth is empty; the sample is left out of training and evaluation"
-    if len(sample.groundtruth) < len(row["groundtruth"]):
+    weights = [_split_weight(entry, "", item_format)[1] for entry in row["groundtruth"]]
+    if len(sample.groundtruth) < sum(weight > 0 for weight in weights):
         yield "repeated ground truth", "ground truth names an item twice; kept once"
     if split in SPLITS and row.get("split", split) != split:
         yield "samples of another split", f"split says {row['split']!r}, the file is {split}.jsonl"
@@ -246,11 +345,21 @@ def _to_row(sample: Sample) -> dict[str, Any]:
         "seen_titles": list(sample.seen_titles),
         "groundtruth": [title if year is None else [title, year] for title, year in sample.groundtruth],
     }
+    if sample.weights:
+        pairs = zip(sample.groundtruth, sample.weights, strict=True)
+        row["groundtruth"] = [[t, weight] if year is None else [t, year, weight] for (t, year), weight in pairs]
+    if sample.candidates:
+        row["candidates"] = [_candidate_row(candidate) for candidate in sample.candidates]
     if sample.completion is not None:
         row["completion"] = sample.completion
     if sample.dialog is not None:
         row["dialog"] = sample.dialog
-    return row
+    return row | dict(sample.fields)
+
+
+def _candidate_row(candidate: Candidate) -> Any:
+    item = candidate.title if candidate.year is None else [candidate.title, candidate.year]
+    return {"item": item, "text": candidate.text} if candidate.text else item
 
 
 # ----------------------------------------------------------------------------------------------------------------------

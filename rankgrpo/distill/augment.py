@@ -53,9 +53,9 @@ def short_requests(
 
     Each names 1 to 5 items: some that its sample names or holds as ground truth, some that the teacher lists for those.
     It keeps the id of its sample, so that a cross-fitted teacher leaves the sample's dialog out; `request_id` is the id
-    of its own. Samples without catalog items give none.
+    of its own. Samples without catalog items give none, nor do those that bring candidates.
     """
-    items_of = [_items(sample, catalog) for sample in samples]
+    items_of = [[] if sample.candidates else _items(sample, catalog) for sample in samples]
     similar = (
         similar_items({index for items in items_of for index in items}, teacher, num_items) if num_variants else {}
     )

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rankgrpo.data.prompt import format_prompt
+from rankgrpo.data.prompt import DEFAULT_PROMPT, PromptFormat
 from rankgrpo.data.samples import Sample
 from rankgrpo.distill.llm import CallReport, Endpoint, Estimate, ReplyLog, ask_all, estimate_calls
 from rankgrpo.distill.metadata import item_name
@@ -35,9 +35,9 @@ class TeacherLists:
         return "\n".join(item_name(self.items[index]) for index in (self.lists[sample] or ())[:num_items])
 
 
-def list_prompt(sample: Sample, num_items: int) -> str:
-    """The paper's prompt, for `num_items` recommendations."""
-    return format_prompt(sample.conversation, num_items)
+def list_prompt(sample: Sample, num_items: int, prompt: PromptFormat = DEFAULT_PROMPT) -> str:
+    """The paper's prompt, or what says the same of other items, for `num_items` recommendations."""
+    return prompt.text(sample, num_items)
 
 
 def is_list(
@@ -50,14 +50,26 @@ def is_list(
     return bool(lines) and num_items >= MIN_READABLE * len(lines)
 
 
-def estimate_lists(samples: Sequence[Sample], num_items: int, endpoint: Endpoint, log: ReplyLog) -> Estimate:
+def estimate_lists(
+    samples: Sequence[Sample],
+    num_items: int,
+    endpoint: Endpoint,
+    log: ReplyLog,
+    prompt: PromptFormat = DEFAULT_PROMPT,
+) -> Estimate:
     """The cost of `ask_lists`."""
-    prompts = [list_prompt(sample, num_items) for sample in samples]
+    prompts = [list_prompt(sample, num_items, prompt) for sample in samples]
     return estimate_calls(endpoint, prompts, TOKENS_PER_LINE * num_items, log)
 
 
 def ask_lists(
-    samples: Sequence[Sample], catalog: Catalog, match: Match, num_items: int, endpoint: Endpoint, log: ReplyLog
+    samples: Sequence[Sample],
+    catalog: Catalog,
+    match: Match,
+    num_items: int,
+    endpoint: Endpoint,
+    log: ReplyLog,
+    prompt: PromptFormat = DEFAULT_PROMPT,
 ) -> tuple[TeacherLists, CallReport]:
     """The teacher's list for every sample, at most `num_items` long, each line matched to the catalog where it can be.
 
@@ -65,7 +77,7 @@ def ask_lists(
     """
     replies, report = ask_all(
         endpoint,
-        [list_prompt(sample, num_items) for sample in samples],
+        [list_prompt(sample, num_items, prompt) for sample in samples],
         log,
         max_tokens=TOKENS_PER_LINE * num_items,
         is_readable=lambda _, reply: is_list(reply, catalog.parse, match),

@@ -16,6 +16,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from rankgrpo.data.prompt import DEFAULT_PROMPT, PromptFormat
 from rankgrpo.distill.llm import CallReport, Endpoint, Estimate, ReplyLog, ask_all, estimate_calls
 from rankgrpo.items.catalog import Item
 
@@ -23,12 +24,12 @@ MAX_TOKENS = 300
 MAX_FACTS_CHARS = 1500
 
 PROMPT = (
-    "Describe a movie for someone who wants to find similar ones. Answer in exactly this form, with NO extra words:\n"
+    "Describe a {noun} for someone who wants to find similar ones. Answer in exactly this form, with NO extra words:\n"
     "{name}\n"
     "Keywords: ten keywords, separated by commas: genres, themes, mood, setting, people\n"
     "Plots: the plot in one paragraph\n"
-    "If you do not know the movie, describe what its title suggests.{facts}\n"
-    "The movie is {name}."
+    "If you do not know the {noun}, describe what its title suggests.{facts}\n"
+    "The {noun} is {name}."
 )
 
 _REPLY = re.compile(r"(?ims)^\W*keywords\W*:\s*(?P<keywords>[^\n]*\w[^\n]*)\n+\W*plots?\W*:\s*(?P<plots>.*\w.*)")
@@ -49,11 +50,11 @@ def catalog_text(item: Item) -> str:
     return "\n".join(lines)
 
 
-def metadata_prompt(item: Item) -> str:
+def metadata_prompt(item: Item, prompt: PromptFormat = DEFAULT_PROMPT) -> str:
     """The question about an item, with what the catalog knows of it."""
     facts = catalog_text(item)[:MAX_FACTS_CHARS].partition("\n")[2]
     known = f"\nWhat is known of it:\n{facts}" if facts else ""
-    return PROMPT.replace("{facts}", known).replace("{name}", item_name(item))
+    return prompt.words(PROMPT).replace("{facts}", known).replace("{name}", item_name(item))
 
 
 def read_metadata(item: Item, reply: str) -> str | None:
@@ -65,16 +66,20 @@ def read_metadata(item: Item, reply: str) -> str | None:
     return f"{item_name(item)}\nKeywords: {keywords}\nPlots: {plots}"
 
 
-def estimate_metadata(items: Sequence[Item], endpoint: Endpoint, log: ReplyLog) -> Estimate:
+def estimate_metadata(
+    items: Sequence[Item], endpoint: Endpoint, log: ReplyLog, prompt: PromptFormat = DEFAULT_PROMPT
+) -> Estimate:
     """The cost of `ask_metadata`."""
-    return estimate_calls(endpoint, [metadata_prompt(item) for item in items], MAX_TOKENS, log)
+    return estimate_calls(endpoint, [metadata_prompt(item, prompt) for item in items], MAX_TOKENS, log)
 
 
-def ask_metadata(items: Sequence[Item], endpoint: Endpoint, log: ReplyLog) -> tuple[list[str], CallReport]:
+def ask_metadata(
+    items: Sequence[Item], endpoint: Endpoint, log: ReplyLog, prompt: PromptFormat = DEFAULT_PROMPT
+) -> tuple[list[str], CallReport]:
     """A text an item from the teacher; the catalog's own where it gave none that can be read."""
     replies, report = ask_all(
         endpoint,
-        [metadata_prompt(item) for item in items],
+        [metadata_prompt(item, prompt) for item in items],
         log,
         max_tokens=MAX_TOKENS,
         is_readable=lambda _, reply: _REPLY.search(reply) is not None,

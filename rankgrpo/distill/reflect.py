@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rankgrpo.data.prompt import SPEAKERS
+from rankgrpo.data.prompt import DEFAULT_PROMPT, PromptFormat, format_context
 from rankgrpo.data.samples import Sample
 from rankgrpo.distill.llm import CallReport, Endpoint, Estimate, ReplyLog, ask_all, estimate_calls
 from rankgrpo.distill.metadata import item_name
@@ -29,22 +29,24 @@ RATINGS = {"-2": -2, "-1": -1, "0": 0, "1": 1, "2": 2, "+1": 1, "+2": 2}
 MIN_RATED = 0.5
 
 PROMPT = (
-    "Pretend you are a movie recommender system.\n"
-    "I will give you a conversation between a user and you (a recommender system), and a list of candidate movies. "
+    "Pretend you are a {noun} recommender system.\n"
+    "I will give you a conversation between a user and you (a recommender system), and a list of candidate {nouns}. "
     "Rate how well each candidate fits as a recommendation for this user at the end of this conversation: 2 (fits very "
     "well), 1 (fits), 0 (neutral), -1 (does not fit), -2 (does not fit at all). Reply with one line for each candidate "
-    "in the form of movie_name (release_year)####rating with NO extra words or sentences.\n"
+    "in the form of {rated}####rating with NO extra words or sentences.\n"
     "Here is the conversation: {context}"
     "Here are the candidates:\n{candidates}"
 )
 _LINE = re.compile(r"^(?P<name>.*\S)\s*####\s*(?P<rating>[+-]?[0-9])\s*$")
 
 
-def judge_prompt(sample: Sample, candidates: Sequence[Item]) -> str:
+def judge_prompt(sample: Sample, candidates: Sequence[Item], prompt: PromptFormat = DEFAULT_PROMPT) -> str:
     """The question about one conversation."""
-    context = "".join(f"{SPEAKERS[turn.role]}: {turn.content}\n" for turn in sample.conversation)
+    context = format_context(sample.conversation)
+    rated = "movie_name (release_year)" if prompt.item_format.is_film else prompt.words("{form}")
     listed = "\n".join(item_name(item) for item in candidates)
-    return PROMPT.replace("{candidates}", listed).replace("{context}", context)
+    question = prompt.words(PROMPT).replace("{rated}", rated)
+    return question.replace("{candidates}", listed).replace("{context}", context)
 
 
 def read_ratings(reply: str, candidates: Sequence[int], catalog: Catalog) -> dict[int, int]:
@@ -71,12 +73,13 @@ class Judge:
     candidates: Sequence[Sequence[int]]
     catalog: Catalog
     endpoint: Endpoint
+    prompt: PromptFormat = DEFAULT_PROMPT
 
     def prompts(self) -> list[str]:
         """One question a sample."""
         items = self.catalog.items
         return [
-            judge_prompt(sample, [items[index] for index in indices])
+            judge_prompt(sample, [items[index] for index in indices], self.prompt)
             for sample, indices in zip(self.samples, self.candidates, strict=True)
         ]
 

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from tyro.conf import arg
 
+from rankgrpo.data.prompt import PromptFormat, prompt_of_nouns
 from rankgrpo.distill.llm import Endpoint
 from rankgrpo.items.format import FILM_TEMPLATE
 
@@ -23,6 +24,10 @@ class DistillConfig:
     """`demo`, or a folder with train/validation/test.jsonl and catalog.jsonl or .csv"""
     item: str = FILM_TEMPLATE
     """How an item is written, from columns of the catalog: `{title} by {author}`"""
+    item_noun: str = ""
+    """What an item is called in questions (default: movie for films, else item)."""
+    item_nouns: str = ""
+    """Several of them (default: item_noun with an s)."""
     out: Path | None = None
     """Output folder (default: runs/distill-DATA); the same command continues it, another reuses what it can."""
     teacher: str = EASE
@@ -123,6 +128,11 @@ class DistillConfig:
             raise ValueError(f"--extra must be a JSON object, got {self.extra}")
         if self.metadata == "teacher" and not self.has_model:
             raise ValueError("--metadata teacher needs a model as teacher; EASE knows no texts")
+
+    @property
+    def prompt(self) -> PromptFormat:
+        """How conversations are put to the teacher."""
+        return prompt_of_nouns(self.item, self.item_noun, self.item_nouns)
 
     @property
     def has_model(self) -> bool:

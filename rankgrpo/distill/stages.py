@@ -94,12 +94,16 @@ class DistillRun:
         config, corpus = self.config, self.corpus
         total = Estimate(0, 0, 0)
         if config.has_model:
-            total += estimate_lists(corpus.samples, config.listed, config.teacher_endpoint(), self.teacher_log)
+            total += estimate_lists(
+                corpus.samples, config.listed, config.teacher_endpoint(), self.teacher_log, config.prompt
+            )
         if config.asks_metadata and config.remap:
-            total += estimate_metadata(corpus.catalog.items, config.teacher_endpoint(), self.metadata_log)
+            total += estimate_metadata(
+                corpus.catalog.items, config.teacher_endpoint(), self.metadata_log, config.prompt
+            )
         if self.judge is not None:
             some = range(min(config.num_judged, len(corpus.catalog)))
-            judge = Judge(corpus.samples, [some] * len(corpus.samples), corpus.catalog, self.judge)
+            judge = Judge(corpus.samples, [some] * len(corpus.samples), corpus.catalog, self.judge, config.prompt)
             ratings = judge.estimate(self.judge_log)
             total += ratings.share(1 - min(len(self.judge_log.replies) / max(ratings.num_calls, 1), 1))
         return total
@@ -110,6 +114,7 @@ class DistillRun:
         """The teacher's lists; samples without one take no further part."""
         config, corpus = self.config, self.corpus
         asked = [config.teacher, config.model, config.extra, config.temperature] if config.has_model else [EASE]
+        asked += [word for word in (config.item_noun, config.item_nouns) if word]
         self.key = content_key("teacher", self.key, asked, config.listed, config.num_folds, config.seed)
 
         def make() -> tuple[list[dict[str, Any]], bool]:
@@ -124,6 +129,7 @@ class DistillRun:
                 config.listed,
                 config.teacher_endpoint(),
                 self.teacher_log,
+                config.prompt,
             )
             say(f"teacher: {report}")
             return self._teacher_rows(lists), not report.failed
@@ -171,7 +177,7 @@ class DistillRun:
 
         def make() -> tuple[list[dict[str, Any]], bool]:
             if config.asks_metadata:
-                texts, report = ask_metadata(items, config.teacher_endpoint(), self.metadata_log)
+                texts, report = ask_metadata(items, config.teacher_endpoint(), self.metadata_log, config.prompt)
                 say(f"metadata: {report}")
             else:
                 texts, report = [catalog_text(item) for item in items], CallReport()
@@ -208,9 +214,8 @@ class DistillRun:
         places = self.answered
 
         def make() -> tuple[list[dict[str, Any]], bool]:
-            judge = Judge(
-                [corpus.samples[p] for p in places], [candidates[p] for p in places], corpus.catalog, self.judge
-            )
+            asked = [corpus.samples[p] for p in places]
+            judge = Judge(asked, [candidates[p] for p in places], corpus.catalog, self.judge, config.prompt)
             ratings, report = judge.rate(self.judge_log)
             say(f"reflect: {report}")
             num_rated, num_asked = sum(map(len, ratings)), sum(len(candidates[p]) for p in places)

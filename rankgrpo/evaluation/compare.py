@@ -17,7 +17,8 @@ from rankgrpo.baselines.popularity import popularity_counts, popularity_lists
 from rankgrpo.config import Config
 from rankgrpo.config_file import load_config
 from rankgrpo.data.load import load_dataset
-from rankgrpo.data.samples import Dataset, Sample
+from rankgrpo.data.prompt import open_prompt
+from rankgrpo.data.samples import SPLITS, Dataset, Sample
 from rankgrpo.errors import ConfigError
 from rankgrpo.evaluation.diversity import Diversity, describe_lists, diversity_path, summarise_lists, write_diversity
 from rankgrpo.evaluation.evaluate import (
@@ -34,8 +35,8 @@ from rankgrpo.evaluation.evaluate import (
 from rankgrpo.evaluation.lists import sample_lists
 from rankgrpo.evaluation.run_folder import is_run, run_models
 from rankgrpo.evaluation.tables import format_table
+from rankgrpo.files.template import placeholders
 from rankgrpo.items.catalog import Catalog
-from rankgrpo.items.format import ItemFormat
 from rankgrpo.model.constraint import hold_to_catalog
 from rankgrpo.model.policy import open_policy
 from rankgrpo.model.presets import resolve_model
@@ -55,8 +56,13 @@ class Source:
 
 
 def load_config_dataset(config: Config) -> Dataset:
-    data = config.data
-    return load_dataset(data.path, num_train=data.num_train or None, item_format=ItemFormat(data.item))
+    """The data set of the settings. Raises DataError, and ConfigError for a prompt that its samples cannot fill."""
+    data, prompt = config.data, open_prompt(config.data)
+    dataset = load_dataset(data.path, num_train=data.num_train or None, item_format=prompt.item_format, gain=data.gain)
+    prompt.check(sample for split in SPLITS for sample in dataset.split(split))
+    used = [f"unknown field {name!r} " for name in placeholders(prompt.template)]
+    problems = [p for p in dataset.problems if not any(p.text.startswith(words) for words in used)]
+    return replace(dataset, problems=problems)
 
 
 def fit_teacher(config: Config, dataset: Dataset, *, num_folds: int) -> EaseTeacher:
@@ -74,21 +80,20 @@ def fit_teacher(config: Config, dataset: Dataset, *, num_folds: int) -> EaseTeac
 def score_source(source: Source, samples: list[Sample], dataset: Dataset, parallel: Parallel) -> Evaluation:
     """Scores of a model's lists, or of a baseline's, on `samples`; the processes share a model's work."""
     config = source.config
-    num_ranks, year_tolerance = config.data.num_ranks, config.rl.year_tolerance
+    num_ranks = config.data.num_ranks
+    terms = {"num_ranks": num_ranks, "year_tolerance": config.rl.year_tolerance, "cutoffs": config.eval.ranks}
     if source.location in BASELINES:
         if source.location == "popularity":
             lists = popularity_lists(dataset.train, samples, dataset.catalog, num_items=num_ranks)
         else:
             lists = fit_teacher(config, dataset, num_folds=0).rank_all(samples, num_items=num_ranks)
-        return score_items(samples, lists, dataset.catalog, num_ranks=num_ranks, year_tolerance=year_tolerance)
+        return score_items(samples, lists, dataset.catalog, **terms)
     draws, temperature = config.eval.draws, config.eval.temperature
     lists = draw_lists(source, samples, draws, temperature, f"evaluate {source.name}", dataset.catalog, parallel)
     evaluations = []
     for draw in range(draws):
         texts = [of_sample[draw] for of_sample in lists]
-        evaluations.append(
-            score_completions(samples, texts, dataset.catalog, num_ranks=num_ranks, year_tolerance=year_tolerance)
-        )
+        evaluations.append(score_completions(samples, texts, dataset.catalog, **terms))
     return mean_evaluation(evaluations)
 
 

@@ -6,9 +6,9 @@ from a list before it is scored. Models are not seen here, only what they
 answered.
 
 Metrics of a sample, over its first K = `num_ranks` lines:
-  recall@k, ndcg@k   k in 5, 10, 15, 20 (those below K, and K itself); see `rankgrpo.metrics`. The ground truth counts
-                     as a set of catalog items; an item the catalog does not hold, or that was already seen, can never
-                     be hit and still counts.
+  recall@k, ndcg@k   k in 5, 10, 15, 20 or other cut-offs (those below K, and K itself); see `rankgrpo.metrics`. NDCG
+                     goes by the gains of a ground truth with weights. The ground truth is a set of catalog items; one
+                     that the catalog does not hold, or that was already seen, can never be hit and still counts.
   parsed_frac        share of these lines that have the form of an item, `Title (Year)` unless data.item says otherwise
   in_catalog_frac    share of these lines that name a catalog item
   duplicate_frac     share of these lines that name an earlier line's item again
@@ -31,13 +31,22 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
+from rankgrpo.data.candidates import sample_catalog
 from rankgrpo.data.samples import Sample
 from rankgrpo.evaluation.tables import LIST_METRICS, format_table, is_metric
 from rankgrpo.files.atomic import write_lines
 from rankgrpo.files.rows import read_jsonl
 from rankgrpo.items.catalog import Catalog
-from rankgrpo.metrics import bootstrap_interval, hit_rate_by_rank, ndcg_at_k, paired_bootstrap, recall_at_k
+from rankgrpo.metrics import (
+    bootstrap_interval,
+    graded_ndcg_at_k,
+    hit_rate_by_rank,
+    ndcg_at_k,
+    paired_bootstrap,
+    recall_at_k,
+)
 from rankgrpo.parse import ListedItem
 from rankgrpo.reward import relevance
 
@@ -86,14 +95,16 @@ def score_completions(
     *,
     num_ranks: int = 20,
     year_tolerance: int = 0,
+    cutoffs: Sequence[int] = CUTOFFS,
 ) -> Evaluation:
     """Score one answer a sample. No samples give an empty evaluation, as a process without a share of them needs.
 
     Raises ValueError for different lengths and for a sample without ground truth.
     """
     _check_same_length(samples, completions, "completions")
-    lists = [catalog.parse(text) for text in completions]
-    return _score(samples, completions, lists, catalog, num_ranks, year_tolerance)
+    catalogs = [sample_catalog(sample, catalog) for sample in samples]
+    lists = [of_sample.parse(text) for of_sample, text in zip(catalogs, completions, strict=True)]
+    return _score(samples, completions, lists, catalog, num_ranks, year_tolerance, cutoffs)
 
 
 def score_items(
@@ -103,6 +114,7 @@ def score_items(
     *,
     num_ranks: int = 20,
     year_tolerance: int = 0,
+    cutoffs: Sequence[int] = CUTOFFS,
 ) -> Evaluation:
     """Score lists of catalog indices (popularity, EASE), best first, just as if a model had written them.
 
@@ -119,7 +131,7 @@ def score_items(
         items = [catalog.items[index] for index in indices]
         lists.append([ListedItem(item.title, item.year, (0, 0)) for item in items])
         texts.append("\n".join(item.line for item in items))
-    return _score(samples, texts, lists, catalog, num_ranks, year_tolerance)
+    return _score(samples, texts, lists, catalog, num_ranks, year_tolerance, cutoffs)
 
 
 def _check_same_length(samples: Sequence[Sample], answers: Sequence[object], name: str) -> None:
@@ -136,27 +148,36 @@ def _score(
     catalog: Catalog,
     num_ranks: int,
     year_tolerance: int,
+    cutoffs: Sequence[int],
 ) -> Evaluation:
-    hits, counts, shares, rows = [], [], [], []
+    gains, counts, shares, rows = [], [], [], []
     for sample, text, items in zip(samples, texts, lists, strict=True):
+        own = sample_catalog(sample, catalog)
         relevance_K = relevance(
             items,
             sample.groundtruth,
-            catalog=catalog,
+            catalog=own,
             seen=sample.seen_titles,
             num_ranks=num_ranks,
             year_tolerance=year_tolerance,
+            gains=sample.gains,
         )
-        marks = _mark_items(items[:num_ranks], text, relevance_K, sample, catalog, year_tolerance)
-        hits.append(relevance_K)
+        marks = _mark_items(items[:num_ranks], text, relevance_K, sample, own, year_tolerance)
+        gains.append(relevance_K)
         counts.append(count_groundtruth(sample, catalog, year_tolerance))
         shares.append(_list_metrics(marks, num_lines=len(items)))
         rows.append(_row(sample, text, marks))
-    hits_NK = torch.stack(hits) if hits else torch.zeros(0, num_ranks)
+    gain_NK = torch.stack(gains) if gains else torch.zeros(0, num_ranks)
+    hits_NK = (gain_NK > 0).float()
     num_groundtruth_N = torch.tensor(counts, dtype=torch.long)
-    cutoffs = [k for k in CUTOFFS if k < num_ranks] + [num_ranks]
+    cutoffs = [k for k in cutoffs if k < num_ranks] + [num_ranks]
     metrics = {f"recall@{k}": recall_at_k(hits_NK, num_groundtruth_N, k) for k in cutoffs}
-    metrics |= {f"ndcg@{k}": ndcg_at_k(hits_NK, num_groundtruth_N, k) for k in cutoffs}
+    if any(sample.weights for sample in samples):
+        best = [torch.tensor(_best_gains(sample, catalog, year_tolerance)) for sample in samples]
+        best_NJ = pad_sequence(best, batch_first=True)
+        metrics |= {f"ndcg@{k}": graded_ndcg_at_k(gain_NK, best_NJ, k) for k in cutoffs}
+    else:
+        metrics |= {f"ndcg@{k}": ndcg_at_k(hits_NK, num_groundtruth_N, k) for k in cutoffs}
     metrics |= {name: torch.tensor([share[name] for share in shares], dtype=torch.float64) for name in LIST_METRICS}
     for index, row in enumerate(rows):
         row |= {name: float(values[index]) for name, values in metrics.items()}
@@ -166,6 +187,15 @@ def _score(
 def count_groundtruth(sample: Sample, catalog: Catalog, year_tolerance: int = 0) -> int:
     """Number of different items there are to find."""
     return len({_item_key(title, year, catalog, year_tolerance) for title, year in sample.groundtruth})
+
+
+def _best_gains(sample: Sample, catalog: Catalog, year_tolerance: int) -> list[float]:
+    """What all there is to find is worth, highest first."""
+    gain_of: dict[int | tuple[str, int | None], float] = {}
+    for (title, year), gain in zip(sample.groundtruth, sample.gains, strict=True):
+        key = _item_key(title, year, catalog, year_tolerance)
+        gain_of[key] = max(gain, gain_of.get(key, 0.0))
+    return sorted(gain_of.values(), reverse=True)
 
 
 def _item_key(title: str, year: int | None, catalog: Catalog, year_tolerance: int) -> int | tuple[str, int | None]:
@@ -215,6 +245,7 @@ def _row(sample: Sample, text: str, marks: list[dict[str, Any]]) -> dict[str, An
         "id": sample.id,
         "conversation": [{"role": turn.role, "content": turn.content} for turn in sample.conversation],
         "groundtruth": [list(title_year) for title_year in sample.groundtruth],
+        **({"gains": list(sample.gains)} if sample.weights else {}),
         "completion": text,
         "items": marks,
     }

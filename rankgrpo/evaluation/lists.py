@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from tqdm import tqdm
 
 from rankgrpo.config import Config
-from rankgrpo.data.prompt import encode_prompts
+from rankgrpo.data.prompt import encode_prompts, open_prompt
 from rankgrpo.data.samples import Sample
 from rankgrpo.items.catalog import Catalog
 from rankgrpo.sampler.base import Sampler, prompt_seed
@@ -49,7 +49,14 @@ def sample_lists(
 ) -> list[list[str]]:
     """`num_lists` lists a sample, as text; otherwise as `recommend_lists`."""
     data = config.data
-    prompts = encode_prompts(policy.tokenizer, samples, data.max_prompt_tokens, data.num_ranks, quiet=title is None)
+    prompts = encode_prompts(
+        policy.tokenizer,
+        samples,
+        data.max_prompt_tokens,
+        data.num_ranks,
+        quiet=title is None,
+        prompt=open_prompt(data),
+    )
     unit = "list" if num_lists == 1 else "conversation"
     with tqdm(total=len(samples), desc=title, unit=unit, disable=title is None, dynamic_ncols=True) as bar:
         groups = sampler.sample(

@@ -14,6 +14,7 @@ import torch
 
 from rankgrpo.config import Config
 from rankgrpo.config_file import load_config
+from rankgrpo.data.candidates import sample_catalog
 from rankgrpo.data.conversation import read_conversation
 from rankgrpo.data.load import load_catalog
 from rankgrpo.data.samples import Sample, read_samples
@@ -66,9 +67,10 @@ def recommend(
     samples, _ = read_samples(batch, item_format=catalog.item_format)
     lists = recommend_lists(policy, sampler, samples, catalog, config, title="recommend")
     for sample, text in zip(samples, lists, strict=True):
+        own = sample_catalog(sample, catalog)
         items = [
-            _named(item, catalog) if item.title is not None else {"line": text[slice(*item.chars)]}
-            for item in catalog.parse(text)
+            _named(item, own) if item.title is not None else {"line": text[slice(*item.chars)]}
+            for item in own.parse(text)
         ]
         print(json.dumps({"id": sample.id, "items": items}, ensure_ascii=False))
 

@@ -34,6 +34,7 @@ def validate(
         catalog,
         num_ranks=config.data.num_ranks,
         year_tolerance=config.rl.year_tolerance,
+        cutoffs=config.eval.ranks,
     )
     for name, values in evaluation.metrics.items():
         means.add(f"eval/{name}", float(values.sum()), len(values))
@@ -60,7 +61,12 @@ def validate_freely(
     mine = samples[parallel.dp_rank :: parallel.dp_world]
     lists = recommend_lists(free, hf_sampler(free, config.rl.sampler_rows), mine, catalog, config)
     evaluation = score_completions(
-        mine, lists, catalog, num_ranks=config.data.num_ranks, year_tolerance=config.rl.year_tolerance
+        mine,
+        lists,
+        catalog,
+        num_ranks=config.data.num_ranks,
+        year_tolerance=config.rl.year_tolerance,
+        cutoffs=config.eval.ranks,
     )
     means = Means()
     for name, values in evaluation.metrics.items():

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
+from rankgrpo.data.candidates import excluded_items
 from rankgrpo.data.samples import Sample
 from rankgrpo.errors import ConfigError
 from rankgrpo.items.catalog import Catalog
@@ -43,14 +44,18 @@ class Constraint:
     """Tokens of the longest list there can be, end token included: no list is cut."""
 
     def start(self, seen: Sequence[int] = ()) -> ListWalk:
-        """A list before its first token, for a user who has seen these items."""
-        return self.trie.start(self.num_ranks, forbid=self.forbid, seen=seen)
+        """A list before its first token, where these items must not be named (`Policy.seen`)."""
+        return self.trie.start(self.num_ranks, forbid=self._terms([seen]), seen=seen)
 
     def choices(self, groups: Sequence[Group]) -> Choices:
         """What was allowed at every token of every list, group by group."""
         lists = [ids for group in groups for ids in group.completion_ids]
         seen = [group.seen for group in groups for _ in group.completion_ids]
-        return self.trie.choices(lists, self.num_ranks, forbid=self.forbid, seen=seen)
+        return self.trie.choices(lists, self.num_ranks, forbid=self._terms(seen), seen=seen)
+
+    def _terms(self, seen: Sequence[Sequence[int]]) -> Forbid:
+        """Candidates close all other items also where what was seen is allowed."""
+        return "repeats+seen" if self.forbid == "repeats" and any(seen) else self.forbid
 
 
 def open_constraint(
@@ -90,10 +95,16 @@ def longest_list(trie: CatalogTrie, num_ranks: int, *, repeats: bool) -> int:
 def forbidden_items(
     constraint: Constraint | None, samples: Sequence[Sample], catalog: Catalog
 ) -> list[tuple[int, ...]]:
-    """For every sample the items that its lists must not name: none, unless what was seen is forbidden."""
-    if constraint is None or constraint.forbid != "repeats+seen":
+    """For every sample the items that its lists must not name: what was seen, where that is forbidden, and all but its
+    candidates, where it brings any. Nothing where lists are not held to the catalog."""
+    if constraint is None:
         return [()] * len(samples)
-    return [tuple(seen_items(sample, catalog)) for sample in samples]
+    closed = []
+    for sample in samples:
+        items = seen_items(sample, catalog) if constraint.forbid == "repeats+seen" else []
+        others = excluded_items(sample, catalog) if sample.candidates else []
+        closed.append(tuple(dict.fromkeys([*items, *others])))
+    return closed
 
 
 def seen_items(sample: Sample, catalog: Catalog) -> list[int]:

@@ -59,7 +59,8 @@ class Policy:
         return self.allowed_V.device
 
     def seen(self, samples: Sequence[Sample], catalog: Catalog) -> list[tuple[int, ...]]:
-        """For every sample the items that its lists must not name: none, unless what was seen is forbidden."""
+        """For every sample the items that its lists must not name: what was seen, where that is forbidden, and all but
+        its candidates, where it brings any. Nothing where lists are not held to the catalog."""
         return forbidden_items(self.constraint, samples, catalog)
 
     def allowed_ids(self, groups: list[Group]) -> AllowedIds | None:

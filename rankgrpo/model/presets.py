@@ -36,6 +36,7 @@ from transformers import (
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import logging
 
+from rankgrpo.data.prompt import PromptFormat
 from rankgrpo.data.samples import Dataset
 from rankgrpo.errors import ModelError
 from rankgrpo.files.atomic import atomic_folder
@@ -109,6 +110,7 @@ def make_init(
     seed: int,
     tiny: TinyConfig | None = None,
     num_ranks: int = 20,
+    prompt: PromptFormat | None = None,
 ) -> str:
     """Make the model a run starts from; returns what `load_policy` opens.
 
@@ -122,12 +124,12 @@ def make_init(
         return preset.location
     out_dir = Path(out_dir)
     tiny = tiny or TinyConfig()
-    recipe = _recipe(preset, dataset, seed, tiny, num_ranks)
+    recipe = _recipe(preset, dataset, seed, tiny, num_ranks, prompt)
     if out_dir.exists() and any(out_dir.iterdir()):
         _check_recipe(out_dir, recipe)
         return str(out_dir)
     if preset.origin == "scratch":
-        model, tokenizer = make_tiny(dataset, tiny, seed=seed, num_ranks=num_ranks)
+        model, tokenizer = make_tiny(dataset, tiny, seed=seed, num_ranks=num_ranks, prompt=prompt)
     else:
         model, tokenizer = convert_smollm2()
     _set_stop_tokens(model, tokenizer, name)
@@ -316,7 +318,9 @@ def _set_stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
     )
 
 
-def _recipe(preset: Preset, dataset: Dataset, seed: int, tiny: TinyConfig, num_ranks: int) -> dict[str, Any]:
+def _recipe(
+    preset: Preset, dataset: Dataset, seed: int, tiny: TinyConfig, num_ranks: int, prompt: PromptFormat | None
+) -> dict[str, Any]:
     """All that decides what `make_init` writes, as JSON."""
     if preset.origin == "package":
         return {"preset": preset.name, "package": preset.location}
@@ -328,7 +332,11 @@ def _recipe(preset: Preset, dataset: Dataset, seed: int, tiny: TinyConfig, num_r
         digest.update("\n".join(texts).encode() + b"\0")
     size = asdict(tiny) | {"architecture": "llama"}
     recipe = {"preset": preset.name, "seed": seed, "size": size, "data_sha256": digest.hexdigest()}
-    return recipe if num_ranks == 20 else recipe | {"num_ranks": num_ranks}  # folders made for 20 do not name it
+    # Folders made for 20 ranks and the paper's prompt name neither.
+    recipe |= {} if num_ranks == 20 else {"num_ranks": num_ranks}
+    default = PromptFormat(dataset.catalog.item_format)
+    lines, by_default = (p.fixed_lines(num_ranks, dataset.train) for p in (prompt or default, default))
+    return recipe if lines == by_default else recipe | {"prompt": lines}
 
 
 def _check_recipe(folder: Path, recipe: dict[str, Any]) -> None:

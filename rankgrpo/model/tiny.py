@@ -27,7 +27,7 @@ import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from rankgrpo.data.prompt import SPEAKERS, format_prompt
+from rankgrpo.data.prompt import SPEAKERS, PromptFormat, format_context
 from rankgrpo.data.samples import Dataset
 from rankgrpo.items.format import title_line
 
@@ -87,10 +87,10 @@ class TinyConfig:
 
 
 def make_tiny(
-    dataset: Dataset, config: TinyConfig, *, seed: int, num_ranks: int = 20
+    dataset: Dataset, config: TinyConfig, *, seed: int, num_ranks: int = 20, prompt: PromptFormat | None = None
 ) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
     """A randomly initialised model and the tokenizer of `dataset`'s train split; the same for the same arguments."""
-    tokenizer = train_tokenizer(dataset, config.vocab, num_ranks)
+    tokenizer = train_tokenizer(dataset, config.vocab, num_ranks, prompt)
     return init_model(config, tokenizer, seed=seed), tokenizer
 
 
@@ -119,14 +119,17 @@ def init_model(config: TinyConfig, tokenizer: PreTrainedTokenizerFast, *, seed: 
         return LlamaForCausalLM(llama_config)
 
 
-def train_tokenizer(dataset: Dataset, vocab: int, num_ranks: int = 20) -> PreTrainedTokenizerFast:
+def train_tokenizer(
+    dataset: Dataset, vocab: int, num_ranks: int = 20, prompt: PromptFormat | None = None
+) -> PreTrainedTokenizerFast:
     """Byte-level BPE of the train split's words, plus its titles and the instruction to list `num_ranks` as
     phrases; at most `vocab` ids.
 
     Reads train conversations, their ground truth and demonstrations (`completion`), and the catalog's titles. A small
     data set gets fewer ids. Raises ValueError when the train split has no text.
     """
-    instruction = [line for line in format_prompt((), num_ranks).split("\n") if " " in line]
+    prompt = prompt or PromptFormat(dataset.catalog.item_format)
+    instruction = [line for line in prompt.fixed_lines(num_ranks, dataset.train) if " " in line]
     titles = dataset.catalog.lines
     lines = corpus_lines(dataset)
     if not lines:
@@ -135,7 +138,8 @@ def train_tokenizer(dataset: Dataset, vocab: int, num_ranks: int = 20) -> PreTra
     counts, _ = split_phrases(lines, titles)
     counts.update(title_line(title, year) for sample in dataset.train for title, year in sample.groundtruth)
     counts.update(line for sample in dataset.train if sample.completion for line in sample.completion.split("\n"))
-    frequent = sorted((t for t in titles if counts[t] >= MIN_TITLE_COUNT), key=lambda title: (-counts[title], title))
+    whole = (t for t in titles if counts[t] >= MIN_TITLE_COUNT and _is_phrase(t))
+    frequent = sorted(whole, key=lambda title: (-counts[title], title))
 
     phrases = instruction + frequent[: vocab // 2 - len(instruction)]
     _, words = split_phrases(lines, phrases)
@@ -155,8 +159,7 @@ def corpus_lines(dataset: Dataset) -> list[str]:
 
     Distinct, because a dialog gives one sample a turn: its opening would otherwise count as often as it has turns.
     """
-    instruction = len(format_prompt((), 1))
-    texts = (format_prompt(sample.conversation, 1)[instruction:] for sample in dataset.train)
+    texts = (format_context(sample.conversation) for sample in dataset.train)
     return [line for line in dict.fromkeys(line for text in texts for line in text.split("\n")) if line]
 
 
@@ -176,6 +179,11 @@ def split_phrases(texts: Iterable[str], phrases: Iterable[str]) -> tuple[Counter
             end = stop
         between.append(text[end:])
     return counts, [piece for piece in between if piece]
+
+
+def _is_phrase(line: str) -> bool:
+    """Whether a line may be a token: the decoder must take it literally, or as the same bytes."""
+    return " " in line or line.isascii()
 
 
 def _train_words(texts: list[str], vocab: int) -> Tokenizer:

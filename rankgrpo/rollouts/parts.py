@@ -44,6 +44,7 @@ class Answer:
     finished: bool
     """False when it was cut at rl.max_new_tokens."""
     catalog: Catalog
+    """What the list may name: the sample's candidates where it brings any."""
     num_ranks: int
     """K, the lines asked for."""
     year_tolerance: int = 0
@@ -139,6 +140,7 @@ def _relevance(answer: Answer) -> Tensor:
         seen=answer.sample.seen_titles,
         num_ranks=answer.num_ranks,
         year_tolerance=answer.year_tolerance,
+        gains=answer.sample.gains,
     )
 
 

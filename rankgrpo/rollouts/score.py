@@ -12,6 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from rankgrpo.advantage import group_advantage
 from rankgrpo.config import RlConfig, reward_terms
+from rankgrpo.data.candidates import sample_catalog
 from rankgrpo.data.samples import Sample
 from rankgrpo.items.catalog import Catalog
 from rankgrpo.items.choices import Choices
@@ -76,8 +77,9 @@ def score_groups(
     P, G, K = len(groups), rl.group_size, scorer.num_ranks
     flat = [rollout for rollouts in groups for rollout in rollouts]
     answers = [
-        Answer(example, rollout.text, rollout.finished, scorer.catalog, K, rl.year_tolerance)
+        Answer(example, rollout.text, rollout.finished, own, K, rl.year_tolerance)
         for rollouts, example in zip(groups, examples, strict=True)
+        for own in [sample_catalog(example, scorer.catalog)]
         for rollout in rollouts
     ]
     for answer, rollout in zip(answers, flat, strict=True):
@@ -193,7 +195,7 @@ def _describe_rewards(relevance_PGK: Tensor, reward_PGK: Tensor, scored_PGU: Ten
     P, G, K = reward_PGK.shape
     means.add("reward/mean", reward_PGK.sum(), P * G * K)
     means.add("list/hit_frac", (relevance_PGK.sum(2) > 0).sum(), P * G)
-    means.add("list/hits_mean", relevance_PGK.sum(), P * G)
+    means.add("list/hits_mean", (relevance_PGK > 0).sum(), P * G)
     # A cell whose G rewards are equal has no advantage, so it teaches nothing.
     flat_PU = scored_PGU.amin(1) == scored_PGU.amax(1)
     means.add("reward/zero_std_frac", flat_PU.sum(), flat_PU.numel())
