@@ -37,6 +37,7 @@ def fused_token_logprobs(
     ids_N: Tensor,
     *,
     temperature: float = 1.0,
+    soft_cap: float | None = None,
     allowed_V: Tensor | None = None,
 ) -> Tensor:
     """log softmax(weight hidden / temperature) at ids, in nats.
@@ -48,6 +49,7 @@ def fused_token_logprobs(
         the wider of the two; float32 products are exact float32, never TF32. Sums are float32.
       ids_N: integer. Their values are not looked at here, which would wait for the device: an id outside [0, V) has
         log-prob NaN, one that is not allowed -inf.
+      soft_cap: c of logits that are c tanh(weight hidden / c) before they are divided by the temperature; None: no cap.
       allowed_V: bool; the softmax runs over the ids it allows.
 
     Returns: (N,) float32. Gradients, in the dtypes of their inputs, flow to hidden and weight; for tied embeddings
@@ -57,7 +59,9 @@ def fused_token_logprobs(
     """
     product_dtype = _product_dtype(hidden_ND, weight_VD)
     _check_inputs(hidden_ND, weight_VD, ids_N, allowed_V, temperature, product_dtype)
-    return _FusedHead.apply(hidden_ND, weight_VD, ids_N, allowed_V, 1.0 / temperature, product_dtype)
+    if soft_cap is not None and soft_cap <= 0:
+        raise ValueError(f"soft_cap must be positive, got {soft_cap}")
+    return _FusedHead.apply(hidden_ND, weight_VD, ids_N, allowed_V, 1.0 / temperature, soft_cap, product_dtype)
 
 
 class Tile(NamedTuple):
@@ -102,12 +106,11 @@ def slice_width(num_rows: int, num_ids: int, item_size: int, multiple: int) -> i
 
 class _FusedHead(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_ND, weight_VD, ids_N, allowed_V, inverse_temperature, product_dtype):
+    def forward(ctx, hidden_ND, weight_VD, ids_N, allowed_V, inverse_temperature, soft_cap, product_dtype):
         ids_N = ids_N.contiguous()
-        logp_N, lse_N = _forward(
-            _cast(hidden_ND, product_dtype), _cast(weight_VD, product_dtype), ids_N, allowed_V, inverse_temperature
-        )
-        ctx.inverse_temperature, ctx.product_dtype = inverse_temperature, product_dtype
+        products = _cast(hidden_ND, product_dtype), _cast(weight_VD, product_dtype)
+        logp_N, lse_N = _forward(*products, ids_N, allowed_V, inverse_temperature, soft_cap)
+        ctx.inverse_temperature, ctx.soft_cap, ctx.product_dtype = inverse_temperature, soft_cap, product_dtype
         ctx.save_for_backward(hidden_ND, weight_VD, ids_N, allowed_V, lse_N)
         return logp_N
 
@@ -121,22 +124,28 @@ class _FusedHead(torch.autograd.Function):
         if len(live_L) == 0:
             grad_hidden = torch.zeros_like(hidden_ND) if needs_hidden else None
             grad_weight = torch.zeros_like(weight_VD) if needs_weight else None
-            return grad_hidden, grad_weight, None, None, None, None
+            return grad_hidden, grad_weight, None, None, None, None, None
         rows = [_cast(hidden_ND, ctx.product_dtype), ids_N, lse_N, grad_N]
         if len(live_L) < len(ids_N):
             rows = [x.index_select(0, live_L) for x in rows]
         grad_hidden, grad_weight = _backward(
-            *rows, weight_VD, allowed_V, ctx.inverse_temperature, ctx.product_dtype, needs_hidden, needs_weight
-        )
+            *rows, weight_VD, allowed_V, (ctx.inverse_temperature, ctx.soft_cap), ctx.product_dtype,
+            needs_hidden, needs_weight,
+        )  # fmt: skip
         if needs_hidden:
             grad_hidden = grad_hidden.to(hidden_ND.dtype)
             if len(live_L) < len(ids_N):
                 grad_hidden = torch.zeros_like(hidden_ND).index_copy_(0, live_L, grad_hidden)
-        return grad_hidden, grad_weight, None, None, None, None
+        return grad_hidden, grad_weight, None, None, None, None, None
 
 
 def _forward(
-    hidden_ND: Tensor, weight_VD: Tensor, ids_N: Tensor, allowed_V: Tensor | None, inverse_temperature: float
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    ids_N: Tensor,
+    allowed_V: Tensor | None,
+    inverse_temperature: float,
+    soft_cap: float | None,
 ) -> tuple[Tensor, Tensor]:
     """Log-prob and log-sum-exp of every row."""
     (num_rows, num_hidden), num_ids = hidden_ND.shape, weight_VD.shape[0]
@@ -151,7 +160,7 @@ def _forward(
         _forward_kernel[(num_row_blocks * parts,)](
             hidden_ND, weight_VD, ids_N, _bytes(allowed_V), target_N, peak_SN, total_SN,
             num_rows, num_ids, num_hidden, num_row_blocks, triton.cdiv(num_tiles, parts),
-            hidden_ND.stride(0), weight_VD.stride(0), inverse_temperature, **tile.options(num_hidden),
+            hidden_ND.stride(0), weight_VD.stride(0), inverse_temperature, soft_cap, **tile.options(num_hidden),
         )  # fmt: skip
     peak_N = peak_SN.amax(0)
     total_SN *= (peak_SN - peak_N).exp()
@@ -167,12 +176,15 @@ def _backward(
     grad_L: Tensor,
     weight_VD: Tensor,
     allowed_V: Tensor | None,
-    inverse_temperature: float,
+    logit_map: tuple[float, float | None],
     product_dtype: torch.dtype,
     needs_hidden: bool,
     needs_weight: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of hidden (float32) and weight; grad_L is d loss / d logp over the temperature, nowhere zero."""
+    """Gradients of hidden (float32) and weight; grad_L is d loss / d logp over the temperature, nowhere zero.
+
+    logit_map: one over the temperature, and the soft cap.
+    """
     (num_rows, num_hidden), num_ids = hidden_LD.shape, weight_VD.shape[0]
     tile, product_weight_VD = TILES[product_dtype], _cast(weight_VD, product_dtype)
     width = slice_width(num_rows, num_ids, product_dtype.itemsize, tile.ids)
@@ -187,7 +199,7 @@ def _backward(
             _delta_kernel[(num_row_blocks * triton.cdiv(num_slice_ids, tile.ids),)](
                 hidden_LD, product_weight_VD, ids_L, _bytes(allowed_V), lse_L, grad_L, delta_LW,
                 num_rows, num_ids, num_hidden, num_row_blocks, start,
-                hidden_LD.stride(0), product_weight_VD.stride(0), delta_LW.stride(0), inverse_temperature,
+                hidden_LD.stride(0), product_weight_VD.stride(0), delta_LW.stride(0), *logit_map,
                 **tile.options(num_hidden),
             )  # fmt: skip
         delta = delta_LW[:, :num_slice_ids]
@@ -245,9 +257,14 @@ def _allowed(allowed_ptr, ids, V):
 
 
 @triton.jit
+def _tanh(x):
+    return 2.0 * tl.sigmoid(2.0 * x) - 1.0
+
+
+@triton.jit
 def _forward_kernel(
     hidden_ptr, weight_ptr, ids_ptr, allowed_ptr, target_ptr, peak_ptr, total_ptr,
-    N, V, D, num_row_blocks, tiles_per_part, stride_hidden, stride_weight, inverse_temperature,
+    N, V, D, num_row_blocks, tiles_per_part, stride_hidden, stride_weight, inverse_temperature, soft_cap,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr,
 ):  # fmt: skip
     """Online log-sum-exp of some rows over one part of the vocabulary, and the target's logit."""
@@ -269,6 +286,8 @@ def _forward_kernel(
             hidden_ptr, weight_ptr, rows, ids, N, V, D, stride_hidden, stride_weight,
             BLOCK_N=BLOCK_N, BLOCK_V=BLOCK_V, BLOCK_D=BLOCK_D, EVEN_D=EVEN_D,
         )  # fmt: skip
+        if soft_cap is not None:
+            logits = soft_cap * _tanh(logits / soft_cap)
         keep = _allowed(allowed_ptr, ids, V)
         logits = tl.where(keep[None, :], logits * inverse_temperature, float("-inf"))
         target += tl.sum(tl.where(ids[None, :] == target_ids[:, None], logits, 0.0), axis=1)
@@ -287,7 +306,7 @@ def _forward_kernel(
 @triton.jit
 def _delta_kernel(
     hidden_ptr, weight_ptr, ids_ptr, allowed_ptr, lse_ptr, grad_ptr, delta_ptr,
-    N, V, D, num_row_blocks, slice_start, stride_hidden, stride_weight, stride_delta, inverse_temperature,
+    N, V, D, num_row_blocks, slice_start, stride_hidden, stride_weight, stride_delta, inverse_temperature, soft_cap,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr,
 ):  # fmt: skip
     """d loss / d logits = grad (onehot - softmax) for one tile of a slice of the vocabulary."""
@@ -302,10 +321,15 @@ def _delta_kernel(
     target_ids = tl.load(ids_ptr + rows, mask=in_batch, other=-1)
     lse = tl.load(lse_ptr + rows, mask=in_batch, other=0.0)
     grad = tl.load(grad_ptr + rows, mask=in_batch, other=0.0)
+    slope = 1.0
+    if soft_cap is not None:
+        tanh = _tanh(logits / soft_cap)
+        logits = soft_cap * tanh
+        slope = 1.0 - tanh * tanh
     keep = _allowed(allowed_ptr, ids, V)
     share = tl.where(keep[None, :], tl.exp(logits * inverse_temperature - lse[:, None]), 0.0)
     hit = tl.where(ids[None, :] == target_ids[:, None], 1.0, 0.0)
-    delta = grad[:, None] * (hit - share)
+    delta = grad[:, None] * (hit - share) * slope
     # The buffer is whole tiles wide: columns past the end are written, and left out of the products.
     delta_ptrs = delta_ptr + rows.to(tl.int64)[:, None] * stride_delta + columns[None, :]
     tl.store(delta_ptrs, delta.to(delta_ptr.dtype.element_ty), mask=in_batch[:, None])

@@ -92,6 +92,11 @@ class ModelConfig:
     autocast: Literal["none", "bfloat16"] = "none"
     """Compute type of the matrix products; parameters and optimizer state stay float32."""
     gradient_checkpointing: bool = False
+    attention: Literal["auto", "shared", "dense"] = "auto"
+    """shared: each prompt once, before its lists. dense: every list with its prompt, through the model's own forward.
+    auto: shared where that is exact, else dense, and the run says so."""
+    verify: bool = True
+    """Compare packs, sampler and the model's own forward on a short example whenever a model is opened."""
     kernels: Literal["auto", "torch", "triton"] = "auto"
     """Head and loss of the update: auto = triton on a GPU that has it, torch elsewhere."""
     hidden: PositiveInt = 256

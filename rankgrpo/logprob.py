@@ -27,25 +27,27 @@ def token_logprobs(
     *,
     impl: Impl = "torch",
     temperature: float = 1.0,
+    soft_cap: float | None = None,
     allowed_V: Tensor | None = None,
     chunk: int | None = None,
 ) -> Tensor:
     """log softmax(weight hidden / temperature) at ids, (N,) float32 (float64 for float64 inputs), in nats.
 
+    soft_cap: c of logits that are c tanh(weight hidden / c) before they are divided by the temperature; None: no cap.
     allowed_V: bool mask; the softmax runs over the ids it allows. chunk: ids of the vocabulary at a time, None for a
     size that suits the device. impl="triton" needs a GPU and the kernels package.
 
-    Errors: ValueError for shapes that do not fit, temperature <= 0, impl="triton" where it cannot run and, on a CPU,
-    for ids outside the vocabulary or not allowed. On a GPU, where looking would wait for the device, such an id gives a
-    log-prob of NaN or -inf, or stops the program with a device assertion.
+    Errors: ValueError for shapes that do not fit, temperature or soft_cap <= 0, impl="triton" where it cannot run and,
+    on a CPU, for ids outside the vocabulary or not allowed. On a GPU, where looking would wait for the device, such an
+    id gives a log-prob of NaN or -inf, or stops the program with a device assertion.
     """
-    _check_head(hidden_ND, weight_VD, ids_N, temperature, allowed_V, chunk, impl)
+    _check_head(hidden_ND, weight_VD, ids_N, temperature, soft_cap, allowed_V, chunk, impl)
     if impl == "triton":
-        return _triton_head(hidden_ND, weight_VD, ids_N, temperature, allowed_V)
-    return _stream(hidden_ND, weight_VD, ids_N, temperature, allowed_V, chunk)
+        return _triton_head(hidden_ND, weight_VD, ids_N, temperature, soft_cap, allowed_V)
+    return _stream(hidden_ND, weight_VD, ids_N, temperature, soft_cap, allowed_V, chunk)
 
 
-def _stream(hidden_ND, weight_VD, ids_N, temperature, allowed_V, chunk) -> Tensor:
+def _stream(hidden_ND, weight_VD, ids_N, temperature, soft_cap, allowed_V, chunk) -> Tensor:
     device = hidden_ND.device.type
     if torch.is_autocast_enabled(device):
         product_type = torch.get_autocast_dtype(device)
@@ -53,7 +55,7 @@ def _stream(hidden_ND, weight_VD, ids_N, temperature, allowed_V, chunk) -> Tenso
         product_type = torch.promote_types(hidden_ND.dtype, weight_VD.dtype)
     chunk = chunk or default_chunk(len(ids_N), device)
     banned = None if allowed_V is None else _banned_places(allowed_V, chunk)
-    return _StreamedHead.apply(hidden_ND, weight_VD, ids_N, banned, 1.0 / temperature, chunk, product_type)
+    return _StreamedHead.apply(hidden_ND, weight_VD, ids_N, banned, 1.0 / temperature, soft_cap, chunk, product_type)
 
 
 def default_chunk(num_tokens: int, device: str) -> int:
@@ -71,8 +73,8 @@ def _banned_places(allowed_V: Tensor, chunk: int) -> list[Tensor]:
 
 class _StreamedHead(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_ND, weight_VD, ids_N, banned, inverse_temperature, chunk, product_type):
-        ctx.banned, ctx.inverse_temperature = banned, inverse_temperature
+    def forward(ctx, hidden_ND, weight_VD, ids_N, banned, inverse_temperature, soft_cap, chunk, product_type):
+        ctx.banned, ctx.inverse_temperature, ctx.soft_cap = banned, inverse_temperature, soft_cap
         ctx.chunk, ctx.product_type = chunk, product_type
         ctx.exact = torch.float64 if hidden_ND.dtype == torch.float64 else torch.float32
         hidden = hidden_ND.to(product_type)
@@ -100,9 +102,12 @@ class _StreamedHead(torch.autograd.Function):
         for first in range(0, len(weight_VD), ctx.chunk):
             logits_NC, weight = _logits(ctx, hidden, weight_VD, first)
             place_N, inside_N = _places(ids_N, first, len(weight))
+            slope_NC = cap_slope(logits_NC, ctx.soft_cap, ctx.inverse_temperature)
             # d logp / d logits = onehot - softmax, built in place of the recomputed logits
             delta_NC = logits_NC.sub_(lse_N1).exp_().mul_(-grad_N1)
             delta_NC.scatter_add_(1, place_N[:, None], grad_N1 * inside_N[:, None])
+            if slope_NC is not None:
+                delta_NC.mul_(slope_NC)
             delta_NC = delta_NC.to(ctx.product_type)
             if needs_hidden:
                 _add_product_(grad_live, delta_NC, weight)
@@ -111,18 +116,34 @@ class _StreamedHead(torch.autograd.Function):
         grad_hidden = None
         if needs_hidden:
             grad_hidden = torch.zeros_like(hidden_ND).index_copy_(0, live, grad_live.to(hidden_ND.dtype))
-        return grad_hidden, grad_weight, None, None, None, None, None
+        return grad_hidden, grad_weight, None, None, None, None, None, None
 
 
 def _logits(ctx, hidden: Tensor, weight_VD: Tensor, first: int) -> tuple[Tensor, Tensor]:
     """Logits of the chunk of ids from `first` on, (N, C), and the chunk's weights in the type of the products."""
     weight = weight_VD[first : first + ctx.chunk].to(ctx.product_type)
-    logits_NC = exact_product(hidden, weight.t(), ctx.exact)
+    logits_NC = cap_(exact_product(hidden, weight.t(), ctx.exact), ctx.soft_cap)
     if ctx.inverse_temperature != 1.0:
         logits_NC.mul_(ctx.inverse_temperature)
     if ctx.banned is not None:
         logits_NC.index_fill_(1, ctx.banned[first // ctx.chunk], -torch.inf)
     return logits_NC, weight
+
+
+def cap_(logits: Tensor, soft_cap: float | None) -> Tensor:
+    """soft_cap tanh(logits / soft_cap), in place; without a cap the logits as they are."""
+    return logits if soft_cap is None else logits.div_(soft_cap).tanh_().mul_(soft_cap)
+
+
+def cap_slope(logits: Tensor, soft_cap: float | None, inverse_temperature: float) -> Tensor | None:
+    """d capped / d raw = 1 - (capped / soft_cap)^2 of logits that were capped, then divided by the temperature.
+
+    Of an id that is not allowed, whose logit is -inf, it is 0. None without a cap, where it is 1.
+    """
+    if soft_cap is None:
+        return None
+    ratio = logits * (1 / (soft_cap * inverse_temperature))
+    return (1 - ratio.square_()).clamp_(min=0)
 
 
 def _places(ids_N: Tensor, first: int, size: int) -> tuple[Tensor, Tensor]:
@@ -167,15 +188,16 @@ def _add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
         total += exact_product(left, right, total.dtype)
 
 
-def _triton_head(hidden_ND, weight_VD, ids_N, temperature, allowed_V) -> Tensor:
+def _triton_head(hidden_ND, weight_VD, ids_N, temperature, soft_cap, allowed_V) -> Tensor:
     try:
         from rankgrpo_kernels.linear_logprob import fused_token_logprobs
     except ImportError as error:
         raise ValueError(f"impl='triton' needs triton and the kernels package ({error}); use impl='torch'") from error
-    return fused_token_logprobs(hidden_ND, weight_VD, ids_N, temperature=temperature, allowed_V=allowed_V)
+    options = {"temperature": temperature, "soft_cap": soft_cap, "allowed_V": allowed_V}
+    return fused_token_logprobs(hidden_ND, weight_VD, ids_N, **options)
 
 
-def _check_head(hidden_ND, weight_VD, ids_N, temperature, allowed_V, chunk, impl) -> None:
+def _check_head(hidden_ND, weight_VD, ids_N, temperature, soft_cap, allowed_V, chunk, impl) -> None:
     if impl not in ("torch", "triton"):
         raise ValueError(f"impl must be 'torch' or 'triton', got {impl!r}")
     if hidden_ND.ndim != 2 or weight_VD.ndim != 2 or hidden_ND.shape[1] != weight_VD.shape[1]:
@@ -186,6 +208,8 @@ def _check_head(hidden_ND, weight_VD, ids_N, temperature, allowed_V, chunk, impl
         raise ValueError(f"expected one id a hidden row, ({len(hidden_ND)},), got {tuple(ids_N.shape)}")
     if temperature <= 0:
         raise ValueError(f"temperature must be positive, got {temperature}")
+    if soft_cap is not None and soft_cap <= 0:
+        raise ValueError(f"soft_cap must be positive, got {soft_cap}")
     if chunk is not None and chunk < 1:
         raise ValueError(f"chunk must be at least 1 token, got {chunk}")
     if allowed_V is not None and (allowed_V.dtype != torch.bool or allowed_V.shape != weight_VD.shape[:1]):

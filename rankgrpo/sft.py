@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -14,7 +15,7 @@ from rankgrpo.data.samples import Dataset, Sample
 from rankgrpo.errors import ConfigError
 from rankgrpo.evaluation.validate import validate
 from rankgrpo.model.constraint import hold_to_catalog
-from rankgrpo.model.packing import Group, plan_micro_batches
+from rankgrpo.model.packing import Group
 from rankgrpo.model.policy import Policy, open_policy
 from rankgrpo.runtime.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from rankgrpo.runtime.distributed import Parallel, make_sharding, sum_gradients, wait_for_all
@@ -22,6 +23,7 @@ from rankgrpo.runtime.means import Means
 from rankgrpo.runtime.optim import check_finite, learning_rate, make_optimizer, optimizer_step
 from rankgrpo.runtime.tracker import MetricsLog
 from rankgrpo.sampler.choose import ready_sampler
+from rankgrpo.sampler.verify import verify_policy
 
 
 def train_sft(
@@ -45,9 +47,9 @@ def train_sft(
     policy = open_policy(
         start, config.model, parallel.device, sharding=sharding, adapter=config.adapter, seed=config.seed
     )
-    held = hold_to_catalog(policy, config, dataset.catalog)  # lists are sampled so, and may be trained so
-    if sft.constrain == "catalog":
-        policy = held
+    # Lists are sampled so, and may be trained so.
+    held = verify_policy(hold_to_catalog(policy, config, dataset.catalog), config)
+    policy = held if sft.constrain == "catalog" else replace(held, constraint=None)
     optimizer = make_optimizer(policy.model, lr=sft.lr, betas=sft.betas, weight_decay=sft.weight_decay)
     train_groups, val_groups = (
         demonstration_groups(policy.tokenizer, demonstrations[split], config.data) for split in ("train", "validation")
@@ -131,7 +133,7 @@ def check_allowed(policy: Policy, groups: list[Group], samples: list[Sample]) ->
 def backward_nll(policy: Policy, groups: list[Group], num_tokens: int, token_budget: int) -> float:
     """Accumulate the gradient of sum(-logp) / num_tokens over micro-batches; returns this process's loss."""
     total = torch.zeros((), device=policy.device)
-    for chosen in policy.paced(plan_micro_batches(groups, token_budget)):
+    for chosen in policy.paced(policy.micro_batches(groups, token_budget)):
         pack, logp_BT = policy.logprobs([groups[i] for i in chosen])
         loss = -torch.where(pack.mask_BT, logp_BT, 0.0).sum() / num_tokens
         loss.backward()
@@ -143,7 +145,7 @@ def backward_nll(policy: Policy, groups: list[Group], num_tokens: int, token_bud
 def validation_nll(policy: Policy, groups: list[Group], token_budget: int) -> dict[str, float]:
     """Mean negative log-probability of a demonstration's token."""
     total, count = 0.0, 0
-    for chosen in plan_micro_batches(groups, token_budget):
+    for chosen in policy.micro_batches(groups, token_budget):
         pack, logp_BT = policy.logprobs([groups[i] for i in chosen])
         total -= float(torch.where(pack.mask_BT, logp_BT, 0.0).sum())
         count += int(pack.mask_BT.sum())

@@ -42,6 +42,7 @@ from rankgrpo.runtime.tracker import MetricsLog
 from rankgrpo.sampler.base import Rollout, Sampler, prompt_seed
 from rankgrpo.sampler.choose import open_sampler
 from rankgrpo.sampler.sync import explain_mismatch, sync_weights
+from rankgrpo.sampler.verify import verify_policy
 from rankgrpo.units import Units, take_lists
 
 
@@ -74,13 +75,15 @@ def make_micro_batches(
     rl: RlConfig,
     num_ranks: int,
     choices: Choices | None = None,
+    *,
+    dense: bool = False,
 ) -> list[MicroBatch]:
     """The groups `chosen` (groups[p] holds the ids of rollouts[p]) in micro-batches of rl.token_budget tokens.
 
-    units, choices: those of the lists of all groups, in order.
+    units, choices: those of the lists of all groups, in order. dense: as in `plan_micro_batches`.
     """
     batch = []
-    for micro in plan_micro_batches([groups[p] for p in chosen], rl.token_budget):
+    for micro in plan_micro_batches([groups[p] for p in chosen], rl.token_budget, dense=dense):
         places = [chosen[i] for i in micro]
         lists = [p * rl.group_size + g for p in places for g in range(rl.group_size)]
         logp = [torch.tensor(rollout.logp) for p in places for rollout in rollouts[p]]
@@ -202,7 +205,7 @@ def train(config: Config, dataset: Dataset, start: str | Path, out: Path, parall
     rl, num_ranks = config.rl, config.data.num_ranks
     device, sharding = parallel.device, make_sharding(config.parallel, parallel)
     policy = open_policy(start, config.model, device, sharding=sharding, adapter=config.adapter, seed=config.seed)
-    policy = hold_to_catalog(policy, config, dataset.catalog)
+    policy = verify_policy(hold_to_catalog(policy, config, dataset.catalog), config)
     ref = open_reference(policy, start, config.model, device, sharding) if rl.kl_coef > 0 else None
     optimizer = make_optimizer(policy.model, lr=rl.lr, betas=rl.betas, weight_decay=rl.weight_decay, eps=rl.adam_eps)
     sampler = open_sampler(policy, config, parallel)
@@ -271,7 +274,8 @@ def train(config: Config, dataset: Dataset, start: str | Path, out: Path, parall
         scored = score_groups(rollouts, examples, scorer, means, choices)
         # Without a KL term a group whose lists all earned the same moves nothing: leave it out, keep it in the count.
         chosen = [p for p in range(len(indices)) if scored.carries_gradient[p] or rl.kl_coef > 0]
-        batch = make_micro_batches(groups, rollouts, scored.units, chosen, rl, num_ranks, choices)
+        dense = policy.paths.packing != "shared"
+        batch = make_micro_batches(groups, rollouts, scored.units, chosen, rl, num_ranks, choices, dense=dense)
         denominator = parallel.sum([scored.denominator])[0]
         num_tokens = sum(len(rollout.token_ids) for group in rollouts for rollout in group)
         scored_at = time.perf_counter()

@@ -324,3 +324,15 @@ def test_imports_torch_and_nothing_else_of_ours():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     own = ["items", "items.allowed_ids", "logprob", "loss", "model", "model.allowed"]
     assert done.stdout.strip() == str([f"rankgrpo.{name}" for name in own])
+
+
+def test_soft_cap_equals_a_masked_softmax_of_capped_logits():
+    plan, mask_NV, ids_N = make_plan()
+    hidden_ND, weight_VD, grad_N = make_inputs(torch.float64)
+    logp_N = allowed_logprobs(hidden_ND, weight_VD, plan, temperature=0.7, soft_cap=1.5)
+    got = torch.autograd.grad(logp_N, (hidden_ND, weight_VD), grad_N)
+    capped_NV = 1.5 * torch.tanh(hidden_ND @ weight_VD.t() / 1.5) / 0.7
+    want_N = capped_NV.masked_fill(~mask_NV, -torch.inf).log_softmax(-1).gather(1, ids_N[:, None])[:, 0]
+    torch.testing.assert_close(logp_N, want_N)
+    for got_grad, want_grad in zip(got, torch.autograd.grad(want_N, (hidden_ND, weight_VD), grad_N), strict=True):
+        torch.testing.assert_close(got_grad, want_grad)

@@ -16,6 +16,7 @@ from rankgrpo.model.attention import (
     use_shared_prefix,
     uses_shared_prefix,
 )
+from rankgrpo.model.by_sequence import prompt_rows
 from rankgrpo.model.forward import pack_logprobs
 from rankgrpo.model.packing import Group, build_pack
 
@@ -247,15 +248,66 @@ def test_refusals(model):
         pack_logprobs(model, pack)
 
 
-@pytest.mark.parametrize("options", [{"sliding_window": 4}, {"softcap": 30.0}, {"s_aux": torch.zeros(4)}])
-def test_score_changes_are_refused(options):
+CHANGES = {
+    "window": {"sliding_window": 4},
+    "soft_cap": {"softcap": 2.0},
+    "sinks": {"s_aux": torch.tensor([0.3, -1.0, 2.0, 0.0], dtype=torch.float64)},
+    "all": {"sliding_window": 3, "softcap": 2.0, "s_aux": torch.tensor([0.3, -1.0, 2.0, 0.0], dtype=torch.float64)},
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_changed_scores_equal_a_loop_over_queries(change):
+    """Every query by itself: its keys by position, tanh on the scores, and the sink's exp in the denominator."""
+    from transformers import AttentionInterface
+
+    options = CHANGES[change]
+    groups = LAYOUTS["mixed"]
+    pack = build_pack(groups)
+    query_NHE, key_NJE, value_NJE = random_qkv(15, 4, 2, 8)
+    query, key, value = (t.detach().transpose(0, 1)[None] for t in (query_NHE, key_NJE, value_NJE[..., :5]))
+    out = AttentionInterface()[SHARED_PREFIX](
+        None, query, key, value, None, scaling=0.7, shared_prefix=pack.layout, **options
+    )[0][0]
+    position_N = pack.position_ids_1N[0].tolist()
+    prompt_of_row = prompt_rows(pack.layout)
+    start = 0
+    for size in pack.layout.own.q_sizes:
+        rows = list(range(start, start + size))
+        prompt = prompt_of_row.get(start, slice(0, 0))
+        for n in rows:
+            keys = [*range(prompt.start, prompt.stop), *(row for row in rows if row <= n)]
+            keys = [k for k in keys if position_N[n] - position_N[k] < options.get("sliding_window", 99)]
+            for h in range(4):
+                score = torch.stack([query_NHE[n, h] @ key_NJE[k, h // 2] for k in keys]) * 0.7
+                if "softcap" in options:
+                    score = options["softcap"] * torch.tanh(score / options["softcap"])
+                weight = score.exp()
+                total = weight.sum() + (options["s_aux"][h].exp() if "s_aux" in options else 0)
+                want = (weight / total) @ torch.stack([value_NJE[k, h // 2, :5] for k in keys])
+                torch.testing.assert_close(out[n, h], want.detach(), rtol=1e-5, atol=1e-6)
+        start += size
+
+
+def test_values_of_another_size_are_those_of_a_loop():
     from transformers import AttentionInterface
 
     pack = build_pack(LAYOUTS["mixed"])
     query, key, value = (t.detach().transpose(0, 1)[None] for t in random_qkv(15, 4, 2, 8))
     forward = AttentionInterface()[SHARED_PREFIX]
-    with pytest.raises(ValueError, match="sliding window|not supported"):
-        forward(None, query, key, value, None, scaling=1.0, shared_prefix=pack.layout, **options)
+    whole = forward(None, query, key, value, None, scaling=1.0, shared_prefix=pack.layout)[0]
+    part = forward(None, query, key, value[..., :5], None, scaling=1.0, shared_prefix=pack.layout)[0]
+    torch.testing.assert_close(part, whole[..., :5])
+
+
+def test_position_biases_are_refused():
+    from transformers import AttentionInterface
+
+    pack = build_pack(LAYOUTS["mixed"])
+    query, key, value = (t.detach().transpose(0, 1)[None] for t in random_qkv(15, 4, 2, 8))
+    forward = AttentionInterface()[SHARED_PREFIX]
+    with pytest.raises(ValueError, match="not supported"):
+        forward(None, query, key, value, None, scaling=1.0, shared_prefix=pack.layout, position_bias=torch.zeros(1))
 
 
 def test_autocast_type_is_used():

@@ -100,6 +100,25 @@ def test_float32_agrees_with_full_logits(shape, masked, temperature):
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
+def test_soft_cap_agrees_with_full_capped_logits(shape, masked):
+    case = make_case(*shape, masked=masked)
+
+    def capped(hidden, weight, ids, allowed, temperature):
+        logits = 1.5 * torch.tanh(hidden @ weight.t() / 1.5) / temperature
+        if allowed is not None:
+            logits = logits.masked_fill(~allowed, -torch.inf)
+        return logits.log_softmax(-1).gather(1, ids[:, None])[:, 0]
+
+    def ours(hidden, weight, ids, allowed, temperature):
+        return fused_token_logprobs(hidden, weight, ids, allowed_V=allowed, temperature=temperature, soft_cap=1.5)
+
+    truth = run(capped, *(x.double() for x in case[:2]), *case[2:], 0.7)
+    # tanh out of a sigmoid is exact to a unit of 1, not of its own.
+    assert_as_exact_as_torch(run(ours, *case, 0.7), run(capped, *case, 0.7), truth, last_place=2**-20)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
 def test_bfloat16_inputs_with_float32_logits(shape, masked):
     case = make_case(*shape, torch.bfloat16, masked=masked)
     ours, truth = run(fused, *case), exact(*case)

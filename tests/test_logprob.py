@@ -58,6 +58,24 @@ def test_head_equals_full_logits(banned, chunk, temperature):
         torch.testing.assert_close(got_grad, want_grad)
 
 
+@pytest.mark.parametrize("banned", [(), (0, 36)])
+def test_soft_cap_equals_full_capped_logits(banned):
+    hidden_ND, weight_VD, ids_N, grad_N = head_inputs()
+    allowed_V = torch.ones(37, dtype=torch.bool)
+    allowed_V[list(banned)] = False
+    ids_N = ids_N.where(allowed_V[ids_N], torch.tensor(25))
+    logp_N = token_logprobs(
+        hidden_ND, weight_VD, ids_N, chunk=5, temperature=0.7, soft_cap=1.5, allowed_V=allowed_V if banned else None
+    )
+    capped_NV = (1.5 * torch.tanh(hidden_ND @ weight_VD.T / 1.5) / 0.7).masked_fill(~allowed_V, -torch.inf)
+    want_N = capped_NV.log_softmax(-1).gather(1, ids_N[:, None])[:, 0]
+    torch.testing.assert_close(logp_N, want_N)
+    got = torch.autograd.grad(logp_N, (hidden_ND, weight_VD), grad_N)
+    want = torch.autograd.grad(want_N, (hidden_ND, weight_VD), grad_N)
+    for got_grad, want_grad in zip(got, want, strict=True):
+        torch.testing.assert_close(got_grad, want_grad)
+
+
 def test_head_gradcheck():
     hidden_ND, weight_VD, ids_N, _ = head_inputs(5, 9, 4)
     assert torch.autograd.gradcheck(
@@ -156,6 +174,7 @@ def test_default_chunk_bounds_the_logits():
         ({"ids_N": torch.full((11,), 37)}, r"in \[0, 37\)"),
         ({"ids_N": torch.full((11,), -1)}, r"in \[0, 37\)"),
         ({"temperature": 0.0}, "temperature"),
+        ({"soft_cap": 0.0}, "soft_cap"),
         ({"chunk": 0}, "chunk"),
         ({"allowed_V": torch.ones(36, dtype=torch.bool)}, "allowed_V must be bool"),
         ({"allowed_V": torch.arange(37) != 5, "ids_N": torch.full((11,), 5)}, r"bans target ids \[5\]"),
@@ -367,9 +386,17 @@ def test_a_changed_head_is_refused():
         pack_logprobs(model, pack)
     hook.remove()
     pack_logprobs(model, pack)
-    model.lm_head = torch.nn.Linear(48, 61, bias=True)
-    with pytest.raises(ValueError, match="Linear without bias"):
+    model.lm_head = torch.nn.Sequential(model.lm_head)
+    with pytest.raises(ValueError, match="only a Linear layer"):
         pack_logprobs(model, pack)
+
+
+def test_a_bias_of_the_head_counts():
+    model = make_model("llama")
+    model.lm_head = torch.nn.Linear(48, 61, bias=True)
+    want_BT = eager_logprobs(model, GROUPS["uneven"])
+    use_shared_prefix(model)
+    torch.testing.assert_close(pack_logprobs(model, build_pack(GROUPS["uneven"])), want_BT, rtol=1e-4, atol=1e-5)
 
 
 def test_the_head_is_whole_again_after_an_error():

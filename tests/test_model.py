@@ -282,7 +282,7 @@ def test_an_export_is_read_by_transformers_alone(init, tmp_path):
 
 def test_a_large_export_is_several_files_and_takes_parameters_one_by_one(init, tmp_path, monkeypatch):
     model, tokenizer = load_policy(init)
-    monkeypatch.setattr("rankgrpo.model.presets.FILE_BYTES", 4 * SMALL.hidden * SMALL.hidden)
+    monkeypatch.setattr("rankgrpo.model.export.FILE_BYTES", 4 * SMALL.hidden * SMALL.hidden)
     alive: list[weakref.ref] = []
 
     def doubled():

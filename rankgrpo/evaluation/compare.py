@@ -42,6 +42,7 @@ from rankgrpo.model.policy import open_policy
 from rankgrpo.model.presets import resolve_model
 from rankgrpo.runtime.distributed import Parallel, start_parallel, wait_for_all
 from rankgrpo.sampler.choose import ready_sampler
+from rankgrpo.sampler.verify import verify_policy
 
 BASELINES = ("popularity", "ease")
 
@@ -128,7 +129,7 @@ def draw_lists(
 ) -> list[list[str]]:
     """`num_lists` lists a sample of a model, as text; every process decodes its share of the samples and gets all."""
     policy = open_policy(source.location, source.config.model, parallel.device, trainable=False)
-    policy = hold_to_catalog(policy, source.config, catalog, shown=True)
+    policy = verify_policy(hold_to_catalog(policy, source.config, catalog, shown=True), source.config)
     mine = samples[parallel.dp_rank :: parallel.dp_world]
     with ready_sampler(policy, source.config, parallel) as sampler:
         groups = sample_lists(

@@ -104,10 +104,11 @@ def recommend_from(
     from rankgrpo.model.policy import open_policy
     from rankgrpo.runtime.distributed import start_parallel
     from rankgrpo.sampler.choose import ready_sampler
+    from rankgrpo.sampler.verify import verify_policy
 
     parallel = start_parallel()
     policy = open_policy(model, config.model, parallel.device, trainable=False)
-    policy = hold_to_catalog(policy, config, catalog, shown=True)
+    policy = verify_policy(hold_to_catalog(policy, config, catalog, shown=True), config)
     with ready_sampler(policy, config, parallel) as sampler:
         recommend(policy, sampler, catalog, config, conversation=conversation, batch=batch)
 

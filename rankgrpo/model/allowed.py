@@ -21,34 +21,47 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from rankgrpo.items.allowed_ids import AllowedIds, Block, Ragged
-from rankgrpo.logprob import exact_product
+from rankgrpo.logprob import cap_, cap_slope, exact_product
 
 RAGGED_BYTES = 2**22  # of gathered weights or hidden states at a time
 
 
-def allowed_logprobs(hidden_ND: Tensor, weight_VD: Tensor, allowed: AllowedIds, *, temperature: float = 1.0) -> Tensor:
+def allowed_logprobs(
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    allowed: AllowedIds,
+    *,
+    temperature: float = 1.0,
+    soft_cap: float | None = None,
+) -> Tensor:
     """log softmax(weight hidden / temperature) over each token's allowed ids, at the id it is; (N,), in nats.
 
     float32, or float64 for float64 inputs. Products run in the autocast type or the inputs' own. Give the plan on the
-    device of the weight (`allowed.to(device)`). Differentiable in hidden and weight, once.
+    device of the weight (`allowed.to(device)`). soft_cap: as in `rankgrpo.logprob.token_logprobs`. Differentiable in
+    hidden and weight, once.
 
     Errors: ValueError for shapes that do not fit, temperature <= 0, a plan on another device, and on a CPU for ids
     outside the vocabulary.
     """
-    return _head(hidden_ND, weight_VD, allowed, temperature, entropy=False)[0]
+    return _head(hidden_ND, weight_VD, allowed, temperature, soft_cap, entropy=False)[0]
 
 
 def allowed_logprobs_and_entropy(
-    hidden_ND: Tensor, weight_VD: Tensor, allowed: AllowedIds, *, temperature: float = 1.0
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    allowed: AllowedIds,
+    *,
+    temperature: float = 1.0,
+    soft_cap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`allowed_logprobs` and the entropy over each token's allowed ids, each (N,), in nats.
 
     The entropy has no gradient; it is 0 where one id was allowed.
     """
-    return _head(hidden_ND, weight_VD, allowed, temperature, entropy=True)
+    return _head(hidden_ND, weight_VD, allowed, temperature, soft_cap, entropy=True)
 
 
-def _head(hidden_ND, weight_VD, allowed, temperature, *, entropy: bool):
+def _head(hidden_ND, weight_VD, allowed, temperature, soft_cap, *, entropy: bool):
     _check(hidden_ND, weight_VD, allowed, temperature)
     device = hidden_ND.device.type
     if torch.is_autocast_enabled(device):
@@ -57,20 +70,23 @@ def _head(hidden_ND, weight_VD, allowed, temperature, *, entropy: bool):
         product_type = torch.promote_types(hidden_ND.dtype, weight_VD.dtype)
     # The head casts by itself: autocast would round its sums too.
     with torch.autocast(device, enabled=False):
-        return _AllowedHead.apply(hidden_ND, weight_VD, allowed, 1.0 / temperature, product_type, entropy)
+        return _AllowedHead.apply(hidden_ND, weight_VD, allowed, 1.0 / temperature, soft_cap, product_type, entropy)
 
 
 class _AllowedHead(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_ND, weight_VD, allowed, inverse_temperature, product_type, with_entropy):
+    def forward(ctx, hidden_ND, weight_VD, allowed, inverse_temperature, soft_cap, product_type, with_entropy):
         ctx.allowed, ctx.inverse_temperature, ctx.product_type = allowed, inverse_temperature, product_type
+        ctx.soft_cap = soft_cap
         ctx.exact = torch.float64 if hidden_ND.dtype == torch.float64 else torch.float32
         logp_N = hidden_ND.new_zeros(allowed.num_tokens, dtype=ctx.exact)
         entropy_N = torch.zeros_like(logp_N) if with_entropy else None
+        slopes = []  # of the soft cap, where there is one
         shares = []  # every part's softmax: small next to what recomputing it would cost
         for block in allowed.blocks:
             hidden_RD, weight_CD = _rows(ctx, hidden_ND, block.row_R), _rows(ctx, weight_VD, _ids(allowed, block))
-            logits_RC = exact_product(hidden_RD, weight_CD.t(), ctx.exact).mul_(inverse_temperature)
+            logits_RC = cap_(exact_product(hidden_RD, weight_CD.t(), ctx.exact), soft_cap).mul_(inverse_temperature)
+            slopes.append(cap_slope(logits_RC, soft_cap, inverse_temperature))
             logits_RC[block.closed_row_X, block.closed_X] = -torch.inf
             target_R1 = logits_RC.gather(1, block.target_R[:, None])
             peak_R1 = logits_RC.amax(1, keepdim=True)
@@ -82,7 +98,8 @@ class _AllowedHead(torch.autograd.Function):
                 entropy_N[block.row_R] = torch.special.entr(share_RC).sum(1)
         ragged = allowed.ragged
         if len(ragged.row_R):
-            logits_F = _ragged_logits(ctx, hidden_ND, weight_VD, ragged).mul_(inverse_temperature)
+            logits_F = cap_(_ragged_logits(ctx, hidden_ND, weight_VD, ragged), soft_cap).mul_(inverse_temperature)
+            slopes.append(cap_slope(logits_F, soft_cap, inverse_temperature))
             num_rows = len(ragged.row_R)
             peak_R = logits_F.new_full((num_rows,), -torch.inf)
             peak_R.scatter_reduce_(0, ragged.place_F, logits_F, "amax")
@@ -96,7 +113,7 @@ class _AllowedHead(torch.autograd.Function):
                 entropy_N[ragged.row_R] = torch.zeros_like(sum_R).index_add_(
                     0, ragged.place_F, torch.special.entr(share_F)
                 )
-        ctx.save_for_backward(hidden_ND, weight_VD, *shares)
+        ctx.save_for_backward(hidden_ND, weight_VD, *shares, *(slopes if soft_cap is not None else ()))
         if not with_entropy:
             return logp_N, None
         ctx.mark_non_differentiable(entropy_N)
@@ -105,7 +122,9 @@ class _AllowedHead(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_N, _):
-        hidden_ND, weight_VD, *shares = ctx.saved_tensors
+        hidden_ND, weight_VD, *parts = ctx.saved_tensors
+        num_parts = len(parts) if ctx.soft_cap is None else len(parts) // 2
+        shares, slopes = parts[:num_parts], parts[num_parts:] or [None] * num_parts
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         allowed = ctx.allowed
         grad_N = grad_N.to(ctx.exact) * ctx.inverse_temperature
@@ -113,11 +132,13 @@ class _AllowedHead(torch.autograd.Function):
         rows_UD = None
         if needs_weight:
             rows_UD = weight_VD.new_zeros(len(allowed.ids_U), weight_VD.shape[1], dtype=ctx.exact)
-        for block, share_RC in zip(allowed.blocks, shares, strict=False):
+        for block, share_RC, slope_RC in zip(allowed.blocks, shares, slopes, strict=False):
             # d logp / d logits = onehot - softmax
             grad_R1 = grad_N[block.row_R, None]
             delta_RC = share_RC * -grad_R1
             delta_RC.scatter_add_(1, block.target_R[:, None], grad_R1)
+            if slope_RC is not None:
+                delta_RC.mul_(slope_RC)
             delta_RC = delta_RC.to(ctx.product_type)
             if needs_hidden:
                 weight_CD = _rows(ctx, weight_VD, _ids(allowed, block))
@@ -126,7 +147,7 @@ class _AllowedHead(torch.autograd.Function):
                 hidden_RD = _rows(ctx, hidden_ND, block.row_R)
                 rows_UD.index_add_(0, block.column_C, exact_product(delta_RC.t(), hidden_RD, ctx.exact))
         if len(allowed.ragged.row_R):
-            _ragged_backward_(ctx, hidden_ND, weight_VD, shares[-1], grad_N, grad_hidden, rows_UD)
+            _ragged_backward_(ctx, hidden_ND, weight_VD, shares[-1], slopes[-1], grad_N, grad_hidden, rows_UD)
         grad_weight = None
         if needs_weight:
             rows_UD = rows_UD.to(weight_VD.dtype)
@@ -136,7 +157,7 @@ class _AllowedHead(torch.autograd.Function):
                 )
             else:
                 grad_weight = torch.zeros_like(weight_VD).index_copy_(0, allowed.ids_U, rows_UD)
-        return grad_hidden, grad_weight, None, None, None, None
+        return grad_hidden, grad_weight, None, None, None, None, None
 
 
 def _ids(allowed: AllowedIds, block: Block) -> Tensor:
@@ -163,12 +184,14 @@ def _ragged_logits(ctx, hidden_ND: Tensor, weight_VD: Tensor, ragged: Ragged) ->
     return torch.cat(parts)
 
 
-def _ragged_backward_(ctx, hidden_ND, weight_VD, share_F, grad_N, grad_hidden, rows_UD) -> None:
+def _ragged_backward_(ctx, hidden_ND, weight_VD, share_F, slope_F, grad_N, grad_hidden, rows_UD) -> None:
     """Add the ragged piece's part to the gradient of hidden and to the rows of the weight's."""
     ragged = ctx.allowed.ragged
     grad_R = grad_N[ragged.row_R]
     delta_F = share_F * -grad_R[ragged.place_F]
     delta_F.index_add_(0, ragged.target_R, grad_R)
+    if slope_F is not None:
+        delta_F.mul_(slope_F)
     hidden_RD = _rows(ctx, hidden_ND, ragged.row_R)
     grad_RD = torch.zeros_like(hidden_RD, dtype=ctx.exact)
     for part in _ragged_slices(ragged, hidden_ND.shape[1]):

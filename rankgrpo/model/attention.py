@@ -12,7 +12,8 @@ so a layer recomputed by activation checkpointing sees the layout of its own for
 
 Registered with transformers under the name in SHARED_PREFIX; Qwen2, Llama and SmolLM2 run unmodified. A call without a
 layout raises: ordinary attention (decoding with a KV cache, the dense oracle) has to be asked for by
-`ordinary_attention`. Attention dropout, sliding windows shorter than a sequence and score modifications are refused.
+`ordinary_attention`. Layers with sliding windows shorter than a sequence, soft caps or sinks take `by_sequence`;
+attention dropout and position biases are refused.
 """
 
 # Shape letters: N tokens of a pack, S tokens of a cross pass, H query heads, J key/value heads, E channels a head.
@@ -32,6 +33,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from rankgrpo.model.autocast import in_autocast_type
+from rankgrpo.model.by_sequence import Scores, attend_by_sequence, read_scores
 from rankgrpo.model.packing import SharedPrefixLayout, Spans
 
 SHARED_PREFIX = "shared_prefix"
@@ -46,6 +48,22 @@ Backend = Literal["cpu", "cuda", "concat"]
 def use_shared_prefix(model: PreTrainedModel) -> None:
     """Make shared-prefix attention the model's attention. Errors: ValueError when its architecture cannot switch."""
     _switch(model, SHARED_PREFIX)
+
+
+def can_share_prefix(model: PreTrainedModel) -> bool:
+    """Whether the model's attention can be switched to ours at all."""
+    before = model.config._attn_implementation
+    try:
+        _switch(model, SHARED_PREFIX)
+    except ValueError:
+        return False
+    _switch(model, before)
+    return True
+
+
+def set_attention(model: PreTrainedModel, name: str) -> None:
+    """Make transformers' attention `name` the model's. Errors: ValueError when its architecture cannot switch."""
+    _switch(model, name)
 
 
 def uses_shared_prefix(model: PreTrainedModel) -> bool:
@@ -110,7 +128,7 @@ def shared_prefix_attention(
         raise ValueError(f"the layout describes {layout.num_tokens} tokens, the queries are {query_NHE.shape[0]}")
     backend = backend or pick_backend(query_NHE)
     if backend == "concat":
-        return _concat_attention(query_NHE, key_NJE, value_NJE, layout, scale)
+        return attend_by_sequence(query_NHE, key_NJE, value_NJE, layout, Scores(scale))
     return _TwoPass.apply(query_NHE, key_NJE, value_NJE, layout, scale, backend)
 
 
@@ -256,47 +274,6 @@ _FORWARD = {"cpu": _cpu_forward, "cuda": _cuda_forward}
 _BACKWARD = {"cpu": _cpu_backward, "cuda": _cuda_backward}
 
 
-def _concat_attention(query_NHE, key_NJE, value_NJE, layout: SharedPrefixLayout, scale: float) -> Tensor:
-    """The definition: span by span over [prompt keys ; own keys] with a mask, through public, differentiable calls."""
-    prompt_of_row = _prompt_rows(layout)
-    outputs = []
-    start = 0
-    for size in layout.own.q_sizes:
-        own = slice(start, start + size)
-        prompt = prompt_of_row.get(start, slice(0, 0))
-        key = torch.cat([key_NJE[prompt], key_NJE[own]])
-        value = torch.cat([value_NJE[prompt], value_NJE[own]])
-        num_prompt = prompt.stop - prompt.start
-        mask = torch.ones(size, num_prompt + size, dtype=torch.bool, device=key.device).tril(num_prompt)
-        repeats = query_NHE.shape[1] // key_NJE.shape[1]
-        out = F.scaled_dot_product_attention(
-            query_NHE[own].transpose(0, 1)[None],
-            key.repeat_interleave(repeats, 1).transpose(0, 1)[None],
-            value.repeat_interleave(repeats, 1).transpose(0, 1)[None],
-            attn_mask=mask,
-            scale=scale,
-        )
-        outputs.append(out[0].transpose(0, 1))
-        start += size
-    return torch.cat(outputs)
-
-
-def _prompt_rows(layout: SharedPrefixLayout) -> dict[int, slice]:
-    """Rows of the prompt a list belongs to, keyed by the first row of the list."""
-    if layout.cross is None:
-        return {}
-    prompts: dict[int, slice] = {}
-    spans = iter(layout.own.q_sizes[len(layout.cross.k_sizes) :])
-    row, prompt_start = layout.cross_rows.start, 0
-    for num_queries, num_keys in zip(layout.cross.q_sizes, layout.cross.k_sizes, strict=True):
-        group_end = row + num_queries
-        while row < group_end:
-            prompts[row] = slice(prompt_start, prompt_start + num_keys)
-            row += next(spans)
-        prompt_start += num_keys
-    return prompts
-
-
 def _packed_forward(
     module: torch.nn.Module,
     query: Tensor,
@@ -317,25 +294,33 @@ def _packed_forward(
             "rankgrpo.model.forward.pack_logprobs, and decoding or dense forwards inside "
             "rankgrpo.model.attention.ordinary_attention(model)"
         )
-    _refuse_unsupported(query, attention_mask, dropout, sliding_window, shared_prefix, kwargs)
+    _refuse_unsupported(query, attention_mask, dropout)
+    scores = read_scores(scaling, sliding_window, kwargs)
     query, key, value = in_autocast_type(query, key, value)
-    rows_first = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-    out_NHE = shared_prefix_attention(*rows_first, shared_prefix, scale=scaling)
+    if not scores.plain(shared_prefix.max_length):
+        rows_first = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+        out_NHE = attend_by_sequence(*rows_first, shared_prefix, scores)
+    else:
+        rows_first = (tensor[0].transpose(0, 1) for tensor in _in_one_size(query, key, value))
+        out_NHE = shared_prefix_attention(*rows_first, shared_prefix, scale=scaling)[..., : value.shape[-1]]
     shared_prefix.num_calls += 1
     return out_NHE[None], None
 
 
-def _refuse_unsupported(query, attention_mask, dropout, sliding_window, layout, kwargs) -> None:
+def _in_one_size(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The same with as many channels for keys as for values, as the kernels ask: zeros change neither."""
+    size = max(key.shape[-1], value.shape[-1])
+    query, key, value = (F.pad(each, (0, size - each.shape[-1])) for each in (query, key, value))
+    return query, key, value
+
+
+def _refuse_unsupported(query, attention_mask, dropout) -> None:
     if query.shape[0] != 1:
         raise ValueError(f"a pack is one row, got a batch of {query.shape[0]}")
     if attention_mask is not None:
         raise ValueError("a pack has no padding and takes no attention mask, got one")
     if dropout:
         raise ValueError(f"attention dropout is not supported, got {dropout}; set config.attention_dropout to 0")
-    if sliding_window is not None and sliding_window < layout.max_length:
-        raise ValueError(f"a sequence of {layout.max_length} tokens exceeds the sliding window of {sliding_window}")
-    if changed := [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]:
-        raise ValueError(f"this architecture changes attention scores by {changed}, which is not supported")
 
 
 def _ordinary_forward(module, query, key, value, attention_mask, shared_prefix=None, **kwargs: Any):

@@ -115,18 +115,19 @@ class Pack:
     tokens_dense: int
 
 
-def plan_micro_batches(groups: Sequence[Group], token_budget: int) -> list[list[int]]:
+def plan_micro_batches(groups: Sequence[Group], token_budget: int, *, dense: bool = False) -> list[list[int]]:
     """Split groups into as few micro-batches of at most `token_budget` packed tokens as balancing them allows.
 
     Longest first into the least loaded bin, with one bin more until every load fits; a group is never split, and one
     larger than the budget gets a micro-batch of its own. The same groups give the same plan on every machine; no groups
     give no micro-batch.
 
-    Returns lists of indices into `groups`, ascending inside a micro-batch.
+    dense: a group costs what it does when every list carries its own prompt. Returns lists of indices into `groups`,
+    ascending inside a micro-batch.
     """
     if token_budget < 1:
         raise ValueError(f"token_budget must be at least 1 token, got {token_budget}")
-    cost = [group.tokens_shared for group in groups]
+    cost = [group.tokens_dense if dense else group.tokens_shared for group in groups]
     order = sorted(range(len(groups)), key=lambda i: (-cost[i], i))
     too_big = [i for i in order if cost[i] > token_budget]
     rest = sum(cost) - sum(cost[i] for i in too_big)

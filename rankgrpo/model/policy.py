@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -25,14 +25,31 @@ from rankgrpo.items.allowed_ids import AllowedIds
 from rankgrpo.items.catalog import Catalog
 from rankgrpo.logprob import Impl
 from rankgrpo.model.adapter import adapters_off, add_adapters, has_adapters, merged_parameters
-from rankgrpo.model.attention import use_shared_prefix
+from rankgrpo.model.attention import can_share_prefix, set_attention, use_shared_prefix
 from rankgrpo.model.constraint import Constraint, forbidden_items
-from rankgrpo.model.forward import pack_logprobs
-from rankgrpo.model.packing import Group, Pack, build_pack
+from rankgrpo.model.dropout import switch_off_dropout
+from rankgrpo.model.forward import pack_logprobs, row_logprobs
+from rankgrpo.model.head import LogitMap, find_logit_map
+from rankgrpo.model.packing import Group, Pack, build_pack, plan_micro_batches
 from rankgrpo.model.presets import load_policy, save_policy, valid_token_mask
 from rankgrpo.runtime.distributed import Parallel, Sharding, shard_model
 
 Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class Paths:
+    """How a model is computed: what `rankgrpo.sampler.verify` found to be exact, fastest first."""
+
+    packing: Literal["shared", "padded", "alone"] = "shared"
+    """shared: packs with each prompt once. Else the model's own dense forward, over a padded batch or a row a time."""
+    decoding: Literal["grouped", "padded", "alone", "uncached"] = "grouped"
+    """grouped: our cache, each prompt once. Else transformers' generate, with the model's own cache and prompts padded
+    on the left, or of one length at a time; or without a cache."""
+    attention: Literal["sdpa", "eager"] = "sdpa"
+    """Of everything that is not ours."""
+    logit_map: LogitMap | None = None
+    """What the model does to its head's product; None where nobody asked, and then touching it is an error."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +70,7 @@ class Policy:
     """Whether log-probs are those of the model before it was given adapters."""
     constraint: Constraint | None = None
     """What lists are held to, also by whoever samples from the policy; None: any list may be written."""
+    paths: Paths = Paths()
 
     @property
     def device(self) -> torch.device:
@@ -74,20 +92,26 @@ class Policy:
 
         allowed: `allowed_ids` of the groups, where several passes share it.
         """
-        pack = build_pack(groups, self.device)
+        pack, paths = build_pack(groups, self.device), self.paths
         allowed = self.allowed_ids(groups) if allowed is None else allowed
         autocast = self.bfloat16 and self.sharding is None
         switch = adapters_off(self.model) if self.without_adapters else nullcontext()
         with switch, torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=autocast):
-            logp_BT = pack_logprobs(
-                self.model,
-                pack,
-                temperature=temperature,
-                impl=self.impl,
-                allowed_V=self.allowed_V,
-                allowed=allowed,
-            )
-        return pack, logp_BT
+            options = {
+                "temperature": temperature,
+                "impl": self.impl,
+                "allowed_V": self.allowed_V,
+                "allowed": allowed,
+                "logit_map": paths.logit_map,
+            }
+            if paths.packing == "shared":
+                return pack, pack_logprobs(self.model, pack, **options)
+            logp_BT = row_logprobs(self.model, pack, groups, alone=paths.packing == "alone", **options)
+        return replace(pack, tokens_shared=pack.tokens_dense), logp_BT
+
+    def micro_batches(self, groups: Sequence[Group], token_budget: int) -> list[list[int]]:
+        """`plan_micro_batches` by the tokens that this policy computes for a group."""
+        return plan_micro_batches(groups, token_budget, dense=self.paths.packing != "shared")
 
     def paced(self, batch: Sequence[Item]) -> Iterator[Item]:
         """Every item of `batch`, each for one pass, and after them the passes that other processes still make.
@@ -133,7 +157,13 @@ def open_policy(
     """
     # A split model is read into host memory and reaches the device block by block: whole it may not fit there.
     model, tokenizer = load_policy(str(source), device=device if sharding is None else "cpu")
-    use_shared_prefix(model)
+    paths = Paths(logit_map=find_logit_map(model))
+    if config.attention == "dense" or (config.attention == "auto" and not can_share_prefix(model)):
+        paths = replace(paths, packing="padded", attention="eager")
+    else:
+        use_shared_prefix(model)
+    if trainable:
+        switch_off_dropout(model)
     if config.gradient_checkpointing and trainable:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model.requires_grad_(trainable)
@@ -146,7 +176,7 @@ def open_policy(
         add_adapters(model, adapter, seed=seed)
     if sharding is not None:
         shard_model(model, sharding, bfloat16=bfloat16)
-    return Policy(model, tokenizer, allowed_V, bfloat16, impl, sharding, skeleton)
+    return Policy(model, tokenizer, allowed_V, bfloat16, impl, sharding, skeleton, paths=paths)
 
 
 def open_reference(
@@ -156,7 +186,16 @@ def open_reference(
     if has_adapters(policy.model):
         return replace(policy, without_adapters=True)
     ref = open_policy(source, config, device, trainable=False, sharding=sharding)
-    return replace(ref, constraint=policy.constraint)
+    return with_paths(replace(ref, constraint=policy.constraint), policy.paths)
+
+
+def with_paths(policy: Policy, paths: Paths) -> Policy:
+    """The policy on these paths, its model's attention switched."""
+    if paths.packing == "shared":
+        use_shared_prefix(policy.model)
+    else:
+        set_attention(policy.model, paths.attention)
+    return replace(policy, paths=paths)
 
 
 def empty_copy(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:

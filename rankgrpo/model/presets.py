@@ -13,9 +13,8 @@ import hashlib
 import json
 import os
 import re
-import stat
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -23,10 +22,8 @@ from typing import Any, Literal
 import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import (
-    AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
     PreTrainedModel,
@@ -41,6 +38,7 @@ from rankgrpo.data.samples import Dataset
 from rankgrpo.errors import ModelError
 from rankgrpo.files.atomic import atomic_folder
 from rankgrpo.items.format import title_line
+from rankgrpo.model.export import model_class, save_policy
 from rankgrpo.model.plain_tokenizer import COMPLETE_FILES
 from rankgrpo.model.smollm2 import PACKAGE, convert_smollm2
 from rankgrpo.model.tiny import TinyConfig, corpus_lines, make_tiny, train_tokenizer
@@ -51,7 +49,6 @@ HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
 HUB_IGNORED = ["original/*", "onnx/*", "consolidated*"]  # the same weights in other formats
 # A padding token other than EOS, in order of preference; the first is Llama 3's, the second Qwen's and SmolLM2's.
 PAD_TOKENS = ("<|finetune_right_pad_id|>", "<|endoftext|>", "<pad>", "[PAD]", "<unk>")
-FILE_BYTES = 2**32  # of one safetensors file of an export
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,10 +157,10 @@ def load_policy(
     try:
         with _no_progress_bars():
             tokenizer = _read_tokenizer(folder)
-            model = AutoModelForCausalLM.from_pretrained(
+            model = model_class(folder).from_pretrained(
                 folder,
                 dtype=torch.float32,
-                attn_implementation="sdpa",
+                attn_implementation="eager",
                 use_safetensors=True,
                 trust_remote_code=False,
             )
@@ -176,6 +173,8 @@ def load_policy(
             "tokenizer of another model"
         )
     _set_stop_tokens(model, tokenizer, preset.location)
+    with suppress(ValueError):  # not every architecture has it
+        model.set_attn_implementation("sdpa")
     return model.to(device), tokenizer
 
 
@@ -204,60 +203,6 @@ def _read_tokenizer(source: str) -> PreTrainedTokenizerBase:
     if named in COMPLETE_FILES and type(tokenizer) is not PreTrainedTokenizerFast:
         return PreTrainedTokenizerFast.from_pretrained(source)
     return tokenizer
-
-
-def save_policy(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    folder: str | os.PathLike[str],
-    parameters: Iterable[tuple[str, Tensor]] | None = None,
-) -> None:
-    """Write config, safetensors weights (tied ones once) and tokenizer into `folder`, for `from_pretrained` to read.
-
-    `parameters` are written in place of the model's own, and read one at a time. Not atomic: wrap it in
-    `files.atomic_folder` where a reader must never see half of it.
-    """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    model.config.architectures = [type(model).__name__]
-    model.config.dtype = str(model.dtype).removeprefix("torch.")
-    model.config.save_pretrained(folder)
-    model.generation_config.save_pretrained(folder)
-    _write_weights(folder, model.named_parameters() if parameters is None else parameters)
-    tokenizer.save_pretrained(folder)
-
-
-def _write_weights(folder: Path, parameters: Iterable[tuple[str, Tensor]]) -> None:
-    """model.safetensors, or files of FILE_BYTES with their index; memory holds one file's tensors at a time."""
-    file_of_name: dict[str, Path] = {}
-    files: list[Path] = []
-    held: dict[str, Tensor] = {}
-    total = size = 0
-
-    def write() -> None:
-        file = folder / f"model-{len(files) + 1:05d}.safetensors"
-        save_file(held, file, metadata={"format": "pt"})
-        file.chmod(stat.S_IMODE((folder / "config.json").stat().st_mode))  # written private to the user otherwise
-        file_of_name.update(dict.fromkeys(held, file))
-        files.append(file)
-        held.clear()
-
-    for name, tensor in parameters:
-        num_bytes = tensor.numel() * tensor.element_size()
-        if held and size + num_bytes > FILE_BYTES:
-            write()
-            size = 0
-        held[name] = tensor.detach().cpu().contiguous()
-        size, total = size + num_bytes, total + num_bytes
-    write()
-    if len(files) == 1:
-        files[0].rename(folder / "model.safetensors")
-        return
-    index = {
-        "metadata": {"total_size": total},
-        "weight_map": {name: file.name for name, file in file_of_name.items()},
-    }
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
 
 
 def count_parameters(model: torch.nn.Module) -> int:
@@ -309,10 +254,11 @@ def _set_stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
     published = model.generation_config.eos_token_id if model.generation_config is not None else None
     others = published if isinstance(published, list) else [published]
     eos_ids = list(dict.fromkeys(i for i in (tokenizer.eos_token_id, *others) if i is not None))
-    model.config.eos_token_id = tokenizer.eos_token_id
-    model.config.pad_token_id = tokenizer.pad_token_id
+    for config in (model.config, model.config.get_text_config()):
+        config.eos_token_id = tokenizer.eos_token_id
+        config.pad_token_id = tokenizer.pad_token_id
     model.generation_config = GenerationConfig(
-        bos_token_id=model.config.bos_token_id,
+        bos_token_id=model.config.get_text_config().bos_token_id,
         eos_token_id=eos_ids if len(eos_ids) > 1 else eos_ids[0],
         pad_token_id=tokenizer.pad_token_id,
     )

@@ -21,6 +21,7 @@ from rankgrpo.runtime.distributed import Parallel
 from rankgrpo.sampler.base import Sampler
 from rankgrpo.sampler.constrained import ConstrainedSampler
 from rankgrpo.sampler.hf import HFSampler
+from rankgrpo.sampler.own_cache import ConstrainedOwnCacheSampler, OwnCacheSampler
 from rankgrpo.sampler.rows import engine_rows
 from rankgrpo.sampler.sync import sync_weights
 from rankgrpo.sampler.vllm import EngineConfig, VLLMSampler, vllm_installed
@@ -95,12 +96,19 @@ def same_lists(one: Constraint | None, other: Constraint | None) -> bool:
 def hf_sampler(policy: Policy, rows: int = 256) -> HFSampler:
     """A sampler over these very weights, adapters merged. Of a split model all processes sample when one does.
 
-    A policy held to the catalog gets a ConstrainedSampler.
+    A policy held to the catalog gets a ConstrainedSampler, one whose lists our cache cannot decode a sampler over the
+    model's own.
     """
-    kind: Callable[..., HFSampler] = HFSampler
-    options = {"allowed_V": policy.allowed_V, "rows": rows}
+    paths = policy.paths
+    grouped = paths.decoding == "grouped"
+    kind: Callable[..., HFSampler] = HFSampler if grouped else OwnCacheSampler
+    options = {"allowed_V": policy.allowed_V, "rows": rows, "logit_map": paths.logit_map}
     if policy.constraint is not None:
-        kind, options = ConstrainedSampler, {"constraint": policy.constraint, "rows": rows}
+        kind = ConstrainedSampler if grouped else ConstrainedOwnCacheSampler
+        options |= {"constraint": policy.constraint, "allowed_V": None}
+    if not grouped:
+        options |= {"attention": paths.attention, "padded": paths.decoding == "padded"}
+        options["cached"] = paths.decoding != "uncached"
     if policy.sharding is None:
         options["autocast"] = "bfloat16" if policy.bfloat16 else None
     if policy.skeleton is None:

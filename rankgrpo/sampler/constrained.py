@@ -23,6 +23,7 @@ from rankgrpo.errors import SamplingError
 from rankgrpo.items.line_paths import ragged_range
 from rankgrpo.items.walk import ListWalk
 from rankgrpo.model.constraint import Constraint
+from rankgrpo.model.head import PLAIN, LogitMap, output_head
 from rankgrpo.sampler.hf import HFSampler
 from rankgrpo.sampler.jump import ATTENTION_NAME, JumpCache, jump_attention
 
@@ -42,9 +43,7 @@ class ConstrainedSampler(HFSampler):
     def __init__(self, model, tokenizer, constraint: Constraint, **options):
         super().__init__(model, tokenizer, **options)
         self.constraint = constraint
-        head = model.get_output_embeddings()
-        if not isinstance(head, nn.Linear) or head.bias is not None:
-            raise ValueError(f"the head over allowed ids needs a Linear without bias as output embedding, got {head}")
+        output_head(model)
 
     def _num_draws(self, max_new_tokens: int) -> int:
         return self.constraint.max_tokens
@@ -62,9 +61,9 @@ class ConstrainedSampler(HFSampler):
         prompt_of_row = np.repeat(np.arange(len(prompts)), group_size)
         cache = JumpCache(torch.tensor([len(prompt) for prompt in prompts], device=device), prompt_of_row)
         starts = [self.constraint.start(items) for items in seen]
-        lists = [_List(starts[p].copy(), row) for row, p in enumerate(prompt_of_row.tolist())]
+        lists = [List(starts[p].copy(), row) for row, p in enumerate(prompt_of_row.tolist())]
         hidden_BD = self._read(prompts, cache)[torch.from_numpy(prompt_of_row).to(device)]
-        head = AllowedHead(self.model.get_output_embeddings().weight, temperature)
+        head = AllowedHead(output_head(self.model), temperature, self.logit_map)
         live = lists
         rows_kept = len(lists)
         pending = [each.walk.follow() for each in live]  # the catalog may force even how a list begins
@@ -89,7 +88,7 @@ class ConstrainedSampler(HFSampler):
             pending = [each.take(i, logp) for each, i, logp in zip(live, token_ids, logps, strict=True)]
         return [each.ids for each in lists], [each.logp for each in lists]
 
-    def _jump(self, live: list[_List], pending: list[list[int]], hidden_BD: Tensor, cache: JumpCache) -> Tensor:
+    def _jump(self, live: list[List], pending: list[list[int]], hidden_BD: Tensor, cache: JumpCache) -> Tensor:
         """Pass the pending tokens through the model; the hidden state of every list's last token."""
         moving = [i for i, run in enumerate(pending) if run]
         if not moving:
@@ -104,7 +103,7 @@ class ConstrainedSampler(HFSampler):
         return hidden_BD.index_copy(0, torch.tensor(moving, device=hidden_BD.device), hidden_WD)
 
 
-class _List:
+class List:
     """One list while it is decoded."""
 
     __slots__ = ("ids", "logp", "num_choices", "number", "row", "walk")
@@ -136,8 +135,9 @@ class AllowedHead:
     Lists at one node with many children share a dense product; others have their own ids' weights gathered.
     """
 
-    def __init__(self, weight_VD: Tensor, temperature: float):
-        self.weight_VD, self.temperature = weight_VD, temperature
+    def __init__(self, head: nn.Linear, temperature: float, logit_map: LogitMap = PLAIN):
+        self.weight_VD, self.bias_V = head.weight, head.bias
+        self.temperature, self.logit_map = temperature, logit_map
         self.root_weights: dict[int, Tensor] = {}
 
     def draw(self, hidden_WD: Tensor, walks: list[ListWalk], uniform_W: Tensor) -> tuple[list[int], list[float]]:
@@ -174,6 +174,11 @@ class AllowedHead:
         if narrow:
             parts.append(self._gathered(hidden_WD, narrow, begin_W[narrow], size_W[narrow], trie))
         logits_F = torch.cat(parts)
+        if self.bias_V is not None:
+            rows = [trie.token[begins[w] : ends[w]] for w in order_W.tolist()]
+            ids_F = np.concatenate(rows).astype(np.int64)
+            logits_F = logits_F + self.bias_V.float()[torch.from_numpy(ids_F).to(device)]
+        logits_F = self.logit_map(logits_F)
         if closed:
             row_X, place_X = np.array(closed).T
             logits_F[torch.from_numpy(start_W[row_X] + place_X).to(device)] = -torch.inf

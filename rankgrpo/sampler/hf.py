@@ -21,7 +21,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 from rankgrpo.errors import SamplingError
 from rankgrpo.model.autocast import in_autocast_type
+from rankgrpo.model.by_sequence import Scores, attend, read_scores, softmax
 from rankgrpo.model.decoder import Decoder
+from rankgrpo.model.head import PLAIN, LogitMap, forward_replaced, output_head
 from rankgrpo.sampler.base import Rollout, check_prompts, eos_token_ids
 
 if TYPE_CHECKING:
@@ -47,10 +49,10 @@ class PromptCache:
     def store_prompts(self, layer: int, key_pNlH: Tensor, value_pNlH: Tensor) -> None:
         """Store keys and values of the prompts that are being read, which may be padded to less than the longest."""
         if layer not in self.prompt:
-            (P, L), (_, N, _, H) = self.prompt_shape, key_pNlH.shape
+            (P, L), N = self.prompt_shape, key_pNlH.shape[1]
             # Zeros, for what padding holds is multiplied by a weight of 0. Contiguous, for else every decoding step
             # would copy them before its product.
-            self.prompt[layer] = (key_pNlH.new_zeros(P, N, L, H), value_pNlH.new_zeros(P, N, L, H))
+            self.prompt[layer] = tuple(new.new_zeros(P, N, L, new.shape[-1]) for new in (key_pNlH, value_pNlH))
         for stored_PNLH, new_pNlH in zip(self.prompt[layer], (key_pNlH, value_pNlH), strict=True):
             stored_PNLH[self.reading, :, : new_pNlH.shape[2]] = new_pNlH
 
@@ -66,6 +68,7 @@ class GroupedCache(PromptCache):
     def __init__(self, prompt_len_P: Tensor, group_size: int, max_new_tokens: int):
         super().__init__(prompt_len_P)
         self.group_size = group_size
+        self.prompt_len_P = prompt_len_P
         self.capacity = max_new_tokens
         self.num_sampled = 0
         self.sampled: dict[int, tuple[Tensor, Tensor]] = {}
@@ -73,10 +76,9 @@ class GroupedCache(PromptCache):
     def append(self, layer: int, key_BN1H: Tensor, value_BN1H: Tensor) -> tuple[Tensor, Tensor]:
         """Store one token's keys and values; returns those of all sampled tokens, this one included."""
         if layer not in self.sampled:
-            B, N, _, H = key_BN1H.shape
-            self.sampled[layer] = (
-                key_BN1H.new_empty(B, N, self.capacity, H),
-                key_BN1H.new_empty(B, N, self.capacity, H),
+            B, N = key_BN1H.shape[:2]
+            self.sampled[layer] = tuple(
+                new.new_empty(B, N, self.capacity, new.shape[-1]) for new in (key_BN1H, value_BN1H)
             )
         key_BNTH, value_BNTH = self.sampled[layer]
         key_BNTH[:, :, self.num_sampled] = key_BN1H[:, :, 0]
@@ -84,19 +86,32 @@ class GroupedCache(PromptCache):
         end = self.num_sampled + 1
         return key_BNTH[:, :, :end], value_BNTH[:, :, :end]
 
+    def unseen(self, window: int | None) -> Tensor | None:
+        """(P, L) bool: what the tokens decoded now do not see of their prompts; None when they see all."""
+        L = self.prompt_shape[1]
+        if window is None or window > L + self.num_sampled:
+            return self.padding_PL
+        first_P = self.prompt_len_P + (self.num_sampled - window + 1)
+        old_PL = torch.arange(L, device=first_P.device) < first_P[:, None]
+        return old_PL if self.padding_PL is None else old_PL | self.padding_PL
+
     def keep_groups(self, groups: Tensor) -> None:
         """Drop the prompts that are not listed, with their lists: a finished group costs nothing more."""
         rows = (groups[:, None] * self.group_size + torch.arange(self.group_size, device=groups.device)).flatten()
         self.keep_prompts(groups)
+        self.prompt_len_P = self.prompt_len_P[groups]
         self.sampled = {layer: (k[rows], v[rows]) for layer, (k, v) in self.sampled.items()}
 
 
-def grouped_attention(module, query, key, value, attention_mask, *, scaling, grouped_cache: GroupedCache, **_):
+def grouped_attention(
+    module, query, key, value, attention_mask, *, scaling, grouped_cache: GroupedCache, sliding_window=None, **kwargs
+):
     """Attention of a prefill (prompts, causal) or of one decoded token over [prompt keys ; own keys]."""
     layer = module.layer_idx
     query, key, value = in_autocast_type(query, key, value)  # once, or every step would round the whole cache again
+    scores = read_scores(scaling, sliding_window, kwargs)
     if grouped_cache.reading is not None:
-        return read_prompts(layer, query, key, value, scaling, grouped_cache), None
+        return read_prompts(layer, query, key, value, scores, grouped_cache), None
     key_PNLH, value_PNLH = grouped_cache.prompt[layer]
     key_BNTH, value_BNTH = grouped_cache.append(layer, key, value)
     (B, heads, _, H), (P, N, L, _) = query.shape, key_PNLH.shape
@@ -105,37 +120,46 @@ def grouped_attention(module, query, key, value, attention_mask, *, scaling, gro
     # The lists of one prompt read the same keys: fold them into the rows of one matrix product.
     query_PNgH = query_BNRH.view(P, G, N, R, H).transpose(1, 2).reshape(P, N, G * R, H)
     score_PNgL = query_PNgH @ key_PNLH.transpose(2, 3)
-    if grouped_cache.padding_PL is not None:
-        score_PNgL = score_PNgL.masked_fill(grouped_cache.padding_PL[:, None, None], float("-inf"))
+    unseen_PL = grouped_cache.unseen(scores.window)
     score_BNRL = score_PNgL.view(P, N, G, R, L).transpose(1, 2).reshape(B, N, R, L)
     score_BNRT = query_BNRH @ key_BNTH.transpose(2, 3)
-    weight = torch.cat([score_BNRL, score_BNRT], dim=-1).float().softmax(-1).to(value.dtype)
+    score = torch.cat([score_BNRL, score_BNRT], dim=-1).float()
+    visible = None
+    if unseen_PL is not None or (scores.window is not None and key_BNTH.shape[2] > scores.window):
+        T = key_BNTH.shape[2]
+        old_T = torch.arange(T, device=score.device) < (T - scores.window if scores.window is not None else 0)
+        unseen_PL = unseen_PL if unseen_PL is not None else score.new_zeros(P, L, dtype=torch.bool)
+        visible = ~torch.cat([unseen_PL, old_T.expand(P, T)], 1).repeat_interleave(G, 0)[:, None, None]
+    weight = softmax(score.view(B, heads, 1, -1), visible, scores).view(score.shape).to(value.dtype)
     weight_PNgL = weight[..., :L].view(P, G, N, R, L).transpose(1, 2).reshape(P, N, G * R, L)
-    out_BNRH = (weight_PNgL @ value_PNLH).view(P, N, G, R, H).transpose(1, 2).reshape(B, N, R, H)
+    out_BNRH = (weight_PNgL @ value_PNLH).view(P, N, G, R, -1).transpose(1, 2).reshape(B, N, R, -1)
     out_BNRH = out_BNRH + weight[..., L:] @ value_BNTH
-    return out_BNRH.reshape(B, 1, heads, H), None
+    return out_BNRH.reshape(B, 1, heads, value.shape[-1]), None
 
 
-def read_prompts(layer: int, query, key, value, scaling: float, cache: PromptCache) -> Tensor:
+def read_prompts(layer: int, query, key, value, scores: Scores, cache: PromptCache) -> Tensor:
     """Attention of the prompts that are being read, whose keys and values are stored."""
     # Prompts are padded on the right, so causality alone keeps real tokens from seeing padding.
     cache.store_prompts(layer, key, value)
+    if not scores.plain(key.shape[2]):
+        return attend(query, key, value, scores).transpose(1, 2)
     out = torch.nn.functional.scaled_dot_product_attention(
-        query, key, value, is_causal=True, scale=scaling, enable_gqa=True
+        query, key, value, is_causal=True, scale=scores.scale, enable_gqa=True
     )
     return out.transpose(1, 2)
 
 
 @contextmanager
-def attention_of_decoding(model: PreTrainedModel | Decoder, name: str, attend: Callable) -> Iterator[None]:
-    """The model with `attend` as its attention, which transformers knows under `name`."""
+def attention_of_decoding(model: PreTrainedModel | Decoder, name: str, attend: Callable | None) -> Iterator[None]:
+    """The model with `attend` as its attention, which transformers knows under `name`; None: it has that itself."""
     if isinstance(model, Decoder):
         model.attend = attend
         yield
         return
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    ALL_ATTENTION_FUNCTIONS.register(name, attend)
+    if attend is not None:
+        ALL_ATTENTION_FUNCTIONS.register(name, attend)
     before = model.config._attn_implementation
     model.config._attn_implementation = name
     try:
@@ -150,7 +174,7 @@ class HFSampler:
     `allowed_V` (bool, one entry an id) marks the ids that may be sampled; log-probabilities are normalised over them.
     `rows` bounds the lists decoded at once. `autocast` is "bfloat16" or None. `weights` gives the model's parameters by
     name for as long as lists are sampled: those of a trainer that splits its own among processes, which wait for each
-    other here and not between two tokens.
+    other here and not between two tokens. `logit_map`: what the model does to its head's product.
     """
 
     owns_weights = False
@@ -166,11 +190,13 @@ class HFSampler:
         rows: int = 256,
         autocast: str | None = None,
         weights: Callable[[], Iterable[tuple[str, Tensor]]] | None = None,
+        logit_map: LogitMap | None = None,
     ):
         self.model, self.tokenizer = model, tokenizer
         self.eos_ids = eos_token_ids(model, tokenizer)
         self.banned_V = None if allowed_V is None or bool(allowed_V.all()) else ~allowed_V.to(model.device)
         self.rows, self.autocast, self.weights = rows, autocast, weights
+        self.logit_map = logit_map or PLAIN
 
     @torch.no_grad()
     def sample(
@@ -300,14 +326,23 @@ class HFSampler:
         return torch.cat(last_pD)
 
     def _hidden(self, ids: Tensor, position_ids: Tensor, cache: PromptCache) -> Tensor:
-        body = self.model.base_model
-        return body(ids, position_ids=position_ids, use_cache=False, grouped_cache=cache).last_hidden_state
+        """What the head is given; some models divide it first."""
+        if isinstance(self.model, Decoder):
+            return self.model(ids, position_ids=position_ids, use_cache=False, grouped_cache=cache).last_hidden_state
+        held: list[Tensor] = []
+        with forward_replaced(output_head(self.model), lambda hidden: held.append(hidden) or hidden):
+            self.model(ids, position_ids=position_ids, use_cache=False, grouped_cache=cache)
+        return held[0]
 
     def _draw(self, hidden_BD: Tensor, uniform_B: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         """The next token of every list and its log-probability."""
-        logits_BV = self.model.get_output_embeddings()(hidden_BD).float()
-        if self.banned_V is not None:
-            logits_BV = logits_BV.masked_fill(self.banned_V, float("-inf"))
+        logits_BV = self.logit_map(self.model.get_output_embeddings()(hidden_BD).float())
+        return self._draw_from(self._ban(logits_BV), uniform_B, temperature)
+
+    def _ban(self, logits_BV: Tensor) -> Tensor:
+        return logits_BV if self.banned_V is None else logits_BV.masked_fill(self.banned_V, float("-inf"))
+
+    def _draw_from(self, logits_BV: Tensor, uniform_B: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         if temperature not in (0, 1):
             logits_BV = logits_BV / temperature
         peak_B1 = logits_BV.amax(1, keepdim=True)

@@ -19,7 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rankgrpo.errors import SamplingError
 from rankgrpo.model.autocast import in_autocast_type
+from rankgrpo.model.by_sequence import read_scores
 from rankgrpo.sampler.hf import PromptCache, read_prompts
 
 ATTENTION_NAME = "rankgrpo_jump"
@@ -170,12 +172,21 @@ def _spans(*columns: np.ndarray) -> list[Span]:
     return [Span(*row) for row in zip(*(column.tolist() for column in columns), strict=True)]
 
 
-def jump_attention(module, query, key, value, attention_mask, *, scaling, grouped_cache: JumpCache, **_):
+def jump_attention(
+    module, query, key, value, attention_mask, *, scaling, grouped_cache: JumpCache, sliding_window=None, **kwargs
+):
     """Attention of a prefill (prompts, causal) or of lists' new tokens over [prompt keys ; own keys so far]."""
     layer = module.layer_idx
     query, key, value = in_autocast_type(query, key, value)
+    scores = read_scores(scaling, sliding_window, kwargs)
     if grouped_cache.reading is not None:
-        return read_prompts(layer, query, key, value, scaling, grouped_cache), None
+        return read_prompts(layer, query, key, value, scores, grouped_cache), None
+    longest = int(grouped_cache.prompt_len.max()) + grouped_cache.jump.num_columns
+    if not scores.plain(longest) or key.shape[-1] != value.shape[-1]:
+        raise SamplingError(
+            "lists that are held to the catalog are decoded several tokens at a time, which this model's attention "
+            "(windows, soft caps, sinks, heads of two sizes) is not made for; set model.verify=true, which finds a way"
+        )
     jump = grouped_cache.jump
     own = grouped_cache.append(layer, key[0].transpose(0, 1), value[0].transpose(0, 1))
     (_, heads, M, H), N = query.shape, key.shape[1]

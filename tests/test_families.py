@@ -1,0 +1,203 @@
+"""Every family: log-probs and gradients, sampler and export against transformers' eager forward, a row at a time.
+
+A handful runs with every `make test`, all variants with `pytest -m "families or not families" tests/test_families.py`.
+"""
+
+import pytest
+import torch
+from model_families import FAST, VARIANTS, make_model, make_tokenizer
+from tiny_world import ALONE, tiny_config
+from transformers import AutoModelForCausalLM
+
+from rankgrpo.errors import ModelError
+from rankgrpo.model.export import model_class
+from rankgrpo.model.packing import Group
+from rankgrpo.model.policy import open_policy
+from rankgrpo.sampler import verify
+from rankgrpo.sampler.choose import hf_sampler
+from rankgrpo.sampler.verify import switches, verify_policy
+
+NAMES = [name if name in FAST else pytest.param(name, marks=pytest.mark.families) for name in VARIANTS]
+CONFIG = tiny_config("data.max_prompt_tokens=60", "rl.max_new_tokens=30")
+# What cannot be packed; everything else is.
+DENSE = {
+    "bamba", "bloom", "comp_qwen3_5", "doge", "falcon", "falcon_h1", "falcon_h1_mult1", "granitemoehybrid", "jamba",
+    "lfm2", "lfm2_moe", "llama4", "mamba2", "nemotron", "nemotron_h", "olmo_hybrid", "qwen3_5", "qwen3_5_moe",
+    "qwen3_next", "stablelm", "zamba2",
+}  # fmt: skip
+ROW_BY_ROW = {"phi3_longrope"}
+OWN_CACHE = DENSE | ROW_BY_ROW | {"diffllama", "hrm_text"}
+REFUSED = {"deepseek_v32"}
+
+
+def ids(size, generator):
+    return torch.randint(3, 250, (size,), generator=generator).tolist()
+
+
+def example_groups():
+    """Prompts and lists on both sides of the windows (16) and of the rope switch (32)."""
+    g = torch.Generator().manual_seed(1)
+    return [
+        Group(ids(50, g), [ids(9, g), ids(24, g), ids(1, g)]),
+        Group(ids(7, g), [ids(30, g), ids(12, g)]),
+        Group(ids(22, g), [ids(3, g)]),
+    ]
+
+
+def eager_logprobs(model, groups, allowed_V, temperature=1.0):
+    """One sequence at a time, no padding, no mask, full logits."""
+    longest = max(len(own) for group in groups for own in group.completion_ids)
+    rows = []
+    for group in groups:
+        for own in group.completion_ids:
+            sequence = torch.tensor([group.prompt_ids + own])
+            logits = model(input_ids=sequence, use_cache=False).logits[0].float() / temperature
+            logp = logits.masked_fill(~allowed_V, -torch.inf).log_softmax(-1)
+            at = torch.arange(len(group.prompt_ids), sequence.shape[1])
+            rows.append(torch.nn.functional.pad(logp[at - 1, sequence[0, at]], (0, longest - len(own))))
+    return torch.stack(rows)
+
+
+def gradients(model, loss):
+    model.zero_grad()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same_gradients(got, want):
+    shared = got.keys() & want.keys()
+    assert all(not grad.any() for name, grad in [*got.items(), *want.items()] if name not in shared)
+    total = sum(float(want[name].double().square().sum()) for name in shared) ** 0.5
+    gap = sum(float((got[name] - want[name]).double().square().sum()) for name in shared) ** 0.5
+    assert gap <= 1e-3 * total
+
+
+def save(name, folder):
+    model = make_model(name)
+    model.save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+
+
+def reload(folder):
+    kind = model_class(str(folder))
+    return kind.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_family(name, tmp_path, capsys):
+    save(name, tmp_path / "model")
+    policy = open_policy(tmp_path / "model", CONFIG.model, ALONE.device)
+    if name in REFUSED:
+        with pytest.raises(ModelError, match="nothing computes"):
+            verify_policy(policy, CONFIG)
+        return
+    policy = verify_policy(policy, CONFIG)
+    said = capsys.readouterr().out
+    assert policy.paths.packing == ("padded" if name in DENSE else "alone" if name in ROW_BY_ROW else "shared")
+    assert ("cannot be packed exactly" in said) == (name in DENSE | ROW_BY_ROW)
+    assert ("lists are sampled" in said) == (policy.paths.decoding != "grouped") == (name in OWN_CACHE)
+
+    plain = reload(tmp_path / "model").train(policy.model.training)
+    for module in plain.modules():  # what was switched off in the policy
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    plain.eval()
+    groups = example_groups()
+    want_BT = eager_logprobs(plain, groups, policy.allowed_V, temperature=0.7)
+    pack, logp_BT = policy.logprobs(groups, temperature=0.7)
+    torch.testing.assert_close(logp_BT, want_BT, rtol=0, atol=1e-4)
+    weight_BT = torch.randn(want_BT.shape, generator=torch.Generator().manual_seed(2))
+    assert_same_gradients(
+        gradients(policy.model, (logp_BT * weight_BT).sum()), gradients(plain, (want_BT * weight_BT).sum())
+    )
+    assert torch.equal(policy.logprobs(groups, temperature=0.7)[1], logp_BT)  # nothing random is left
+
+    lists = hf_sampler(policy).sample(
+        [group.prompt_ids for group in groups], group_size=2, seeds=[5, 6, 7], max_new_tokens=24, temperature=0.7
+    )
+    sampled = [Group(g.prompt_ids, [each.token_ids for each in own]) for g, own in zip(groups, lists, strict=True)]
+    with torch.no_grad():
+        rows_BT = eager_logprobs(plain, sampled, policy.allowed_V, temperature=0.7)
+    for row, each in zip(rows_BT, [each for own in lists for each in own], strict=True):
+        # A list that grows past the rope switch was drawn before it from the model of shorter texts.
+        if name != "phi3_longrope":
+            torch.testing.assert_close(row[: len(each.logp)], torch.tensor(each.logp), rtol=0, atol=1e-4)
+
+    policy.export(tmp_path / "export", ALONE)
+    sequence = torch.tensor([groups[0].prompt_ids])
+    with torch.no_grad():
+        exported, original = (
+            m(input_ids=sequence, use_cache=False).logits for m in (reload(tmp_path / "export"), plain)
+        )
+    torch.testing.assert_close(exported, original, rtol=0, atol=1e-5)
+
+
+def test_a_family_nobody_knows_is_caught(tmp_path, monkeypatch):
+    """A layer that looks one token back, outside attention and without a cache: no name and no key tells."""
+    save("llama", tmp_path / "model")
+    policy = open_policy(tmp_path / "model", CONFIG.model, ALONE.device)
+    norm = policy.model.model.norm
+    monkeypatch.setattr(
+        norm,
+        "forward",
+        lambda x, forward=norm.forward: forward(x + torch.nn.functional.pad(x, (0, 0, 1, 0))[:, : x.shape[1]]),
+    )
+    with pytest.raises(ModelError, match="off by"):
+        verify_policy(policy, tiny_config("data.max_prompt_tokens=60", "model.attention=shared"))
+    verified = verify_policy(policy, CONFIG)
+    assert verified.paths.packing == "padded" and verified.paths.decoding == "uncached"
+
+
+def test_a_sampler_that_is_off_is_not_used(tmp_path, monkeypatch, capsys):
+    save("llama", tmp_path / "model")
+    policy = open_policy(tmp_path / "model", CONFIG.model, ALONE.device)
+    monkeypatch.setattr("rankgrpo.sampler.hf.softmax", lambda score, visible, scores: (2 * score).softmax(-1))
+    assert verify_policy(policy, CONFIG).paths.decoding == "padded"
+    assert "lists are sampled with the model's own cache (off by" in capsys.readouterr().out
+
+
+def test_noise_that_stays_on_in_training_is_named(tmp_path):
+    save("llama", tmp_path / "model")
+    policy = open_policy(tmp_path / "model", CONFIG.model, ALONE.device)
+    policy.model.model.norm.register_forward_hook(
+        lambda module, inputs, out: out + 0.1 * torch.randn_like(out) if module.training else out
+    )
+    with pytest.raises(ModelError, match="in training mode its log-probs change by .* something random stays on"):
+        verify_policy(policy, CONFIG)
+
+
+def test_attention_dense_is_taken_at_its_word_and_counts_its_tokens(tmp_path, capsys):
+    save("llama", tmp_path / "model")
+    config = tiny_config("model.attention=dense")
+    policy = verify_policy(open_policy(tmp_path / "model", config.model, ALONE.device), config)
+    assert policy.paths.packing == "padded" and "cannot be packed" not in capsys.readouterr().out
+    groups = example_groups()
+    pack, _ = policy.logprobs(groups)
+    assert pack.tokens_shared == pack.tokens_dense == 3 * 50 + 34 + 2 * 7 + 42 + 22 + 3
+    assert policy.micro_batches(groups, 200) == [[0], [1, 2]]
+
+
+def test_verify_false_looks_at_nothing(tmp_path, monkeypatch):
+    save("llama", tmp_path / "model")
+    config = tiny_config("model.verify=false")
+    policy = open_policy(tmp_path / "model", config.model, ALONE.device)
+    monkeypatch.setattr(verify, "plain_logprobs", None)
+    assert verify_policy(policy, config) is policy
+
+
+def test_switches_are_found_by_their_names():
+    from model_families import make_config
+
+    assert switches(make_config("phi3_longrope"))[-1] == 32
+    assert switches(make_config("llama4"))[-1] == 16
+    assert switches(make_config("comp_gemma3"))[-1] == 16
+
+
+def test_an_export_holds_the_buffers_of_the_file(tmp_path):
+    save("deepseek_v3", tmp_path / "model")
+    policy = open_policy(tmp_path / "model", CONFIG.model, ALONE.device)
+    policy.export(tmp_path / "export", ALONE)
+    one, other = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("model", "export"))
+    biases = {name: b for name, b in one.named_buffers() if name.endswith("e_score_correction_bias")}
+    assert len(biases) == 3 and all(b.any() for b in biases.values())
+    assert all(torch.equal(dict(other.named_buffers())[name], b) for name, b in biases.items())
