@@ -8,15 +8,19 @@ these. The names stay those of Eq. 6, rank and K, to be read beside it; where K 
 The functions know no model, config, logger or process group: the caller brings log-probs in float32 and the denominator
 of the whole step, and gets a loss to differentiate and detached metrics.
 
+`rank_grpo_loss` checks what it is given. `unchecked_rank_grpo_loss` is the same arithmetic and nothing else, which
+`torch.compile(fullgraph=True)` and `torch.fx` trace. Neither waits for the device.
+
 Log-probs are never cast here: half precision is refused, float64 passes through.
 """
 
-# Shape letters: B lists (prompts x lists a prompt), T completion tokens, K units of a list (most often its ranks).
+# Shape letters: B lists (prompts x lists a prompt), T completion tokens, K units of a list (most often its ranks),
+# M tokens of all lists, end to end.
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,8 +46,9 @@ def rank_log_ratio(logp_BT: Tensor, old_logp_BT: Tensor, rank_BT: Tensor, num_ra
     Raises ValueError for wrong shapes or dtypes.
     """
     _check_tokens(logp_BT, rank_BT, old_logp_BT=old_logp_BT)
-    mask_BT, slot_BT, count_BK = _segment(rank_BT, num_ranks, logp_BT.dtype)
-    return _mean_per_unit(_kept(logp_BT, mask_BT) - _kept(old_logp_BT, mask_BT), slot_BT, count_BK)
+    empty_BK = logp_BT.new_zeros(logp_BT.shape[0], num_ranks)
+    segments = _segment(rank_BT, empty_BK, None)
+    return _mean_per_unit(_kept(logp_BT, segments.mask) - _kept(old_logp_BT, segments.mask), segments)
 
 
 def kl_k3(logp: Tensor, ref_logp: Tensor) -> Tensor:
@@ -68,6 +73,7 @@ def rank_grpo_loss(
     reduction: Reduction = "rank",
     denominator: float | Tensor | None = None,
     weight_BK: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
     impl: Impl = "torch",
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Clipped surrogate with one ratio and one advantage a unit (Eq. 6, negated), plus the KL to a reference.
@@ -90,6 +96,8 @@ def rank_grpo_loss(
       denominator: Z, a number or a 0-dim tensor. Pass the count of the whole step over all processes (P*G*K ranks, or
         all tokens for "token"): then the losses of micro-batches and processes add up to that of one big batch. None
         means B*K for "rank" and the number of tokens that take part for "token", of this call.
+      cu_seqlens: for lists that lie end to end without padding: then everything a token is (M,), list b holds tokens
+        cu_seqlens[b] to cu_seqlens[b + 1], (B + 1,) ascending integers, and tokens outside all lists take no part.
       impl: "triton" runs the fused kernel of `rankgrpo_kernels`, same numbers; it raises where that cannot run.
 
     A unit whose |log w| exceeds MAX_LOG_RATIO has the bounded ratio and no gradient. A log-prob that is not finite
@@ -101,27 +109,26 @@ def rank_grpo_loss(
     gradient: w < 1 - clip_low with A < 0, or w > 1 + clip_high with A > 0. `merge_metrics` joins calls.
     Raises ValueError for wrong shapes, dtypes or options.
     """
-    _check_tokens(logp_BT, rank_BT, old_logp_BT=old_logp_BT, ref_logp_BT=ref_logp_BT)
-    _check_units(logp_BT.shape[0], advantage_BK, weight_BK)
+    num_lists = logp_BT.shape[0] if cu_seqlens is None else _check_packed(logp_BT, cu_seqlens)
+    _check_tokens(logp_BT, rank_BT, packed=cu_seqlens is not None, old_logp_BT=old_logp_BT, ref_logp_BT=ref_logp_BT)
+    _check_units(num_lists, advantage_BK, weight_BK)
     _check_options(clip_low, clip_high, kl_coef, ref_logp_BT, reduction, denominator, impl)
-    implementation = _plain_rank_grpo_loss
-    if impl == "triton":
-        from rankgrpo_kernels.rank_ratio import fused_rank_grpo_loss  # needs triton and a GPU; keep the import local
+    options = {
+        "clip_low": clip_low,
+        "clip_high": clip_high,
+        "ref_logp_BT": ref_logp_BT,
+        "kl_coef": kl_coef,
+        "reduction": reduction,
+        "denominator": denominator,
+        "weight_BK": weight_BK,
+    }
+    if impl == "torch":
+        return unchecked_rank_grpo_loss(logp_BT, old_logp_BT, rank_BT, advantage_BK, **options, cu_seqlens=cu_seqlens)
+    if cu_seqlens is not None:
+        raise ValueError("impl='triton' takes (B, T) and no cu_seqlens; use impl='torch', or pad the lists")
+    from rankgrpo_kernels.rank_ratio import fused_rank_grpo_loss  # needs triton and a GPU; keep the import local
 
-        implementation = fused_rank_grpo_loss
-    return implementation(
-        logp_BT,
-        old_logp_BT,
-        rank_BT,
-        advantage_BK,
-        clip_low=clip_low,
-        clip_high=clip_high,
-        ref_logp_BT=ref_logp_BT,
-        kl_coef=kl_coef,
-        reduction=reduction,
-        denominator=denominator,
-        weight_BK=weight_BK,
-    )
+    return fused_rank_grpo_loss(logp_BT, old_logp_BT, rank_BT, advantage_BK, **options)
 
 
 def merge_metrics(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -143,45 +150,73 @@ def merge_metrics(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
     return merged
 
 
-def _plain_rank_grpo_loss(
+def unchecked_rank_grpo_loss(
     logp_BT: Tensor,
     old_logp_BT: Tensor | None,
     rank_BT: Tensor,
     advantage_BK: Tensor,
     *,
-    clip_low: float,
-    clip_high: float,
-    ref_logp_BT: Tensor | None,
-    kl_coef: float,
-    reduction: Reduction,
-    denominator: float | Tensor | None,
-    weight_BK: Tensor | None,
+    clip_low: float = 0.06,
+    clip_high: float = 0.08,
+    ref_logp_BT: Tensor | None = None,
+    kl_coef: float = 0.0,
+    reduction: Reduction = "rank",
+    denominator: float | Tensor | None = None,
+    weight_BK: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    mask_BT, slot_BT, count_BK = _segment(rank_BT, advantage_BK.shape[1], logp_BT.dtype)
-    logp_BT = _kept(logp_BT, mask_BT)
-    old_logp_BT = logp_BT.detach() if old_logp_BT is None else _kept(old_logp_BT.detach(), mask_BT)
-    ratio_BK = _bounded(_mean_per_unit(logp_BT - old_logp_BT, slot_BT, count_BK)).exp()
+    """`rank_grpo_loss(impl="torch")` without its checks: tensor operations alone, for tracers and compilers.
+
+    It computes the same numbers, bit for bit. What the checks would refuse gives wrong numbers or an error of torch's.
+    """
+    segments = _segment(rank_BT, torch.zeros_like(advantage_BK, dtype=logp_BT.dtype), cu_seqlens)
+    logp_BT = _kept(logp_BT, segments.mask)
+    old_logp_BT = logp_BT.detach() if old_logp_BT is None else _kept(old_logp_BT.detach(), segments.mask)
+    ratio_BK = _bounded(_mean_per_unit(logp_BT - old_logp_BT, segments)).exp()
     clipped_BK = ratio_BK.clamp(1 - clip_low, 1 + clip_high)
     advantage_BK = advantage_BK.detach()
     surrogate_BK = torch.minimum(ratio_BK * advantage_BK, clipped_BK * advantage_BK)
-    share_BK = _share(count_BK, weight_BK, reduction, denominator)
+    share_BK = _share(segments.count_BK, weight_BK, reduction, denominator)
     policy_loss = -(share_BK * surrogate_BK).sum()
 
     loss, kl = policy_loss, torch.zeros_like(policy_loss)
     if ref_logp_BT is not None:
-        kl_BT = kl_k3(logp_BT if kl_coef else logp_BT.detach(), _kept(ref_logp_BT.detach(), mask_BT))
-        kl = (share_BK * _mean_per_unit(kl_BT, slot_BT, count_BK)).sum()
+        kl_BT = kl_k3(logp_BT if kl_coef else logp_BT.detach(), _kept(ref_logp_BT.detach(), segments.mask))
+        kl = (share_BK * _mean_per_unit(kl_BT, segments)).sum()
         loss = policy_loss + kl_coef * kl if kl_coef else policy_loss  # 0 * NaN would poison the loss
-    metrics = _ratio_metrics(ratio_BK.detach(), advantage_BK, count_BK > 0, clip_low, clip_high)
+    metrics = _ratio_metrics(ratio_BK.detach(), advantage_BK, segments.count_BK > 0, clip_low, clip_high)
     return loss, metrics | {"loss/policy": policy_loss.detach(), "loss/kl": kl.detach()}
 
 
-def _segment(rank_BT: Tensor, num_ranks: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Which tokens take part, the column each one adds to (0 where it does not), and the tokens of every unit."""
-    mask_BT = (rank_BT >= 0) & (rank_BT < num_ranks)
-    slot_BT = torch.where(mask_BT, rank_BT, 0).long()
-    count_BK = torch.zeros(rank_BT.shape[0], num_ranks, dtype=dtype, device=rank_BT.device)
-    return mask_BT, slot_BT, count_BK.scatter_add(1, slot_BT, mask_BT.to(dtype))
+class _Segments(NamedTuple):
+    """Which tokens belong to which unit; tokens are (B, T), or (M,) where the lists are packed."""
+
+    mask: Tensor
+    """Tokens that take part."""
+    slot: Tensor
+    """The column that a token adds to, 0 where it does not; packed, of the columns of all lists."""
+    count_BK: Tensor
+    packed: bool
+
+    def sums(self, value: Tensor) -> Tensor:
+        """Sum over the tokens of every unit, (B, K); values of tokens that take no part must be 0."""
+        empty_BK = torch.zeros_like(self.count_BK, dtype=value.dtype)
+        if self.packed:
+            return empty_BK.flatten().scatter_add(0, self.slot, value).view_as(empty_BK)
+        return empty_BK.scatter_add(1, self.slot, value)
+
+
+def _segment(rank: Tensor, empty_BK: Tensor, cu_seqlens: Tensor | None) -> _Segments:
+    mask = (rank >= 0) & (rank < empty_BK.shape[1])
+    if cu_seqlens is None:
+        slot = torch.where(mask, rank, 0).long()
+    else:
+        token_M = torch.ones_like(rank, dtype=cu_seqlens.dtype).cumsum(0, dtype=cu_seqlens.dtype) - 1
+        list_M = torch.searchsorted(cu_seqlens, token_M, right=True) - 1
+        mask = mask & (list_M >= 0) & (list_M < empty_BK.shape[0])
+        slot = torch.where(mask, list_M * empty_BK.shape[1] + rank, 0).long()
+    segments = _Segments(mask, slot, empty_BK, cu_seqlens is not None)
+    return segments._replace(count_BK=segments.sums(mask.to(empty_BK.dtype)))
 
 
 def _kept(value_BT: Tensor, mask_BT: Tensor) -> Tensor:
@@ -189,9 +224,8 @@ def _kept(value_BT: Tensor, mask_BT: Tensor) -> Tensor:
     return torch.where(mask_BT, value_BT, 0.0)
 
 
-def _mean_per_unit(value_BT: Tensor, slot_BT: Tensor, count_BK: Tensor) -> Tensor:
-    sum_BK = value_BT.new_zeros(count_BK.shape).scatter_add(1, slot_BT, value_BT)
-    return sum_BK / count_BK.clamp(min=1)
+def _mean_per_unit(value: Tensor, segments: _Segments) -> Tensor:
+    return segments.sums(value) / segments.count_BK.clamp(min=1)
 
 
 def _bounded(log_ratio: Tensor) -> Tensor:
@@ -204,7 +238,7 @@ def _share(count_BK: Tensor, weight_BK: Tensor | None, reduction: str, denominat
     per_token = reduction == "token"
     share_BK = count_BK if per_token else torch.ones_like(count_BK)
     if denominator is None:
-        denominator = count_BK.sum().clamp(min=1) if per_token else max(count_BK.numel(), 1)
+        denominator = share_BK.sum().clamp(min=1)  # B*K, or the tokens; a tensor, which tracers can follow
     return (share_BK if weight_BK is None else share_BK * weight_BK.detach()) / denominator
 
 
@@ -224,18 +258,30 @@ def _ratio_metrics(
     }
 
 
-def _check_tokens(logp_BT: Tensor, rank_BT: Tensor, **others_BT: Tensor | None) -> None:
-    if logp_BT.ndim != 2:
+def _check_packed(logp_M: Tensor, cu_seqlens: Tensor) -> int:
+    """The number of lists."""
+    if cu_seqlens.ndim != 1 or len(cu_seqlens) == 0 or cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f"cu_seqlens must be int32 or int64 (B + 1,), got {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}"
+        )
+    if logp_M.ndim != 1:
+        raise ValueError(f"with cu_seqlens, logp must have shape (M,), got {tuple(logp_M.shape)}")
+    return len(cu_seqlens) - 1
+
+
+def _check_tokens(logp_BT: Tensor, rank_BT: Tensor, packed: bool = False, **others_BT: Tensor | None) -> None:
+    axes = "(M,)" if packed else "(B, T)"
+    if logp_BT.ndim != 2 and not packed:
         raise ValueError(f"logp_BT must have shape (B, T), got {tuple(logp_BT.shape)}")
     if rank_BT.shape != logp_BT.shape:
-        raise ValueError(f"rank_BT must be (B, T) = {tuple(logp_BT.shape)}, got {tuple(rank_BT.shape)}")
+        raise ValueError(f"rank_BT must be {axes} = {tuple(logp_BT.shape)}, got {tuple(rank_BT.shape)}")
     if rank_BT.is_floating_point() or rank_BT.is_complex() or rank_BT.dtype == torch.bool:
         raise ValueError(f"rank_BT must hold integers, got {rank_BT.dtype}")
     for name, value_BT in {"logp_BT": logp_BT, **others_BT}.items():
         if value_BT is None:
             continue
         if value_BT.shape != logp_BT.shape:
-            raise ValueError(f"{name} must be (B, T) = {tuple(logp_BT.shape)}, got {tuple(value_BT.shape)}")
+            raise ValueError(f"{name} must be {axes} = {tuple(logp_BT.shape)}, got {tuple(value_BT.shape)}")
         if value_BT.dtype not in (torch.float32, torch.float64):
             raise ValueError(f"{name} must be float32 or float64, got {value_BT.dtype}: take log-softmax in float32")
 

@@ -16,6 +16,9 @@ weight, so that one loss is Rank-GRPO (unit="rank"), GRPO (unit="token") or GSPO
 The penalties of the paper (arXiv 2510.20150, section 2.3.3 and appendix C) get units of their own, so that they move
 the tokens they are about and no others. They are advantages, added after normalisation as in the released code; as
 rewards they would vanish in every group whose lists all fail alike. Only the list itself is read, never its group.
+
+For trainers that hold one advantage a token: `token_advantage` spreads the ranks' over them; `hide_units` also marks
+where units begin, in the lowest bit, and `units_from_advantage` finds them again on the other side of such a trainer.
 """
 
 # Shape letters: B lists, T completion tokens, K ranks (or 1: one advantage a list), U units, E units beyond the ranks.
@@ -85,11 +88,41 @@ def make_units(
         for a mean over the tokens of the batch (DAPO, arXiv 2503.14476) or, with B * max_new_tokens as denominator, a
         sum whose scale no length changes (Dr. GRPO, arXiv 2503.20783).
       unit_cap: bound on the units beyond K in a list; items past it share the last one. None counts what is there,
-        which waits for the device once.
+        which waits for the device once; T is never exceeded.
 
     Returns: Units. Raises ValueError for wrong shapes, dtypes or options.
     """
     _check(rank_BT, eos_BT, advantage_BK, unit, num_ranks, unit_cap)
+    if unit_cap is None:
+        unit_cap = max(int(rank_BT.max()) + 1 - num_ranks, 1) if unit != "list" else 1
+    return unchecked_make_units(
+        rank_BT,
+        eos_BT,
+        advantage_BK,
+        unit=unit,
+        num_ranks=num_ranks,
+        overflow_penalty=overflow_penalty,
+        early_eos_penalty=early_eos_penalty,
+        full_list_bonus=full_list_bonus,
+        unit_cap=unit_cap,
+        mean_by_list=mean_by_list,
+    )
+
+
+def unchecked_make_units(
+    rank_BT: Tensor,
+    eos_BT: Tensor,
+    advantage_BK: Tensor,
+    *,
+    unit: Unit = "rank",
+    num_ranks: int,
+    overflow_penalty: float = -0.1,
+    early_eos_penalty: float = -0.1,
+    full_list_bonus: float = 0.0,
+    unit_cap: int,
+    mean_by_list: bool = True,
+) -> Units:
+    """`make_units` without its checks and without waiting for the device, for tracers and compilers."""
     num_lists, num_tokens = rank_BT.shape
     listed_BT = rank_BT >= 0
     if unit == "list":
@@ -103,16 +136,15 @@ def make_units(
     early_B = eos_BT.any(1) & (num_items_B < num_ranks)
     full_B = eos_BT.any(1) & (num_items_B == num_ranks)
     split_B = (early_B & (early_eos_penalty != 0)) | (full_B & (full_list_bonus != 0))
-    if unit_cap is None:
-        unit_cap = max(int(rank_BT.max()) + 1 - num_ranks, 1)
     unit_BT = rank_BT.long().clamp(max=num_ranks + unit_cap - 1)
     # A list that overflows splits off no EOS, so both kinds of extra unit can start at K.
     unit_BT = torch.where(eos_BT & split_B[:, None], num_ranks, unit_BT)
 
-    extra_E = torch.arange(unit_cap, device=rank_BT.device)
+    extra_E = rank_BT.new_ones(unit_cap).cumsum(0) - 1  # torch.arange takes no device from a traced tensor
     dtype = advantage_BK.dtype
     extra_BE = (extra_E < (num_items_B - num_ranks)[:, None]).to(dtype) * overflow_penalty
-    extra_BE[:, 0] += early_B.to(dtype) * early_eos_penalty + full_B.to(dtype) * full_list_bonus
+    end_B = early_B.to(dtype) * early_eos_penalty + full_B.to(dtype) * full_list_bonus
+    extra_BE = extra_BE + (extra_E == 0) * end_B[:, None]
     advantage_BU = torch.cat([advantage_BK, extra_BE], dim=1)
     if unit == "token":
         return _token_units(listed_BT, advantage_BU.gather(1, unit_BT.clamp(min=0)), mean_by_list)
@@ -134,6 +166,109 @@ def take_lists(units: Units, lists: Sequence[int], num_tokens: int, *, at_least:
         advantage_BU=units.advantage_BU[lists, :num_units],
         weight_BU=units.weight_BU[lists, :num_units],
     )
+
+
+def token_advantage(rank_BT: Tensor, advantage_BK: Tensor, *, mean_by_rank: bool = True) -> Tensor:
+    """The advantage of every token, (B, T): that of its rank, over the number of the rank's tokens; 0 outside.
+
+    a_{i,t} = A_{i,k} / |y_i^(k)|  for the tokens t of rank k
+
+    A trainer whose loss is -(1/Z) sum_t ratio_t a_t, with Z the lists times K of the whole step, then follows the
+    gradient of Eq. 6 as long as it is on-policy: there every ratio is 1, and the geometric mean of a rank's tokens has
+    the gradient 1/|y^(k)| at each. Off-policy the ratio is a token's, so the loss is another one.
+
+    Args:
+      rank_BT: integer; tokens with rank < 0 or >= K get 0. Units of `make_units` may stand for ranks.
+      mean_by_rank: False leaves out the division: every token has the advantage of its rank.
+
+    Raises ValueError for wrong shapes or dtypes.
+    """
+    if rank_BT.ndim != 2 or rank_BT.is_floating_point() or rank_BT.dtype == torch.bool:
+        raise ValueError(f"rank_BT must be integer (B, T), got {rank_BT.dtype} {tuple(rank_BT.shape)}")
+    if advantage_BK.ndim != 2 or len(advantage_BK) != len(rank_BT) or not advantage_BK.is_floating_point():
+        raise ValueError(
+            f"advantage_BK must be floating point ({len(rank_BT)}, K), got {advantage_BK.dtype} "
+            f"{tuple(advantage_BK.shape)}"
+        )
+    inside_BT = (rank_BT >= 0) & (rank_BT < advantage_BK.shape[1])
+    slot_BT = torch.where(inside_BT, rank_BT, 0).long()
+    if mean_by_rank:
+        count_BK = torch.zeros_like(advantage_BK).scatter_add(1, slot_BT, inside_BT.to(advantage_BK.dtype))
+        advantage_BK = advantage_BK / count_BK.clamp(min=1)
+    return torch.where(inside_BT, advantage_BK.gather(1, slot_BT), 0.0)
+
+
+# Smaller advantages count as 0: the lowest bit of an exact 0 would make a subnormal number, which devices flush.
+_HIDDEN_ZERO = 2.0**-120
+
+
+def hide_units(units: Units) -> Tensor:
+    """Advantage times weight of every token, (B, T) float32, with the units' boundaries in its lowest bit.
+
+    For hooks that pass (log-prob, old log-prob, advantage, mask) and nothing else. A list's units in the order of their
+    tokens are even and odd in turn, and the lowest bit of a token's advantage says which; so neighbours of one
+    advantage stay apart. This changes an advantage by at most one unit in the last place and writes 0 as 2^-120. Tokens
+    outside are 0. What multiplies, rounds or normalises the advantages afterwards loses the boundaries.
+
+    Raises ValueError where a unit's tokens are parted by another unit's, or an advantage is not finite.
+    """
+    listed_BT = units.unit_BT >= 0
+    begins_BT, run_BT = _runs(units.unit_BT, listed_BT)
+    num_runs_BU = torch.zeros_like(units.advantage_BU, dtype=torch.int64)
+    num_runs_BU = num_runs_BU.scatter_add(1, units.unit_BT.clamp(min=0), begins_BT.long())
+    if bool((num_runs_BU > 1).any()):
+        raise ValueError("tokens of one unit are parted by those of another; such units cannot be hidden in advantages")
+    advantage_BT = (units.advantage_BU * units.weight_BU).float().gather(1, units.unit_BT.clamp(min=0))
+    if not bool(advantage_BT[listed_BT].isfinite().all()):
+        raise ValueError("an advantage is not finite")
+    advantage_BT = torch.where(advantage_BT.abs() < _HIDDEN_ZERO, _HIDDEN_ZERO, advantage_BT)
+    bits_BT = advantage_BT.contiguous().view(torch.int32)
+    marked_BT = ((bits_BT & ~1) | (run_BT & 1).int()).view(torch.float32)
+    return torch.where(listed_BT, marked_BT, 0.0)
+
+
+def units_from_advantage(advantage_BT: Tensor, mask_BT: Tensor, *, num_ranks: int) -> Units:
+    """The units that `hide_units` hid, numbered 0, 1, ... in the order of a list's tokens; U is T.
+
+    Those without tokens are gone, so numbers differ from the original ones where a rank had none; loss and gradient
+    differ by the constant that such ranks add. Advantages have lost their lowest bit. The weight is 1, the denominator
+    B * num_ranks. It does not wait for the device.
+
+    Args:
+      advantage_BT: float32, as `hide_units` made it.
+      mask_BT: the tokens of the lists, bool or numbers of which 0 means outside. Those that `hide_units` left out,
+        which have the advantage 0, are no unit.
+
+    Raises ValueError for another dtype or shape.
+    """
+    if advantage_BT.ndim != 2 or advantage_BT.dtype != torch.float32:
+        raise ValueError(
+            f"advantage_BT must be float32 (B, T), got {advantage_BT.dtype} {tuple(advantage_BT.shape)}: other types "
+            "have no room for the hidden boundaries"
+        )
+    if mask_BT.shape != advantage_BT.shape:
+        raise ValueError(f"mask_BT must be {tuple(advantage_BT.shape)}, got {tuple(mask_BT.shape)}")
+    listed_BT = (mask_BT != 0) & (advantage_BT != 0)
+    bits_BT = advantage_BT.contiguous().view(torch.int32)
+    _, run_BT = _runs(bits_BT & 1, listed_BT)
+    clean_BT = (bits_BT & ~1).view(torch.float32)
+    clean_BT = torch.where(clean_BT.abs() < 1.5 * _HIDDEN_ZERO, 0.0, clean_BT)
+    unit_BT = torch.where(listed_BT, run_BT, -1)
+    # Tokens of one unit hold the same number, so it does not matter which of them writes it.
+    slot_BT = torch.where(listed_BT, run_BT, advantage_BT.shape[1])
+    advantage_BU = advantage_BT.new_zeros(len(advantage_BT), advantage_BT.shape[1] + 1).scatter(1, slot_BT, clean_BT)
+    advantage_BU = advantage_BU[:, :-1]
+    return Units(unit_BT, advantage_BU, torch.ones_like(advantage_BU), len(advantage_BT) * num_ranks)
+
+
+def _runs(label_BT: Tensor, listed_BT: Tensor) -> tuple[Tensor, Tensor]:
+    """Where a run of equal labels begins, and the number of every token's run; skips what is not listed."""
+    position_BT = torch.where(listed_BT, torch.arange(label_BT.shape[1], device=label_BT.device), -1)
+    last_BT = position_BT.cummax(1).values  # the last listed token up to here
+    before_BT = torch.nn.functional.pad(last_BT[:, :-1], (1, 0), value=-1)
+    label_before_BT = label_BT.gather(1, before_BT.clamp(min=0))
+    begins_BT = listed_BT & ((before_BT < 0) | (label_BT != label_before_BT))
+    return begins_BT, begins_BT.cumsum(1) - 1
 
 
 def _count_items(rank_BT: Tensor, eos_BT: Tensor) -> Tensor:

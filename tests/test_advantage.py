@@ -107,3 +107,46 @@ def test_constant_reward_gives_zero_gradient(reduction):
 def test_mistakes_are_named(reward, options, message):
     with pytest.raises(ValueError, match=message):
         group_advantage(reward, **options)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Groups by id
+
+
+def test_groups_by_id_literal():
+    # Group 7: rewards 0, 2, 4 (mean 2, unbiased std 2); group 3: 1, 1; group 5 has one list.
+    reward_BK = torch.tensor([[0.0], [1.0], [9.0], [2.0], [1.0], [4.0]])
+    group_B = torch.tensor([7, 3, 5, 7, 3, 7])
+    expected = torch.tensor([[-1.0], [0.0], [0.0], [0.0], [0.0], [1.0]])
+    assert group_advantage(reward_BK, group_B, eps=0.0).equal(expected)
+    assert group_advantage(reward_BK, group_B, scale_by_std=False).equal(expected * 2)
+
+
+@pytest.mark.parametrize("options", [{}, {"scale_by_std": False}, {"ddof": 0}, {"eps": 0.1}])
+def test_groups_by_id_equal_whole_groups_in_any_order(options):
+    generator = torch.Generator().manual_seed(0)
+    reward_PGK = torch.rand(5, 4, 3, generator=generator, dtype=torch.float64)
+    reward_PGK[1, :, 2] = 0.1  # the mean of four times 0.1 need not be 0.1
+    expected = group_advantage(reward_PGK, **options).flatten(0, 1)
+    order = torch.randperm(20, generator=generator)
+    group_B = torch.tensor([40, -3, 8, 0, 2]).repeat_interleave(4)[order]
+    found = group_advantage(reward_PGK.flatten(0, 1)[order], group_B, **options)
+    torch.testing.assert_close(found, expected[order])
+    assert (found == 0).equal(expected[order] == 0)
+
+
+def test_groups_of_uneven_size_are_each_their_own():
+    generator = torch.Generator().manual_seed(1)
+    reward_BK = torch.rand(9, 2, generator=generator)
+    group_B = torch.tensor([0, 1, 1, 2, 2, 2, 2, 2, 1])
+    found = group_advantage(reward_BK, group_B)
+    for group in range(3):
+        alone = reward_BK[group_B == group]
+        torch.testing.assert_close(found[group_B == group], group_advantage(alone[None])[0])
+
+
+def test_group_ids_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match=r"with group_B, rewards must be \(B, K\) and group_B \(B,\), got \(2, 3, 1\)"):
+        group_advantage(torch.zeros(2, 3, 1), torch.zeros(2, dtype=torch.int64))
+    with pytest.raises(ValueError, match="integer ids, got torch.float32"):
+        group_advantage(torch.zeros(2, 3), torch.zeros(2))

@@ -28,7 +28,8 @@ from rankgrpo.config_file import flatten, load_config
 from rankgrpo.data.demo import write_demo
 
 ROOT = Path(__file__).parents[1]
-PAGES = ["README.md", *(f"docs/{path.name}" for path in sorted(ROOT.glob("docs/*.md"))), "kernels/README.md",
+DOCS = sorted(ROOT.glob("docs/*.md")) + sorted(ROOT.glob("docs/integrations/*.md"))
+PAGES = ["README.md", *(path.relative_to(ROOT).as_posix() for path in DOCS), "kernels/README.md",
          "experiments/README.md", "experiments/vllm/README.md"]  # fmt: skip
 TEXTS = {page: (ROOT / page).read_text(encoding="utf-8") for page in PAGES}
 NOT_RUN = {"gpu", "server", "hours", "download"}
