@@ -32,6 +32,7 @@ from rankgrpo.distill.demonstrations import make_demonstrations
 from rankgrpo.errors import ConfigError
 from rankgrpo.evaluation.compare import evaluate_run, fit_teacher, load_config_dataset, results_table
 from rankgrpo.files.atomic import only_one, write_lines
+from rankgrpo.model.policy import has_bfloat16
 from rankgrpo.model.presets import make_init
 from rankgrpo.model.tiny import TinyConfig
 from rankgrpo.rollouts.parts import load_parts
@@ -84,6 +85,9 @@ def run_stages(
             parallel,
             f"{len(dataset.problems)} problems in the data; `rankgrpo data check {config.data.path}` lists them",
         )
+
+    if config.model.autocast == "bfloat16" and not has_bfloat16(parallel.device):
+        say(parallel, "this CPU emulates bfloat16, which takes longer than float32; model.autocast=none is faster")
 
     stages = {}
     if rl_start is None:

@@ -1,7 +1,24 @@
 import pytest
+from tiny_world import tiny_config
 
+from rankgrpo import pipeline
 from rankgrpo.errors import ConfigError
-from rankgrpo.pipeline import keep_start
+from rankgrpo.pipeline import keep_start, run_pipeline
+
+
+@pytest.mark.parametrize(
+    ("autocast", "has_it", "warned"), [("bfloat16", False, True), ("bfloat16", True, False), ("none", False, False)]
+)
+def test_a_run_says_that_bfloat16_is_emulated(autocast, has_it, warned, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(pipeline, "has_bfloat16", lambda device: has_it)
+    monkeypatch.setattr(pipeline, "teach", _stop)
+    with pytest.raises(InterruptedError):
+        run_pipeline(tiny_config(f"model.autocast={autocast}"), tmp_path / "run")
+    assert ("emulates bfloat16" in capsys.readouterr().out) == warned
+
+
+def _stop(*_):
+    raise InterruptedError
 
 
 def test_a_run_goes_on_from_the_model_it_started_from(tmp_path):

@@ -204,6 +204,11 @@ def empty_copy(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
     return copy.deepcopy(model, empty).to(device)
 
 
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether matrix products in bfloat16 are the device's own: a CPU without AVX-512 converts every operand first."""
+    return device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 def choose_impl(kernels: str, device: torch.device) -> Impl:
     """What model.kernels means on `device`."""
     if kernels == "auto":
