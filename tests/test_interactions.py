@@ -1,7 +1,6 @@
 """Logs of what users chose become samples, by hand-made logs whose samples are known."""
 
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,6 @@ from rankgrpo.errors import DataError
 from rankgrpo.evaluation.health import check_dataset
 from rankgrpo.items.format import ItemFormat
 
-OFFICE = Path(os.environ.get("RANKGRPO_OFFICE", Path(__file__).parents[2] / "shared" / "data" / "amazon_office"))
 BOOKS = """id,title,author
 1,Emma,Jane Austen
 2,Persuasion,Jane Austen
@@ -373,20 +371,3 @@ def test_rows_of_the_table_that_come_out_alike_are_one_item(tmp_path):
     dataset = load_dataset(tmp_path / "out", item_format=BY)
     assert "1 rows of the item table that come out as one line, taken as one item" in done and len(dataset.catalog) == 5
     assert {s.id: s.seen_titles for s in dataset.test}["ann-test"] == (E, P, M)
-
-
-def test_office_products(tmp_path):
-    if not OFFICE.is_dir():
-        pytest.skip(f"{OFFICE} is not here; office products lie beside the repository where this is measured")
-    import sys
-
-    sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
-    from domains import make_office
-
-    make_office(OFFICE, tmp_path / "title", "{title}")
-    dataset = load_dataset(tmp_path / "title", item_format=ItemFormat("{title}"))
-    assert (len(dataset.train), len(dataset.validation), len(dataset.test)) == (4120, 436, 4712)
-    assert len(dataset.catalog) == 3443 and max(len(item.title) for item in dataset.catalog) == 219
-    report = check_dataset(dataset, baselines=False)
-    assert not any(w.startswith("leak:") for w in report.warnings)
-    assert report.splits["test"].in_catalog_frac == 1 and report.splits["test"].known_seen_frac == 1
