@@ -14,6 +14,8 @@ NPROC ?= $(or $(GPUS),2)
 # auto: vLLM on NVIDIA GPUs (installed here if need be), transformers elsewhere.
 SAMPLER ?= auto
 METHOD ?=
+# wandb, trackio or tensorboard, installed in PYTHON's environment.
+TRACK ?=
 TEACHER ?= ease
 TEACHER_MODEL ?=
 # Further options of `rankgrpo distill`, for example "--short-requests 4 --no-adjust".
@@ -44,7 +46,7 @@ THREADS := $(shell echo $$(( ($$(nproc) + $(NPROC) - 1) / $(NPROC) )))
 LAUNCH := OMP_NUM_THREADS=$(THREADS) $(PYTHON) -m torch.distributed.run --standalone --nproc-per-node $(NPROC) -m rankgrpo
 endif
 SETTINGS := $(SET) $(addprefix rl.sampler=,$(filter-out auto,$(SAMPLER)))
-ARGUMENTS := --model $(MODEL) --data $(DATA) --run-dir $(RUN) $(addprefix --method ,$(METHOD)) $(addprefix --demonstrations ,$(DEMONSTRATIONS)) $(if $(strip $(SETTINGS)),--set $(SETTINGS))
+ARGUMENTS := --model $(MODEL) --data $(DATA) --run-dir $(RUN) $(addprefix --method ,$(METHOD)) $(addprefix --demonstrations ,$(DEMONSTRATIONS)) $(addprefix --track ,$(TRACK)) $(if $(strip $(SETTINGS)),--set $(SETTINGS))
 # What a training run needs besides; an environment given as PYTHON is left alone.
 ifneq ($(filter .venv/%,$(READY)),)
 EXTRAS := $(if $(filter smollm2-135m,$(MODEL))$(filter gpu-hour,$(SUITE)),.venv/.installed-smollm2) $(if $(GPUS),$(if $(filter-out hf,$(SAMPLER)),.venv/.installed-vllm))

@@ -30,6 +30,9 @@ FromModel = Annotated[
 Demonstrations = Annotated[
     str | None, arg(help="folder that `rankgrpo distill` wrote: its demonstrations in place of EASE's plain lists")
 ]
+Track = Annotated[
+    Literal["none", "wandb", "trackio", "tensorboard"] | None, arg(help="also send metrics, results and pictures there")
+]
 RunDir = Annotated[Path, arg(help="run folder; the same command continues an unfinished run")]
 
 app = tyro.extras.SubcommandApp()
@@ -47,6 +50,7 @@ def run(
     config: Annotated[Path | None, arg(help="TOML file (default: the preset's, experiments/MODEL.toml)")] = None,
     demonstrations: Demonstrations = None,
     from_model: FromModel = None,
+    track: Track = None,
     until: Annotated[
         Literal["sft", "rl"], arg(help="last stage of training: sft evaluates the warm start and stops there")
     ] = "rl",
@@ -65,7 +69,7 @@ def run(
     """
     from rankgrpo.pipeline import check_run, run_pipeline
 
-    settings = _settings(model, data, config, overrides, method, demonstrations)
+    settings = _settings(model, data, config, overrides, method, demonstrations, track)
     run_dir = run_dir or default_run_dir(model, data, method)
     if check:
         check_run(settings, run_dir)
@@ -81,6 +85,7 @@ def sft(
     run_dir: Annotated[Path | None, arg(help="run folder (default: runs/MODEL-DATA)")] = None,
     config: Annotated[Path | None, arg(help="TOML file (default: the preset's)")] = None,
     demonstrations: Demonstrations = None,
+    track: Track = None,
     overrides: Overrides = [],  # noqa: B006
 ) -> None:
     """The pipeline up to the supervised warm start; `rankgrpo run` or `rankgrpo train` continues the same run folder.
@@ -90,7 +95,7 @@ def sft(
     """
     from rankgrpo.pipeline import run_pipeline
 
-    settings = _settings(model, data, config, overrides, demonstrations=demonstrations)
+    settings = _settings(model, data, config, overrides, None, demonstrations, track)
     run_pipeline(settings, run_dir or default_run_dir(model, data), until="sft", evaluate=False)
 
 
@@ -103,6 +108,7 @@ def train(
     run_dir: Annotated[Path | None, arg(help="run folder (default: runs/MODEL-DATA[-METHOD])")] = None,
     config: Annotated[Path | None, arg(help="TOML file (default: the preset's)")] = None,
     from_model: FromModel = None,
+    track: Track = None,
     overrides: Overrides = [],  # noqa: B006
 ) -> None:
     """Rank-GRPO alone, from the run's warm start or from --from-model (an SFT model of your own).
@@ -114,7 +120,7 @@ def train(
     """
     from rankgrpo.pipeline import run_pipeline
 
-    settings = _settings(model, data, config, overrides, method)
+    settings = _settings(model, data, config, overrides, method, track=track)
     run_dir = run_dir or default_run_dir(model, data, method)
     run_pipeline(settings, run_dir, rl_start=from_model, evaluate=False)
 
@@ -247,6 +253,7 @@ def _settings(
     overrides: list[str],
     method: str | None = None,
     demonstrations: str | None = None,
+    track: str | None = None,
 ):
     from rankgrpo.config_file import load_config, preset_file
     from rankgrpo.model.presets import resolve_model
@@ -255,6 +262,8 @@ def _settings(
     direct = {"model__name": model, "data__path": data}
     if demonstrations is not None:
         direct["teacher__demonstrations"] = demonstrations
+    if track is not None:
+        direct["track__kind"] = track
     return load_config(config or preset_file(model), overrides, method=method, **direct)
 
 

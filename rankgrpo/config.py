@@ -360,6 +360,17 @@ class ParallelConfig:
 
 
 @section
+class TrackConfig:
+    """An experiment tracker beside metrics.jsonl. A run may go on under other values."""
+
+    kind: Literal["none", "wandb", "trackio", "tensorboard"] = "none"
+    """What `--track` sets: Weights & Biases, trackio, or TensorBoard files in RUN/tensorboard."""
+    project: Text = "rankgrpo"
+    offline: bool = False
+    """wandb: write into RUN/wandb and send nothing (`wandb sync` does). The others write to this machine anyway."""
+
+
+@section
 class Config:
     seed: int = 3407
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -370,6 +381,7 @@ class Config:
     rl: RlConfig = field(default_factory=RlConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    track: TrackConfig = field(default_factory=TrackConfig)
 
     @property
     def shown_constrain(self) -> Literal["none", "catalog"]:

@@ -27,6 +27,7 @@ FREE_KEYS = frozenset(
         "rl.log_lists",
         *("rl.vllm_memory", "rl.vllm_sleep", "rl.mismatch_alarm"),
         *("parallel.shard", "parallel.cpu_offload"),
+        *("track.kind", "track.project", "track.offline"),
     }
 )
 

@@ -22,7 +22,7 @@ from typing import Literal
 import torch
 
 from rankgrpo.config import Config, with_steps
-from rankgrpo.config_file import changed_keys, load_config, to_toml
+from rankgrpo.config_file import changed_keys, flatten, load_config, to_toml
 from rankgrpo.data.candidates import check_candidates
 from rankgrpo.data.dialogs import share_of_dialogs
 from rankgrpo.data.prompt import open_prompt
@@ -37,6 +37,7 @@ from rankgrpo.model.presets import make_init
 from rankgrpo.model.tiny import TinyConfig
 from rankgrpo.rollouts.parts import load_parts
 from rankgrpo.runtime.distributed import Parallel, start_parallel, wait_for_all
+from rankgrpo.runtime.trackers import check_tracker, open_tracker
 from rankgrpo.sampler.vllm import require_vllm
 from rankgrpo.sft import train_sft
 from rankgrpo.train import train
@@ -54,6 +55,7 @@ def run_pipeline(
     """
     if until == "sft" and not config.sft.enabled:
         raise ConfigError("sft.enabled = false leaves nothing to do before reinforcement learning; set it to true")
+    check_tracker(config.track)
     parallel = start_parallel()
     dataset = load_config_dataset(config)
     check_catalog(config, dataset)  # what cannot be computed fails before anything is written
@@ -89,27 +91,33 @@ def run_stages(
     if config.model.autocast == "bfloat16" and not has_bfloat16(parallel.device):
         say(parallel, "this CPU emulates bfloat16, which takes longer than float32; model.autocast=none is faster")
 
+    tracker = open_tracker(config.track, run_dir, flatten(config)) if parallel.is_main else None
     stages = {}
     if rl_start is None:
         demonstrations = teach(config, taught, run_dir, parallel)
         say(parallel, f"model {config.model.name}")
         rl_start = stages["before"] = make_start(config, taught, demonstrations, run_dir, parallel)
         if config.sft.enabled:
-            rl_start = str(train_sft(config, taught, demonstrations, rl_start, run_dir / "sft", parallel))
+            rl_start = str(train_sft(config, taught, demonstrations, rl_start, run_dir / "sft", parallel, tracker))
     if rl_start != stages.get("before"):
         stages["sft"] = rl_start
     if until == "rl":
-        stages["rank-grpo"] = str(train(config, dataset, rl_start, run_dir / "rl", parallel))
-    if not evaluate:
-        return
-    evaluate_run(config, dataset, run_dir, stages, parallel)
-    if parallel.is_main:
+        stages["rank-grpo"] = str(train(config, dataset, rl_start, run_dir / "rl", parallel, tracker))
+    if evaluate:
+        evaluate_run(config, dataset, run_dir, stages, parallel)
+    if evaluate and parallel.is_main:
         from rankgrpo.report.build import (
             build_report,  # matplotlib takes seconds, of one process and not of every worker
         )
 
         print(results_table(run_dir, config.eval.split, stages))
         print(f"\nreport: {build_report(run_dir)}")
+    if tracker is not None:
+        from rankgrpo.report.track import send_results
+
+        if evaluate:
+            send_results(tracker, run_dir)
+        tracker.close()
 
 
 def say(parallel: Parallel, text: str) -> None:
@@ -135,6 +143,7 @@ def check_run(config: Config, run_dir: Path) -> None:
     """Raise what a run would raise later: about data, reward, sampler, and a run folder of another configuration."""
     if config.rl.sampler == "vllm":
         require_vllm()
+    check_tracker(config.track)
     dataset = load_config_dataset(config)
     check_catalog(config, dataset)
     num_demonstrations = count_demonstrations(config, warm_start_dataset(config, dataset), run_dir)

@@ -22,6 +22,7 @@ from rankgrpo.runtime.distributed import Parallel, make_sharding, sum_gradients,
 from rankgrpo.runtime.means import Means
 from rankgrpo.runtime.optim import check_finite, learning_rate, make_optimizer, optimizer_step
 from rankgrpo.runtime.tracker import MetricsLog
+from rankgrpo.runtime.trackers import Tracker
 from rankgrpo.sampler.choose import ready_sampler
 from rankgrpo.sampler.verify import verify_policy
 
@@ -33,6 +34,7 @@ def train_sft(
     start: str | Path,
     out: Path,
     parallel: Parallel,
+    tracker: Tracker | None = None,
 ) -> Path:
     """Train `start` on demonstrations["train"] and return `out/final`, a Hugging Face folder.
 
@@ -62,7 +64,7 @@ def train_sft(
     if (checkpoint := latest_checkpoint(out / "checkpoints", parallel)) is not None:
         done = load_checkpoint(checkpoint, policy.model, optimizer)["step"]
     log = (
-        MetricsLog(out / "metrics.jsonl", resume_step=done, num_steps=sft.num_steps, title="SFT")
+        MetricsLog(out / "metrics.jsonl", resume_step=done, num_steps=sft.num_steps, title="SFT", tracker=tracker)
         if parallel.is_main
         else None
     )

@@ -39,6 +39,7 @@ from rankgrpo.runtime.distributed import Parallel, make_sharding, sum_gradients,
 from rankgrpo.runtime.means import Means
 from rankgrpo.runtime.optim import check_finite, learning_rate, make_optimizer, optimizer_step
 from rankgrpo.runtime.tracker import MetricsLog
+from rankgrpo.runtime.trackers import Tracker
 from rankgrpo.sampler.base import Rollout, Sampler, prompt_seed
 from rankgrpo.sampler.choose import open_sampler
 from rankgrpo.sampler.sync import explain_mismatch, sync_weights
@@ -192,7 +193,14 @@ class Updater:
         )
 
 
-def train(config: Config, dataset: Dataset, start: str | Path, out: Path, parallel: Parallel) -> Path:
+def train(
+    config: Config,
+    dataset: Dataset,
+    start: str | Path,
+    out: Path,
+    parallel: Parallel,
+    tracker: Tracker | None = None,
+) -> Path:
     """Run Rank-GRPO from the model `start`; returns `out/best`, the best model by validation NDCG@K up to its noise:
     the last that comes within one standard error of the highest score before it.
 
@@ -223,7 +231,7 @@ def train(config: Config, dataset: Dataset, start: str | Path, out: Path, parall
         state = load_checkpoint(checkpoint, policy.model, optimizer)
         done, best = state["step"], state["best"]
     log = (
-        MetricsLog(out / "metrics.jsonl", resume_step=done, num_steps=rl.num_steps, title="Rank-GRPO")
+        MetricsLog(out / "metrics.jsonl", resume_step=done, num_steps=rl.num_steps, title="Rank-GRPO", tracker=tracker)
         if parallel.is_main
         else None
     )

@@ -180,7 +180,7 @@ def test_all_faults_are_told_at_once_each_with_its_source(tmp_path):
     )
     with pytest.raises(ConfigError) as caught:
         load_config(path, ["rl.gamma=0", "sft.lr=x", "rl.reward=hits"])
-    sections = "adapter, data, eval, model, parallel, rl, seed, sft, teacher"
+    sections = "adapter, data, eval, model, parallel, rl, seed, sft, teacher, track"
     parts = f"{', '.join(PARTS)}, or your own function, package.module:function"
     assert str(caught.value).splitlines() == [
         f"{path}: unknown key 'lr'; known keys are {sections}",

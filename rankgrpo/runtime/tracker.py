@@ -1,28 +1,34 @@
-"""Metrics of a run: one JSON object a step in metrics.jsonl, a progress bar, TensorBoard when it is installed.
+"""Metrics of a run: one JSON object a step in metrics.jsonl, a progress bar, and a tracker where one is asked for.
 
 On resume the rows after the checkpoint are cut off, so the file reads as if the run had never stopped.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
 from rankgrpo.files.rows import read_jsonl
 
+if TYPE_CHECKING:
+    from rankgrpo.runtime.trackers import Tracker
+
 SHOWN = ("loss/nll", "reward/mean", "list/hit_frac", "loss/kl", "eval/ndcg@20", "grad/norm")
 
 
 class MetricsLog:
-    """Writes `path` row by row; rows after `resume_step` of an earlier run are dropped first."""
+    """Writes `path` row by row; rows after `resume_step` of an earlier run are dropped first.
 
-    def __init__(self, path: Path, *, resume_step: int, num_steps: int, title: str):
-        self.path = path
+    tracker: gets every row, as one of the phase that the folder of `path` is named after.
+    """
+
+    def __init__(self, path: Path, *, resume_step: int, num_steps: int, title: str, tracker: Tracker | None = None):
+        self.path, self.tracker = path, tracker
         path.parent.mkdir(parents=True, exist_ok=True)
         rows = read_metrics(path)[0] if path.exists() else []
         kept = [row for row in rows if row["step"] <= resume_step] if resume_step > 0 else []
@@ -33,7 +39,6 @@ class MetricsLog:
         self.bar = tqdm(
             total=num_steps, initial=resume_step, desc=title, unit="step", dynamic_ncols=True, mininterval=1.0
         )
-        self.board = _tensorboard(path.parent / "tensorboard")
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Append the row of `step` (optimizer steps done; 0 is the state before training)."""
@@ -42,15 +47,12 @@ class MetricsLog:
         self.file.flush()
         self.bar.set_postfix({key.split("/")[-1]: f"{row[key]:.4g}" for key in SHOWN if key in row}, refresh=False)
         self.bar.update(step - self.bar.n)
-        if self.board is not None:
-            for key, value in metrics.items():
-                self.board.add_scalar(key, value, step)
+        if self.tracker is not None:
+            self.tracker.log(self.path.parent.name, step, metrics)
 
     def close(self) -> None:
         self.file.close()
         self.bar.close()
-        if self.board is not None:
-            self.board.close()
 
 
 def read_metrics(path: Path) -> tuple[list[dict], str | None]:
@@ -69,11 +71,3 @@ def read_metrics(path: Path) -> tuple[list[dict], str | None]:
         if type(row.get("step")) is not int:
             raise ValueError(f"{path}:{line}: a metrics row needs a whole number under 'step', got {row.get('step')!r}")
     return [row for _, row in rows], cut_short
-
-
-def _tensorboard(folder: Path):
-    if importlib.util.find_spec("tensorboard") is None:
-        return None
-    from torch.utils.tensorboard import SummaryWriter
-
-    return SummaryWriter(str(folder))
