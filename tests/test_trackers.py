@@ -6,6 +6,7 @@ import os
 import struct
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -163,11 +164,22 @@ def wandb_records(path: Path) -> list:
             place += room
             continue
         _, length, kind = struct.unpack("<IHB", data[place : place + 7])
+        if place + 7 + length > len(data):
+            break  # still being written
         parts += data[place + 7 : place + 7 + length]
         place += 7 + length
         if kind in (1, 4):  # whole, or the last part
             records.append(Record.FromString(parts))
             parts = b""
+    return records
+
+
+def whole_wandb_file(path: Path) -> list:
+    """The records of a finished run: `finish` returns before wandb's own process has written the last of them."""
+    deadline = time.monotonic() + 60
+    while not (records := wandb_records(path)) or not records[-1].HasField("exit"):
+        assert time.monotonic() < deadline, f"{path} was never complete"
+        time.sleep(0.1)
     return records
 
 
@@ -178,7 +190,7 @@ def test_wandb_offline_is_read_back(tmp_path, monkeypatch):
     folders = sorted((run / "wandb").glob("offline-run-*"))
     ids = {folder.name.rpartition("-")[2] for folder in folders}
     assert len(folders) == 2 and ids == {json.loads((run / "tracker.json").read_text())["wandb"]["id"]}
-    records = [record for folder in folders for record in wandb_records(next(folder.glob("*.wandb")))]
+    records = [record for folder in folders for record in whole_wandb_file(next(folder.glob("*.wandb")))]
     rows = [
         {"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in record.history.item}
         for record in records
