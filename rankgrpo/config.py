@@ -22,6 +22,7 @@ from pydantic import (
 )
 
 from rankgrpo.files.sections import BrokenRule, section
+from rankgrpo.files.tracking import TrackConfig
 from rankgrpo.files.values import (
     Betas,
     Fraction,
@@ -357,17 +358,6 @@ class ParallelConfig:
         if self.cpu_offload and self.shard == "none":
             raise BrokenRule("needs a split model", "cpu_offload", "shard")
         return self
-
-
-@section
-class TrackConfig:
-    """An experiment tracker beside metrics.jsonl. A run may go on under other values."""
-
-    kind: Literal["none", "wandb", "trackio", "tensorboard"] = "none"
-    """What `--track` sets: Weights & Biases, trackio, or TensorBoard files in RUN/tensorboard."""
-    project: Text = "rankgrpo"
-    offline: bool = False
-    """wandb: write into RUN/wandb and send nothing (`wandb sync` does). The others write to this machine anyway."""
 
 
 @section

@@ -13,8 +13,8 @@ import pytest
 from test_viewer import ROWS, write_run
 from tiny_world import WORDS
 
-from rankgrpo.config import TrackConfig
 from rankgrpo.errors import ConfigError
+from rankgrpo.files.tracking import TrackConfig
 from rankgrpo.report.track import sampled_rows, send_results
 from rankgrpo.runtime import trackers
 from rankgrpo.runtime.tracker import MetricsLog

@@ -15,9 +15,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from rankgrpo.config import TrackConfig
 from rankgrpo.errors import ConfigError
 from rankgrpo.files.atomic import write_lines
+from rankgrpo.files.tracking import TrackConfig
 
 Columns = Sequence[str]
 Rows = Sequence[Sequence[Any]]
