@@ -18,7 +18,7 @@ from rankgrpo.distill.settings import DistillConfig
 from rankgrpo.errors import UserError
 from rankgrpo.evaluation.data_cli import Data, data_app
 from rankgrpo.files.options import Overrides
-from rankgrpo.report.cli import report, show
+from rankgrpo.report.cli import export, report, show
 from rankgrpo.sizing.cli import plan
 from rankgrpo.suite.cli import experiments
 
@@ -235,6 +235,7 @@ def methods() -> None:
 
 app.command(report)
 app.command(show)
+app.command(export)
 app.command(experiments)
 app.command(plan)
 app.command(data_app, name="data")

@@ -220,7 +220,7 @@ def test_commands_that_are_not_run_exist(block):
         elif command.split()[0].endswith("python"):
             assert (ROOT / command.split()[1]).is_file(), f"{block}: {command!r} runs no file"
         else:
-            assert command.split()[0] in ("export", "vllm"), f"{block}: {command!r} is not known"
+            assert command.split()[0] in ("export", "vllm", "curl"), f"{block}: {command!r} is not known"
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -192,6 +192,13 @@ def test_the_page_holds_the_numbers_of_the_evaluation(run_dir):
     assert "On 60 test conversations, NDCG@20 is " in page
 
 
+def test_the_page_says_in_one_line_that_rl_gained(run_dir):
+    page = (run_dir / "report.html").read_text(encoding="utf-8")
+    section = re.search(r'<section id="why">.*?</section>', page, flags=re.S)[0]
+    assert re.search(r"It did not: RL gained \(NDCG@20 \.\d{4} → \.\d{4}, \+", section)
+    assert "usual answers" in section and '<details class="card">' in section  # folded away
+
+
 def test_the_page_says_what_it_cost(run_dir):
     page = (run_dir / "report.html").read_text(encoding="utf-8")
     assert "2,970,000" in page  # 90 steps of 33,000 sampled tokens

@@ -182,7 +182,11 @@ def open_tokenizer(name_or_path: str, dataset: Dataset) -> PreTrainedTokenizerBa
     """The tokenizer of a model, without its weights; `tiny` makes its own of the data set. Raises ModelError."""
     if name_or_path in PRESETS and PRESETS[name_or_path].origin == "scratch":
         return train_tokenizer(dataset, TinyConfig().vocab)
-    source = PRESETS[name_or_path].location if name_or_path in PRESETS else name_or_path
+    return load_tokenizer(PRESETS[name_or_path].location if name_or_path in PRESETS else name_or_path)
+
+
+def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model folder or hub id, its EOS that of the chat template. Raises ModelError."""
     try:
         tokenizer = _read_tokenizer(source)
     except (OSError, ValueError) as error:

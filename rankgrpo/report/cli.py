@@ -1,4 +1,4 @@
-"""`rankgrpo report` and `rankgrpo show`: their options."""
+"""`rankgrpo report`, `rankgrpo show` and `rankgrpo export`: their options."""
 
 from __future__ import annotations
 
@@ -40,3 +40,30 @@ def show(
     from rankgrpo.report.terminal import show
 
     print(show(run, step, group, id, by))
+
+
+def export(
+    run: Positional[Annotated[Path, arg(help="run folder")]],
+    out: Positional[Annotated[Path, arg(help="folder to write; must not exist")]],
+    *,
+    which: Annotated[
+        Literal["best", "final", "sft"], arg(help="the best model by validation, the last, or the warm start")
+    ] = "best",
+    push: Annotated[
+        str | None, arg(metavar="OWNER/NAME", help="also upload the folder to the Hugging Face hub, private when new")
+    ] = None,
+) -> None:
+    """Write a run's model as a folder to serve or to publish: model card, catalog, settings of the trie, a request.
+
+    Try:
+      rankgrpo export runs/tiny-demo served
+
+    docs/serving.md says how vLLM serves it.
+    """
+    from rankgrpo.report.export import check_name, export_run, upload
+
+    if push is not None:
+        check_name(push)
+    print(export_run(run, out, which=which))
+    if push is not None:
+        print(upload(out, push))

@@ -202,13 +202,13 @@ def mask_rows(constraint: Constraint, logits_BV: Tensor, rows: list[int], walks:
 
 def processor_class(vllm: ModuleType, arguments: dict[str, Any], constraint: Constraint) -> type:
     """The processor for the runner that vLLM takes with these arguments; SamplingError when it knows neither."""
-    rows = _on_base(vllm, RowLists, constraint)
+    rows = on_base(vllm, RowLists, constraint)
     config = vllm.EngineArgs(**arguments, logits_processors=[rows]).create_engine_config()
     try:
         newer_runner = config.use_v2_model_runner
     except AttributeError as error:
         raise SamplingError(_unknown_interface(vllm, str(error))) from error
-    return _on_base(vllm, SlotLists, constraint) if newer_runner else rows
+    return on_base(vllm, SlotLists, constraint) if newer_runner else rows
 
 
 def request_arguments(seen: Sequence[int]) -> dict[str, list[int]]:
@@ -254,8 +254,11 @@ def check_ids(constraint: Constraint, allowed_V: Tensor) -> None:
         raise SamplingError(f"the catalog's lines need ids that are masked: {masked[:8].tolist()}")
 
 
-def _on_base(vllm: ModuleType, lists: type, constraint: Constraint) -> type:
-    """`lists` as a subclass of what vLLM wants; SamplingError where vLLM's interface is another."""
+def on_base(vllm: ModuleType, lists: type, constraint: Constraint | None) -> type:
+    """`lists` as a subclass of what vLLM wants; SamplingError where vLLM's interface is another.
+
+    constraint: None where the instances find their own.
+    """
     try:
         if lists is RowLists:
             from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor
