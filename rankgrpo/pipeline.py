@@ -32,12 +32,13 @@ from rankgrpo.distill.demonstrations import make_demonstrations
 from rankgrpo.errors import ConfigError
 from rankgrpo.evaluation.compare import evaluate_run, fit_teacher, load_config_dataset, results_table
 from rankgrpo.files.atomic import only_one, write_lines
-from rankgrpo.model.policy import has_bfloat16
-from rankgrpo.model.presets import make_init
+from rankgrpo.model.policy import has_bfloat16, open_policy
+from rankgrpo.model.presets import make_init, resolve_model
 from rankgrpo.model.tiny import TinyConfig
 from rankgrpo.rollouts.parts import load_parts
-from rankgrpo.runtime.distributed import Parallel, start_parallel, wait_for_all
+from rankgrpo.runtime.distributed import Parallel, make_sharding, start_parallel, wait_for_all
 from rankgrpo.runtime.trackers import check_tracker, open_tracker
+from rankgrpo.sampler.verify import verify_policy
 from rankgrpo.sampler.vllm import require_vllm
 from rankgrpo.sft import train_sft
 from rankgrpo.train import train
@@ -93,6 +94,7 @@ def run_stages(
 
     tracker = open_tracker(config.track, run_dir, flatten(config)) if parallel.is_main else None
     stages = {}
+    try_model(config, run_dir, rl_start, parallel)
     if rl_start is None:
         demonstrations = teach(config, taught, run_dir, parallel)
         say(parallel, f"model {config.model.name}")
@@ -146,8 +148,29 @@ def check_run(config: Config, run_dir: Path) -> None:
     check_tracker(config.track)
     dataset = load_config_dataset(config)
     check_catalog(config, dataset)
+    if resolve_model(config.model.name).origin == "folder":
+        check_model(config, config.model.name, torch.device("cpu"))
     num_demonstrations = count_demonstrations(config, warm_start_dataset(config, dataset), run_dir)
     check_resumable(with_steps(config, len(dataset.train), num_demonstrations), run_dir)
+
+
+def check_model(config: Config, source: str, device: torch.device) -> None:
+    """Open the model `source` as training would, and raise ModelError where that could not be right."""
+    policy = open_policy(source, config.model, device, adapter=config.adapter, seed=config.seed)
+    verify_policy(policy, config)
+
+
+def try_model(config: Config, run_dir: Path, rl_start: str | None, parallel: Parallel) -> None:
+    """`check_model` in a run that has nothing yet, before a teacher is paid for what cannot be trained.
+
+    A model that is split among the processes is compared when they open it.
+    """
+    source = resolve_model(rl_start or config.model.name)
+    fresh = not (run_dir / "demonstrations-train.jsonl").exists() and not (run_dir / "rl" / "checkpoints").exists()
+    whole = make_sharding(config.parallel, parallel) is None
+    if fresh and whole and parallel.is_main and source.origin in ("folder", "hub"):
+        check_model(config, source.location, parallel.device)
+    wait_for_all(parallel)
 
 
 def check_resumable(config: Config, run_dir: Path) -> None:

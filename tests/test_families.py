@@ -201,3 +201,51 @@ def test_an_export_holds_the_buffers_of_the_file(tmp_path):
     biases = {name: b for name, b in one.named_buffers() if name.endswith("e_score_correction_bias")}
     assert len(biases) == 3 and all(b.any() for b in biases.values())
     assert all(torch.equal(dict(other.named_buffers())[name], b) for name, b in biases.items())
+
+
+def test_check_refuses_before_anything_is_written(tmp_path):
+    from rankgrpo.config_file import load_config
+    from rankgrpo.pipeline import check_run
+
+    save("deepseek_v32", tmp_path / "model")
+    with pytest.raises(ModelError, match="nothing computes DeepseekV32ForCausalLM as its own forward does"):
+        check_run(load_config(None, ["data.num_train=48", f"model.name={tmp_path / 'model'}"]), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_dropout_is_off_in_training_and_said(tmp_path, capsys):
+    save("seed_oss_drop", tmp_path / "model")
+    policy = open_policy(tmp_path / "model", CONFIG.model, ALONE.device)
+    assert {"attention_dropout = 0.1", "residual_dropout = 0.1"} <= set(policy.dropout)
+    verify_policy(policy, CONFIG)
+    verify_policy(policy, CONFIG)
+    assert capsys.readouterr().out.count("set to 0 while training: ") == 1
+    groups = example_groups()
+    assert torch.equal(policy.logprobs(groups)[1], policy.logprobs(groups)[1])
+
+
+def test_a_tokenizer_that_loses_line_breaks_is_refused(tmp_path):
+    from tokenizers import decoders
+
+    save("llama", tmp_path / "model")
+    tokenizer = make_tokenizer()
+    tokenizer.backend_tokenizer.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Replace("\n", "")])
+    tokenizer.save_pretrained(tmp_path / "model")
+    with pytest.raises(ModelError, match="so no list can be written with it"):
+        open_policy(tmp_path / "model", CONFIG.model, ALONE.device)
+
+
+def test_a_head_that_differs_from_a_tied_embedding_is_exported_as_its_own(tmp_path):
+    import json
+
+    from safetensors.torch import load_file, save_file
+
+    save("llama_bias", tmp_path / "model")
+    weights = load_file(tmp_path / "model" / "model.safetensors")
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].flip(0).contiguous()
+    save_file(weights, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    policy = open_policy(tmp_path / "model", CONFIG.model, ALONE.device)
+    assert torch.equal(policy.model.lm_head.weight, weights["lm_head.weight"])
+    policy.export(tmp_path / "export", ALONE)
+    assert json.loads((tmp_path / "export" / "config.json").read_text())["tie_word_embeddings"] is False
+    assert torch.equal(reload(tmp_path / "export").lm_head.weight, weights["lm_head.weight"])

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import bisect
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -53,6 +55,8 @@ OWN_PLACEHOLDERS = ("context", "num_ranks", "seen", "candidates", "noun", "nouns
 
 # Llama 3's chat template writes today's date into the prompt unless told one; a prompt must not change overnight.
 TEMPLATE_DATE = "26 Jul 2024"
+TEMPLATE_DAY = datetime(2024, 7, 26)  # for templates that ask the clock themselves, as gpt-oss's does
+OPEN_THOUGHT = re.compile(r"<think>\s*$")
 
 ENCODED_AT_ONCE = 512  # prompts a call of the tokenizer, which spreads them over the cores
 
@@ -209,13 +213,25 @@ def encode_prompts(
 def _encode(
     tokenizer: PreTrainedTokenizerBase, samples: Sequence[Sample], num_ranks: int, prompt: PromptFormat
 ) -> list[list[int]]:
-    return tokenizer.apply_chat_template(
+    pinned = {"date_string": TEMPLATE_DATE, "strftime_now": TEMPLATE_DAY.strftime, "enable_thinking": False}
+    encoded = tokenizer.apply_chat_template(
         [prompt.messages(sample, num_ranks) for sample in samples],
         add_generation_prompt=True,
         tokenize=True,
         return_dict=False,
-        **{"date_string": TEMPLATE_DATE, **prompt.chat_kwargs},
+        **pinned | dict(prompt.chat_kwargs),
     )
+    closing = _close_thought(tokenizer, encoded[0]) if encoded else []
+    return [ids + closing for ids in encoded] if closing else encoded
+
+
+def _close_thought(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
+    """What closes the block that a thinking model's prompt leaves open: a list is the answer, and not a thought."""
+    end = tokenizer.decode(ids[-8:], skip_special_tokens=False)
+    if OPEN_THOUGHT.search(end) is None:
+        return []
+    (closing,) = tokenizer(["\n</think>\n\n"], add_special_tokens=False)["input_ids"]
+    return closing
 
 
 def _shorten(

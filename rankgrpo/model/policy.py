@@ -71,6 +71,8 @@ class Policy:
     constraint: Constraint | None = None
     """What lists are held to, also by whoever samples from the policy; None: any list may be written."""
     paths: Paths = Paths()
+    dropout: tuple[str, ...] = ()
+    """Rates of dropout and jitter that were switched off for training, as key = rate."""
 
     @property
     def device(self) -> torch.device:
@@ -162,8 +164,7 @@ def open_policy(
         paths = replace(paths, packing="padded", attention="eager")
     else:
         use_shared_prefix(model)
-    if trainable:
-        switch_off_dropout(model)
+    dropout = tuple(switch_off_dropout(model)) if trainable else ()
     if config.gradient_checkpointing and trainable:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model.requires_grad_(trainable)
@@ -176,7 +177,7 @@ def open_policy(
         add_adapters(model, adapter, seed=seed)
     if sharding is not None:
         shard_model(model, sharding, bfloat16=bfloat16)
-    return Policy(model, tokenizer, allowed_V, bfloat16, impl, sharding, skeleton, paths=paths)
+    return Policy(model, tokenizer, allowed_V, bfloat16, impl, sharding, skeleton, paths=paths, dropout=dropout)
 
 
 def open_reference(

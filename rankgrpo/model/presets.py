@@ -166,6 +166,8 @@ def load_policy(
             )
     except (OSError, SafetensorError) as error:
         raise ModelError(f"{folder}: the model cannot be read ({_first_line(error)})") from error
+    check_round_trip(tokenizer, preset.location)
+    untie_differing_head(model)
     num_rows = model.get_output_embeddings().weight.shape[0]
     if len(tokenizer) > num_rows:
         raise ModelError(
@@ -176,6 +178,29 @@ def load_policy(
     with suppress(ValueError):  # not every architecture has it
         model.set_attn_implementation("sdpa")
     return model.to(device), tokenizer
+
+
+def check_round_trip(tokenizer: PreTrainedTokenizerBase, source: str) -> None:
+    """Raise ModelError for a tokenizer that does not give a list back as it was written."""
+    text = "Heat (1995)\nRonin (1998)\n2001: A Space Odyssey (1968)\n"
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    read = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    if read != text:
+        raise ModelError(
+            f"{source}: its tokenizer reads {text[:24]!r} back as {read[:24]!r}, so no list can be written with it; "
+            "set tokenizer_class in tokenizer_config.json to PreTrainedTokenizerFast, or take the original's files"
+        )
+
+
+def untie_differing_head(model: PreTrainedModel) -> None:
+    """Say in the configuration that the head is its own where the file has another than the embedding.
+
+    transformers then computes with the file's head whatever tie_word_embeddings says; what is exported and what a
+    sampler is made from must say the same.
+    """
+    if model.get_output_embeddings().weight is not model.get_input_embeddings().weight:
+        for config in (model.config, model.config.get_text_config()):
+            config.tie_word_embeddings = False
 
 
 def open_tokenizer(name_or_path: str, dataset: Dataset) -> PreTrainedTokenizerBase:

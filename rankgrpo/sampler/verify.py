@@ -59,6 +59,8 @@ class _Guard:
         self.tolerance = ROUNDING + 4 * noise
 
     def run(self, sampled: bool) -> Policy:
+        if self.policy.dropout:
+            self._say(f"set to 0 while training: {', '.join(self.policy.dropout)}")
         policy = self._first_exact(self._packings(), self._scoring_gap, "model.attention")
         self._say_packing(policy)
         if sampled and choose_sampler(self.config.rl.sampler, policy.device) == "hf":
@@ -182,9 +184,14 @@ class _Guard:
             self._say(f"{type(policy.model).__name__}: lists are sampled {own} ({self.reason}), which is slower")
 
     def _say(self, text: str) -> None:
+        """Print a line, once in a process however often the model is opened."""
         sharding = self.policy.sharding
-        if sharding is None or sharding.parallel.is_main:
+        if text not in _said and (sharding is None or sharding.parallel.is_main):
+            _said.add(text)
             print(f"> {text}", flush=True)
+
+
+_said: set[str] = set()
 
 
 def plain_logprobs(policy: Policy, groups: list[Group]) -> Tensor:
