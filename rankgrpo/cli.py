@@ -9,7 +9,7 @@ import os
 import sys
 import textwrap
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 from tyro.conf import OmitArgPrefixes, Positional, arg
@@ -22,7 +22,13 @@ from rankgrpo.report.cli import export, report, show
 from rankgrpo.sizing.cli import plan
 from rankgrpo.suite.cli import experiments
 
-Model = Annotated[str, arg(help="preset (see `rankgrpo models`), Hugging Face folder, or hub id")]
+if TYPE_CHECKING:
+    from rankgrpo.config import Config
+
+Model = Annotated[
+    str | None,
+    arg(help="preset (see `rankgrpo models`), Hugging Face folder, or hub id (default: that of --from-model, or tiny)"),
+]
 Method = Annotated[str | None, arg(help="what Rank-GRPO is compared with, or a variant of it (see `rankgrpo methods`)")]
 FromModel = Annotated[
     str | None, arg(help="SFT model that Rank-GRPO starts from, in place of a warm start of the run's own")
@@ -41,7 +47,7 @@ app = tyro.extras.SubcommandApp()
 @app.command
 def run(
     *,
-    model: Model = "tiny",
+    model: Model = None,
     data: Data = "demo",
     method: Method = None,
     run_dir: Annotated[
@@ -69,8 +75,9 @@ def run(
     """
     from rankgrpo.pipeline import check_run, run_pipeline
 
-    settings = _settings(model, data, config, overrides, method, demonstrations, track)
-    run_dir = run_dir or default_run_dir(model, data, method)
+    settings, run_dir = _settings(
+        model, data, config, overrides, run_dir, method, demonstrations, from_model=from_model, track=track
+    )
     if check:
         check_run(settings, run_dir)
     else:
@@ -80,7 +87,7 @@ def run(
 @app.command
 def sft(
     *,
-    model: Model = "tiny",
+    model: Model = None,
     data: Data = "demo",
     run_dir: Annotated[Path | None, arg(help="run folder (default: runs/MODEL-DATA)")] = None,
     config: Annotated[Path | None, arg(help="TOML file (default: the preset's)")] = None,
@@ -95,14 +102,14 @@ def sft(
     """
     from rankgrpo.pipeline import run_pipeline
 
-    settings = _settings(model, data, config, overrides, None, demonstrations, track)
-    run_pipeline(settings, run_dir or default_run_dir(model, data), until="sft", evaluate=False)
+    settings, run_dir = _settings(model, data, config, overrides, run_dir, demonstrations=demonstrations, track=track)
+    run_pipeline(settings, run_dir, until="sft", evaluate=False)
 
 
 @app.command
 def train(
     *,
-    model: Model = "tiny",
+    model: Model = None,
     data: Data = "demo",
     method: Method = None,
     run_dir: Annotated[Path | None, arg(help="run folder (default: runs/MODEL-DATA[-METHOD])")] = None,
@@ -120,8 +127,7 @@ def train(
     """
     from rankgrpo.pipeline import run_pipeline
 
-    settings = _settings(model, data, config, overrides, method, track=track)
-    run_dir = run_dir or default_run_dir(model, data, method)
+    settings, run_dir = _settings(model, data, config, overrides, run_dir, method, from_model=from_model, track=track)
     run_pipeline(settings, run_dir, rl_start=from_model, evaluate=False)
 
 
@@ -248,24 +254,31 @@ def default_run_dir(model: str, data: str, method: str | None = None) -> Path:
 
 
 def _settings(
-    model: str,
+    model: str | None,
     data: str,
     config: Path | None,
     overrides: list[str],
+    run_dir: Path | None,
     method: str | None = None,
     demonstrations: str | None = None,
+    from_model: str | None = None,
     track: str | None = None,
-):
-    from rankgrpo.config_file import load_config, preset_file
-    from rankgrpo.model.presets import resolve_model
+) -> tuple[Config, Path]:
+    """The settings of a command and its run folder; says which settings were chosen to fit the model, and why."""
+    from rankgrpo.model.fit import model_name, model_settings
 
-    resolve_model(model)  # an unknown name fails before anything is read or written
-    direct = {"model__name": model, "data__path": data}
+    run_dir = run_dir or default_run_dir(model_name(model, from_model), data, method)
+    direct = {"data__path": data}
     if demonstrations is not None:
         direct["teacher__demonstrations"] = demonstrations
     if track is not None:
         direct["track__kind"] = track
-    return load_config(config or preset_file(model), overrides, method=method, **direct)
+    settings, lines = model_settings(
+        model, config, overrides, from_model=from_model, run_dir=run_dir, method=method, **direct
+    )
+    for line in lines if os.environ.get("RANK", "0") == "0" else []:
+        print(f"> {line}", flush=True)
+    return settings, run_dir
 
 
 def message_of(error: Exception) -> str | None:

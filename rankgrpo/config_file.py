@@ -31,10 +31,11 @@ FREE_KEYS = frozenset(
     }
 )
 
-_SIZES = ("hidden", "layers", "ffn", "heads", "kv_heads", "vocab")
+SIZES = tuple(f"model.{size}" for size in ("hidden", "layers", "ffn", "heads", "kv_heads", "vocab"))
+"""Of the tiny preset: no other model reads them."""
 # Keys that nothing reads unless another, one of these, has one of these values.
 READ_WITH: Mapping[str, Mapping[str, tuple[str, ...]]] = {
-    **dict.fromkeys((f"model.{size}" for size in _SIZES), {"model.name": ("tiny",)}),
+    **dict.fromkeys(SIZES, {"model.name": ("tiny",)}),
     **dict.fromkeys(
         (f"adapter.{key}" for key in ("rank", "alpha", "rslora", "targets")), {"adapter.kind": ("lora", "dora")}
     ),
@@ -47,6 +48,7 @@ READ_WITH: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "rl.second_phase_lr": {"rl.schedule": ("two-phase",)},
     "rl.mismatch_cap": {"rl.mismatch_correction": ("truncate", "mask")},
 }
+_CHOSEN = "what was chosen for the model"
 _SECTIONS = {name: kind for name, kind in typing.get_type_hints(Config).items() if dataclasses.is_dataclass(kind)}
 
 
@@ -76,10 +78,12 @@ def load_config(
     *,
     method: str | None = None,
     saved: bool = False,
+    chosen: Mapping[str, Any] | None = None,
     **direct: Any,
 ) -> Config:
     """Join defaults, the TOML file, the method's, `overrides` (section.key=value), `direct` (section__key); later wins.
 
+    chosen: settings between the defaults and the file, section.key -> value.
     saved: the file is the config.toml of a run, which names every key, also those that the run does not read.
     Raises ConfigError naming the file or override and the key, and for a method that is none of `method_files`.
     """
@@ -90,13 +94,14 @@ def load_config(
         flat.update(settings)
         sources.update(dict.fromkeys(settings, source))
 
+    take(dict(chosen or {}), _CHOSEN)
     if source is not None:
-        take(_read_settings(source), str(source))
+        take(read_settings(source), str(source))
     if method is not None:
         files = method_files()
         if method not in files:
             raise ConfigError(f"unknown method {method!r}; methods are {', '.join(files)}")
-        take(_read_settings(files[method]), str(files[method]))
+        take(read_settings(files[method]), str(files[method]))
     for override in overrides or []:
         key, separator, text = override.partition("=")
         if not separator:
@@ -105,7 +110,8 @@ def load_config(
     take({key.replace("__", "."): value for key, value in direct.items()}, "")
     config, faults = _build(flat)
     if config is not None:
-        faults = _unread(config, [key for key in flat if not (saved and sources[key] == str(source))])
+        whole = {_CHOSEN, *([str(source)] if saved else [])}  # made for all keys, not to say what is read
+        faults = _unread(config, [key for key in flat if sources[key] not in whole])
     if faults:
         raise ConfigError("\n".join(fault.told(sources) for fault in faults))
     return config
@@ -172,7 +178,8 @@ def read_toml(path: Path, *, what: str = "configuration file") -> dict[str, Any]
         raise ConfigError(f"{path}: not valid TOML: {error}") from None
 
 
-def _read_settings(path: Path) -> dict[str, Any]:
+def read_settings(path: Path) -> dict[str, Any]:
+    """The settings of a TOML file, section.key -> value, unchecked."""
     flat = {}
     for name, value in read_toml(path).items():
         flat |= {f"{name}.{key}": leaf for key, leaf in value.items()} if isinstance(value, dict) else {name: value}

@@ -32,6 +32,7 @@ from rankgrpo.distill.demonstrations import make_demonstrations
 from rankgrpo.errors import ConfigError
 from rankgrpo.evaluation.compare import evaluate_run, fit_teacher, load_config_dataset, results_table
 from rankgrpo.files.atomic import only_one, write_lines
+from rankgrpo.model.fit import check_run_lengths
 from rankgrpo.model.policy import has_bfloat16, open_policy
 from rankgrpo.model.presets import make_init, resolve_model
 from rankgrpo.model.tiny import TinyConfig
@@ -93,14 +94,17 @@ def run_stages(
         say(parallel, "this CPU emulates bfloat16, which takes longer than float32; model.autocast=none is faster")
 
     tracker = open_tracker(config.track, run_dir, flatten(config)) if parallel.is_main else None
-    stages = {}
+    stages: dict[str, str] = {}
     try_model(config, run_dir, rl_start, parallel)
     if rl_start is None:
         demonstrations = teach(config, taught, run_dir, parallel)
         say(parallel, f"model {config.model.name}")
         rl_start = stages["before"] = make_start(config, taught, demonstrations, run_dir, parallel)
+        say_lengths(config, dataset, rl_start, demonstrations["train"], run_dir, parallel)
         if config.sft.enabled:
             rl_start = str(train_sft(config, taught, demonstrations, rl_start, run_dir / "sft", parallel, tracker))
+    else:
+        say_lengths(config, dataset, rl_start, None, run_dir, parallel)
     if rl_start != stages.get("before"):
         stages["sft"] = rl_start
     if until == "rl":
@@ -120,6 +124,21 @@ def run_stages(
         if evaluate:
             send_results(tracker, run_dir)
         tracker.close()
+
+
+def say_lengths(
+    config: Config,
+    dataset: Dataset,
+    start: str,
+    demonstrations: list[Sample] | None,
+    run_dir: Path,
+    parallel: Parallel,
+) -> None:
+    """Refuse budgets under which lists would be cut; say what else is."""
+    if parallel.is_main:
+        for line in check_run_lengths(config, dataset, start, demonstrations, run_dir):
+            say(parallel, line)
+    wait_for_all(parallel)
 
 
 def say(parallel: Parallel, text: str) -> None:

@@ -1,6 +1,7 @@
 """Scores of runs, models and baselines side by side, and lists from any of them.
 
-A run folder stands for its three models (before, sft, rank-grpo), each evaluated with the settings it was trained with.
+A run folder stands for its three models (before, sft, rank-grpo), each evaluated with the settings it was trained with;
+any other model with those that fit it (`rankgrpo.model.fit`).
 `popularity` and `ease` are fitted on the training split of the data set that everything is compared on.
 """
 
@@ -38,6 +39,7 @@ from rankgrpo.evaluation.tables import format_table
 from rankgrpo.files.template import placeholders
 from rankgrpo.items.catalog import Catalog
 from rankgrpo.model.constraint import hold_to_catalog
+from rankgrpo.model.fit import model_settings, run_of
 from rankgrpo.model.policy import open_policy
 from rankgrpo.model.presets import resolve_model
 from rankgrpo.runtime.distributed import Parallel, start_parallel, wait_for_all
@@ -242,10 +244,26 @@ def list_sources(models: list[str], data: str | None, overrides: Sequence[str] =
             stages = run_models(folder)
             sources += [Source(f"{folder.name}/{stage}", str(path), config) for stage, path in stages.items()]
         else:
-            if model not in BASELINES:
-                resolve_model(model)
-            sources.append(Source(model, model, replace(common, data=chosen)))
+            sources.append(Source(model, model, _settings_of(model, replace(common, data=chosen), overrides)))
     return sources
+
+
+def _settings_of(model: str, common: Config, overrides: Sequence[str]) -> Config:
+    """What a model that is no run folder is scored under: the settings of the run that made it, or those that fit it.
+
+    The task is the same for all: data, length and format of the lists, and which samples count. Baselines have only it.
+    """
+    if model in BASELINES:
+        return common
+    resolve_model(model)
+    data = common.data
+    task = {"data__path": data.path, "data__num_train": data.num_train, "data__num_ranks": data.num_ranks}
+    if (run := run_of(model)) is not None:
+        own = load_config(run / "config.toml", list(overrides), saved=True, **task, data__item=data.item)
+    else:
+        own, lines = model_settings(model, None, overrides, **task, data__item=data.item)
+        print("".join(f"> {line}\n" for line in lines), end="", flush=True)
+    return replace(own, rl=replace(own.rl, year_tolerance=common.rl.year_tolerance))
 
 
 def first_samples(dataset: Dataset, split: str, num_samples: int) -> list[Sample]:
