@@ -294,6 +294,8 @@ class RlConfig:
     log_lists: NonNegativeInt = 2000
     """Sampled lists that are kept in rl/rollouts.jsonl for the report and `rankgrpo show`, of steps spread evenly over
     the run; 0 keeps none."""
+    stop_on_failure: bool = False
+    """End with an error, not a warning, when a run learns nothing or comes apart; checkpoints stay."""
 
     @model_validator(mode="after")
     def _rules(self) -> Self:

@@ -23,7 +23,7 @@ from rankgrpo.files.sections import Fault, SectionError, unknown_key
 # Keys that change how a run is watched, kept and shared out, not what it computes: a run may resume with other values.
 FREE_KEYS = frozenset(
     {
-        *("sft.save_every", "sft.keep_last", "rl.save_every", "rl.keep_last"),
+        *("sft.save_every", "sft.keep_last", "rl.save_every", "rl.keep_last", "rl.stop_on_failure"),
         "rl.log_lists",
         *("rl.vllm_memory", "rl.vllm_sleep", "rl.mismatch_alarm"),
         *("parallel.shard", "parallel.cpu_offload"),

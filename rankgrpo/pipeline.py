@@ -21,7 +21,7 @@ from typing import Literal
 
 import torch
 
-from rankgrpo.config import Config, with_steps
+from rankgrpo.config import Config, RlConfig, with_steps
 from rankgrpo.config_file import changed_keys, flatten, load_config, to_toml
 from rankgrpo.data.candidates import check_candidates
 from rankgrpo.data.dialogs import share_of_dialogs
@@ -32,16 +32,21 @@ from rankgrpo.distill.demonstrations import make_demonstrations
 from rankgrpo.errors import ConfigError
 from rankgrpo.evaluation.compare import evaluate_run, fit_teacher, load_config_dataset, results_table
 from rankgrpo.files.atomic import only_one, write_lines
-from rankgrpo.model.fit import check_run_lengths
+from rankgrpo.model.fit import check_run_lengths, count_model
 from rankgrpo.model.policy import has_bfloat16, open_policy
 from rankgrpo.model.presets import make_init, resolve_model
 from rankgrpo.model.tiny import TinyConfig
 from rankgrpo.rollouts.parts import load_parts
 from rankgrpo.runtime.distributed import Parallel, make_sharding, start_parallel, wait_for_all
+from rankgrpo.runtime.optim import learning_rate
+from rankgrpo.runtime.tracker import read_metrics
 from rankgrpo.runtime.trackers import check_tracker, open_tracker
 from rankgrpo.sampler.verify import verify_policy
 from rankgrpo.sampler.vllm import require_vllm
 from rankgrpo.sft import train_sft
+from rankgrpo.sizing.architecture import PRESETS as ARCHITECTURES
+from rankgrpo.sizing.architecture import find_architecture
+from rankgrpo.sizing.disk import MADE, check_disk, disk_bytes
 from rankgrpo.train import train
 
 Until = Literal["sft", "rl"]
@@ -60,6 +65,8 @@ def run_pipeline(
     check_tracker(config.track)
     parallel = start_parallel()
     dataset = load_config_dataset(config)
+    if parallel.is_main:
+        check_run_disk(config, run_dir, rl_start)
     check_catalog(config, dataset)  # what cannot be computed fails before anything is written
     with only_one(run_dir) if parallel.is_main else nullcontext():
         run_stages(config, dataset, run_dir, parallel, until=until, rl_start=rl_start, evaluate=evaluate)
@@ -109,7 +116,9 @@ def run_stages(
         stages["sft"] = rl_start
     if until == "rl":
         stages["rank-grpo"] = str(train(config, dataset, rl_start, run_dir / "rl", parallel, tracker))
-    if evaluate:
+    if not evaluate:
+        say(parallel, outcome(run_dir, until, config))
+    else:
         evaluate_run(config, dataset, run_dir, stages, parallel)
     if evaluate and parallel.is_main:
         from rankgrpo.report.build import (
@@ -124,6 +133,28 @@ def run_stages(
         if evaluate:
             send_results(tracker, run_dir)
         tracker.close()
+
+
+def outcome(run_dir: Path, until: Until, config: Config) -> str:
+    """One line: which stage has finished, its validation scores, and where its model is."""
+    phase, place = ("rl", "best") if until == "rl" else ("sft", "final")
+    rows, key = read_metrics(run_dir / phase / "metrics.jsonl")[0], f"eval/ndcg@{config.data.num_ranks}"
+    scores = [row[key] for row in rows if key in row]
+    gone = f"; validation NDCG@{config.data.num_ranks} {scores[0]:.4f} -> {scores[-1]:.4f}" if scores else ""
+    highest = f", highest {max(scores):.4f}" if scores else ""
+    return f"finished: {rows[-1]['step']} steps of {phase}{gone}{highest}; the model is {run_dir / phase / place}"
+
+
+def check_run_disk(config: Config, run_dir: Path, rl_start: str | None) -> None:
+    """Raise SaveError when checkpoints and exports do not fit on the disk."""
+    name = config.model.name
+    if name == "tiny" or name in ARCHITECTURES:
+        arch = find_architecture(name, config.model)
+        size, adapters = arch.num_parameters, arch.adapter_parameters(config.adapter)
+    else:
+        size, adapters = count_model(name), 0  # an upper bound where adapters are trained
+    made = rl_start is None and name in MADE
+    check_disk(disk_bytes(size, adapters, config, made=made, warm_start=rl_start is None), run_dir)
 
 
 def say_lengths(
@@ -193,9 +224,15 @@ def try_model(config: Config, run_dir: Path, rl_start: str | None, parallel: Par
 
 
 def check_resumable(config: Config, run_dir: Path) -> None:
-    """Raise ConfigError when the run in `run_dir` was started with a configuration that computes something else."""
+    """Raise ConfigError when the run in `run_dir` was started with a configuration that computes something else.
+
+    A finished run may go on to a larger number of steps.
+    """
     saved = run_dir / "config.toml"
-    changed = changed_keys(load_config(saved, saved=True), config) if saved.exists() else []
+    before = load_config(saved, saved=True) if saved.exists() else config
+    if is_extended(before, config, run_dir):
+        before = replace(before, rl=replace(before.rl, num_steps=config.rl.num_steps, num_epochs=config.rl.num_epochs))
+    changed = changed_keys(before, config)
     if changed:
         raise ConfigError(
             f"{saved}: this run was started with another configuration ({'; '.join(changed)}). Repeat the command "
@@ -203,9 +240,42 @@ def check_resumable(config: Config, run_dir: Path) -> None:
         )
 
 
+def is_extended(before: Config, config: Config, run_dir: Path) -> bool:
+    """Whether `config` takes a run that has finished under `before` further."""
+    return config.rl.num_steps > before.rl.num_steps and (run_dir / "rl" / "final").is_dir()
+
+
+def extend_run(before: Config, config: Config, run_dir: Path) -> str:
+    """Make a finished run go on: its last model has no scores any more; returns what becomes of the learning rate."""
+    for folder in ("eval", "diversity"):
+        for path in (run_dir / folder).glob("*/rank-grpo.*"):
+            path.unlink()
+    rl, done = config.rl, before.rl.num_steps
+
+    def rate(step: int, rl: RlConfig) -> float:
+        return learning_rate(
+            step,
+            num_steps=rl.num_steps,
+            peak=rl.lr,
+            schedule=rl.schedule,
+            warmup_frac=rl.warmup_frac,
+            second_phase_at=rl.second_phase_at,
+            second_phase_lr=rl.second_phase_lr,
+        )
+
+    return (
+        f"extended from {done} to {rl.num_steps} steps: rl.schedule = {rl.schedule} over {rl.num_steps} steps, so the "
+        f"learning rate was {rate(done - 1, before.rl):.3g} at step {done} and is {rate(done, rl):.3g} at the next"
+    )
+
+
 def open_run(config: Config, run_dir: Path, from_model: str | None = None) -> None:
     """Write config.toml and meta.json, unless the run there was started with another configuration."""
     check_resumable(config, run_dir)
+    if (saved := run_dir / "config.toml").exists():
+        before = load_config(saved, saved=True)
+        if is_extended(before, config, run_dir):
+            print(f"> {extend_run(before, config, run_dir)}", flush=True)
     write_lines(run_dir / "config.toml", to_toml(config).splitlines())
     if not (run_dir / "meta.json").exists():
         write_lines(run_dir / "meta.json", [json.dumps(describe_machine() | {"from_model": from_model}, indent=2)])

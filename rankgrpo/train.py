@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
 
 from rankgrpo.config import Config, RlConfig
 from rankgrpo.data.order import BatchOrder
@@ -23,7 +25,7 @@ from rankgrpo.data.prompt import encode_prompts, open_prompt
 from rankgrpo.data.samples import Dataset
 from rankgrpo.errors import TrainingError
 from rankgrpo.evaluation.validate import validate
-from rankgrpo.files.atomic import point_link
+from rankgrpo.files.atomic import point_link, remove_folder
 from rankgrpo.items.allowed_ids import AllowedIds
 from rankgrpo.items.choices import Choices
 from rankgrpo.loss import rank_grpo_loss
@@ -38,8 +40,9 @@ from rankgrpo.runtime.checkpoint import latest_checkpoint, load_checkpoint, save
 from rankgrpo.runtime.distributed import Parallel, make_sharding, sum_gradients, wait_for_all
 from rankgrpo.runtime.means import Means
 from rankgrpo.runtime.optim import check_finite, learning_rate, make_optimizer, optimizer_step
-from rankgrpo.runtime.tracker import MetricsLog
+from rankgrpo.runtime.tracker import MetricsLog, read_metrics
 from rankgrpo.runtime.trackers import Tracker
+from rankgrpo.runtime.trouble import Watch
 from rankgrpo.sampler.base import Rollout, Sampler, prompt_seed
 from rankgrpo.sampler.choose import open_sampler
 from rankgrpo.sampler.sync import explain_mismatch, sync_weights
@@ -205,10 +208,11 @@ def train(
     the last that comes within one standard error of the highest score before it.
 
     Writes out/metrics.jsonl, out/checkpoints, out/best and out/final (Hugging Face folders). Resumes from the newest
-    checkpoint; returns at once when `out/final` exists.
+    checkpoint; returns at once when `out/final` is that of rl.num_steps. A run that ended after fewer goes on from its
+    end, under the schedule of the larger number.
     """
     final = out / "final"
-    if final.is_dir():
+    if is_finished(out, config.rl.num_steps, parallel):
         return out / "best"
     rl, num_ranks = config.rl, config.data.num_ranks
     device, sharding = parallel.device, make_sharding(config.parallel, parallel)
@@ -240,10 +244,14 @@ def train(
         if parallel.is_main
         else None
     )
+    watch = Watch(config)
+    for row in read_metrics(log.path)[0] if log is not None else []:
+        watch.add(row)
 
     def validate_and_keep_best(num_done: int) -> dict[str, float]:
         nonlocal best
-        metrics = validate(policy, sampler, val_samples, dataset.catalog, config, parallel)
+        title = "first validation" if num_done == 0 else None
+        metrics = validate(policy, sampler, val_samples, dataset.catalog, config, parallel, title=title)
         ndcg = metrics[f"eval/ndcg@{num_ranks}"]
         # The highest of many noisy scores is mostly luck, and the last steps have the lowest learning rate.
         if ndcg >= best["ndcg"] - best["se"]:
@@ -255,6 +263,7 @@ def train(
     sync_weights(sampler, policy.model)
     if done == 0:
         metrics = validate_and_keep_best(0)
+        watch.add({"step": 0, **metrics})
         if log is not None:
             log.write(0, metrics)
 
@@ -323,11 +332,14 @@ def train(
             log.write(num_done, metrics)
         if rollout_log is not None and rollout_log.wants(num_done):
             rollout_log.write(num_done, examples, rollouts, scored, choices, token_log_ratios(batch))
-        if num_done % rl.save_every == 0 and num_done < rl.num_steps:
+        report_trouble(watch, num_done, metrics, out, parallel)
+        if num_done % rl.save_every == 0 or num_done == rl.num_steps:
             state = {"best": best}
             save_checkpoint(out / "checkpoints", num_done, policy.model, optimizer, state, rl.keep_last, parallel)
     if log is not None:
         log.close()
+    if parallel.is_main and final.is_dir():
+        remove_folder(final)  # of fewer steps
     policy.export(final, parallel)
     sampler.sleep()
     wait_for_all(parallel)
@@ -341,6 +353,27 @@ def token_log_ratios(batch: list[MicroBatch]) -> dict[int, Tensor]:
         for micro_batch in batch
         for b, log_ratio_T in zip(micro_batch.lists, micro_batch.logp_BT - micro_batch.old_logp_BT, strict=True)
     }
+
+
+def is_finished(out: Path, num_steps: int, parallel: Parallel) -> bool:
+    """Whether out/final is the model of so many steps; the same on every process."""
+    behind = 0.0
+    if parallel.is_main and (out / "metrics.jsonl").exists():
+        behind = max((row["step"] for row in read_metrics(out / "metrics.jsonl")[0]), default=0) < num_steps
+    return (out / "final").is_dir() and not parallel.sum([behind])[0]
+
+
+def report_trouble(watch: Watch, num_done: int, metrics: dict[str, float], out: Path, parallel: Parallel) -> None:
+    """Say above the progress bar what this step shows for the first time; with rl.stop_on_failure stop all processes
+    alike: the main process has seen all rows, also those before a resumption."""
+    troubles = [str(trouble) for trouble in watch.add({"step": num_done, **metrics})]
+    for trouble in troubles if parallel.is_main else []:
+        tqdm.write(f"warning: {trouble}", file=sys.stderr)
+    if watch.config.rl.stop_on_failure and (found := parallel.gather(troubles)[0]):
+        raise TrainingError(
+            f"{'; '.join(found)}. The run stops (rl.stop_on_failure); checkpoints and {out / 'best'} are kept",
+            everywhere=True,
+        )
 
 
 def keep_best(policy: Policy, out: Path, num_done: int, parallel: Parallel) -> None:

@@ -116,7 +116,7 @@ def test_no_demonstration_is_cut_under_the_settings_of_a_command(name, folder, d
 
 def test_evaluate_scores_another_model_under_its_own_settings(folder, data, tmp_path, capsys):
     run = tmp_path / "run"
-    (run / "sft" / "final").mkdir(parents=True)
+    make_folder(run / "sft" / "final", data)
     preset = fit.read_settings(fit.preset_file("tiny"))
     config = load_config(None, ["rl.max_new_tokens=80"], chosen=preset, data__path=str(data), data__num_ranks=7)
     (run / "config.toml").write_text(to_toml(config))
@@ -155,7 +155,7 @@ def test_a_run_that_has_begun_keeps_what_was_chosen_for_it(folder, data, tmp_pat
 @pytest.mark.parametrize(
     ("changes", "near", "sft_lr"),
     [
-        ({"hidden_size": 64, "num_hidden_layers": 2}, "tiny", 1.5e-3),
+        ({"hidden_size": 72, "num_hidden_layers": 2}, "tiny", 1.5e-3),
         ({"hidden_size": 1152, "num_attention_heads": 18, "num_key_value_heads": 6}, "qwen2.5-0.5b", 5e-5),
     ],
 )

@@ -253,11 +253,12 @@ def test_nan_in_the_loss_stops_and_keeps_the_last_checkpoint(warm, tmp_path, mon
 
 
 def test_resume_cuts_the_metrics_back_to_the_checkpoint(warm, tmp_path):
-    whole = run(warm, tmp_path / "a")
+    whole = run(warm, tmp_path / "a", "rl.keep_last=3")
     shutil.copytree(tmp_path / "a", tmp_path / "b", symlinks=True)
     out = tmp_path / "b" / "rl"
     shutil.rmtree(out / "final")
-    shutil.rmtree(out / "checkpoints" / "step-00000004")
+    for step in (4, 6):
+        shutil.rmtree(out / "checkpoints" / f"step-{step:08d}")
     for name in ("metrics.jsonl", "rollouts.jsonl"):
         with (out / name).open("a") as file:
             file.write('{"step": 7, "rew')  # a row cut short by a kill

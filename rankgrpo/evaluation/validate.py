@@ -19,9 +19,18 @@ from rankgrpo.sampler.choose import hf_sampler
 
 
 def validate(
-    policy: Policy, sampler: Sampler, samples: list[Sample], catalog: Catalog, config: Config, parallel: Parallel
+    policy: Policy,
+    sampler: Sampler,
+    samples: list[Sample],
+    catalog: Catalog,
+    config: Config,
+    parallel: Parallel,
+    *,
+    title: str | None = None,
 ) -> dict[str, float]:
     """Means of the recommender metrics over `samples`, shared among the processes, as eval/* keys.
+
+    title: of a progress bar, which only the main process shows.
 
     eval/se_ndcg@K is the standard error of eval/ndcg@K over samples, sqrt(variance / number of samples).
     """
@@ -30,7 +39,7 @@ def validate(
     means = Means()
     evaluation = score_completions(
         mine,
-        recommend_lists(policy, sampler, mine, catalog, config),
+        recommend_lists(policy, sampler, mine, catalog, config, title=title if parallel.is_main else None),
         catalog,
         num_ranks=config.data.num_ranks,
         year_tolerance=config.rl.year_tolerance,

@@ -110,9 +110,10 @@ def check_run_lengths(
     path = run_dir / LENGTHS_FILE
     if path.exists():
         return []
+    context = context_of(start)
     texts = None if demonstrations is None else [sample.completion for sample in demonstrations if sample.completion]
     lengths = measure(open_tokenizer(start, dataset), dataset, config, texts)
-    check_lengths(config, lengths, context_of(start))
+    check_lengths(config, lengths, context)
     prompts, lists = lengths.lines(config)
     told = [prompts] if lengths.num_cut(config) else []
     if lengths.lists[-1] > config.rl.max_new_tokens and config.rl.constrain == "none":

@@ -18,15 +18,17 @@ from typing import Any
 import jinja2
 import numpy as np
 
-from rankgrpo.config_file import read_toml
+from rankgrpo.config_file import load_config, read_toml
 from rankgrpo.evaluation.evaluate import read_evaluation, read_lists
 from rankgrpo.evaluation.tables import model_label
 from rankgrpo.files.atomic import write_lines
+from rankgrpo.model.fit import LENGTHS_FILE
 from rankgrpo.report.figures import Curves, RunCurves
 from rankgrpo.report.page import MODEL_ORDER, STAGES, RunRecord, last_step, page_context
 from rankgrpo.report.plots import draw_plots
 from rankgrpo.report.viewer import viewer_context
 from rankgrpo.runtime.tracker import read_metrics
+from rankgrpo.runtime.trouble import find_troubles
 
 
 def build_report(run_dir: str | Path) -> Path:
@@ -72,6 +74,7 @@ def read_run(run_dir: Path) -> RunRecord:
         elif summary["name"] in STAGES:
             notes.append(f"eval/{split}/{path.name} is missing, so its lists are not shown or compared.")
     notes += _progress_notes(config, sft, rl, evaluations, split)
+    notes += _trouble_notes(run_dir)
     curves = RunCurves(sft, rl, evaluations, split)
     return RunRecord(run_dir.resolve().name, curves, lists, config, _read_meta(run_dir / "meta.json", notes), notes)
 
@@ -153,6 +156,18 @@ def _progress_notes(config: dict, sft: Curves, rl: Curves, evaluations: dict, sp
         missing = [model_label(name) for name in expected if name not in names]
         if missing:
             notes.append(f"Not evaluated on the {split} split: {', '.join(missing)}.")
+    return notes
+
+
+def _trouble_notes(run_dir: Path) -> list[str]:
+    """What was cut, and the signs that the run learned nothing or came apart."""
+    notes, lengths = [], run_dir / LENGTHS_FILE
+    if lengths.is_file():
+        notes += [f"{line}." for line in json.loads(lengths.read_text(encoding="utf-8"))["cut"]]
+    config, metrics = run_dir / "config.toml", run_dir / "rl" / "metrics.jsonl"
+    if config.is_file() and metrics.is_file():
+        troubles = find_troubles(read_metrics(metrics)[0], load_config(config, saved=True))
+        notes += [f"Warning: {trouble}." for trouble in troubles]
     return notes
 
 

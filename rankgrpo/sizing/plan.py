@@ -15,6 +15,7 @@ from dataclasses import dataclass, fields, replace
 from rankgrpo.config import Config
 from rankgrpo.sampler.rows import step_rows
 from rankgrpo.sizing.architecture import Architecture
+from rankgrpo.sizing.disk import disk_line
 
 GB = 1e9
 RESERVED = 4 * GB
@@ -365,6 +366,8 @@ def render(plan: Plan) -> str:
         *_rows({"there is": plan.capacity}, GB, 1),
         f"  (vLLM's share, rl.vllm_memory={rl.vllm_memory:g}, is {plan.engine_share / GB:.1f}; "
         f"{RESERVED / GB:g} of every GPU are set aside)",
+        "",
+        disk_line(arch, plan.config),
         "",
         "seconds a step, expected",
         *_rows(plan.seconds | {"in all": sum(plan.seconds.values())}, 1, 2),
