@@ -7,7 +7,6 @@ ConfigError, which names the key.
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import field, replace
 from typing import Annotated, Literal, Self
 
@@ -21,6 +20,7 @@ from pydantic import (
     model_validator,
 )
 
+from rankgrpo.files.reward_terms import PARTS, reward_terms
 from rankgrpo.files.sections import BrokenRule, section
 from rankgrpo.files.tracking import TrackConfig
 from rankgrpo.files.values import (
@@ -35,50 +35,7 @@ from rankgrpo.files.values import (
     check_names,
 )
 
-PARTS = {
-    "relevance": "by rank: 1 for the first line that names an item of the ground truth",
-    "format": "by rank: 1 for a line of the form of data.item, Title (Year)",
-    "in_catalog": "by rank: 1 for a line that names a catalog item",
-    "repetition": "by rank: 1 for a line that names what an earlier line named; give it a negative weight",
-    "novelty": "by rank: from 0 for the most popular item of the catalog to 1 for one nobody asked for in training",
-    "length": "by list: n lines of K asked for, min(n, K) / max(n, K)",
-}
-"""Name of every part of our own, and what it measures; `reward_parts` computes them."""
-
-_TERM = re.compile(
-    r"\s*(?P<sign>[+-])?\s*(?:(?P<weight>[0-9.]+(?:[eE][+-]?[0-9]+)?)\s*\*\s*)?"
-    r"(?P<name>[A-Za-z_][\w.]*(?::\w+)?)\s*",
-    re.ASCII,
-)
-
-
-def reward_terms(text: str) -> dict[str, float]:
-    """Part -> weight, in the order written. A part has a name of `PARTS`, or is `package.module:function`.
-
-    Raises ValueError for text that is not a sum of `weight * part`, for an unknown part and for one given twice.
-    """
-    terms: dict[str, float] = {}
-    place = 0
-    while place < len(text) or not terms:
-        match = _TERM.match(text, place)
-        if match is None or (terms and not match["sign"]):
-            raise ValueError(
-                f"cannot read {text[place:].strip()!r} in {text!r}; expected a sum such as relevance + 0.1 * in_catalog"
-            )
-        name = match["name"]
-        if name not in PARTS and ":" not in name:
-            raise ValueError(
-                f"unknown part {name!r}; parts are {', '.join(PARTS)}, or your own function, package.module:function"
-            )
-        if name in terms:
-            raise ValueError(f"part {name!r} is given twice in {text!r}")
-        try:
-            weight = float(match["weight"] or 1.0)
-        except ValueError:
-            raise ValueError(f"{match['weight']!r} is no number in {text!r}") from None
-        terms[name] = -weight if match["sign"] == "-" else weight
-        place = match.end()
-    return terms
+__all__ = ["PARTS", "Config", "reward_terms", "with_steps"]
 
 
 def _reward(value: str) -> str:
@@ -223,8 +180,8 @@ class RlConfig:
     gamma: Annotated[float, Field(gt=1)] = 2.0
     """Discount base of returns = exp."""
     reward: Annotated[Text, AfterValidator(_reward)] = "relevance"
-    """What a list earns, a weighted sum of parts such as `relevance + 0.1 * in_catalog` (PARTS above). A part of
-    your own is `package.module:function`; rankgrpo/rollouts/parts.py has its signature."""
+    """What a list earns, a weighted sum of parts such as `relevance + 0.1 * in_catalog` (`PARTS`). A part of your own
+    is `package.module:function`; rankgrpo/rollouts/parts.py has its signature."""
     reduction: Literal["rank", "token"] = "rank"
     """rank = Eq. 6; token = the released code's token mean."""
     token_mean: Literal["list", "batch", "max"] = "list"
@@ -235,6 +192,14 @@ class RlConfig:
     group's hits, or with units token and list by list."""
     scale_by_std: bool = True
     """False only centres rewards (Dr. GRPO)."""
+    normalise: Literal["sum", "parts"] = "sum"
+    """What the advantage normalises in the group: the sum of the reward's parts, or each part, then summed (GDPO)."""
+    surrogate: Literal["clip", "cispo", "sapo", "dppo"] = "clip"
+    """How a unit whose ratio has moved is held: clip = Eq. 6; cispo keeps its gradient at the clipped ratio; sapo lets
+    it fade (sapo_tau); dppo drops it once its mean probability has moved by dppo_delta. All agree with mu = 1."""
+    sapo_tau: Betas = (1.0, 1.05)
+    """How fast sapo fades, for advantages above 0 and for the others."""
+    dppo_delta: Share = 0.15
     clip_low: Share = 0.06
     clip_high: PositiveFloat = 0.08
     kl_coef: NonNegativeFloat = 1e-3

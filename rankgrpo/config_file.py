@@ -46,6 +46,8 @@ READ_WITH: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "sft.constrain": {"rl.constrain": ("catalog",)},
     "rl.second_phase_at": {"rl.schedule": ("two-phase",)},
     "rl.second_phase_lr": {"rl.schedule": ("two-phase",)},
+    "rl.sapo_tau": {"rl.surrogate": ("sapo",)},
+    "rl.dppo_delta": {"rl.surrogate": ("dppo",)},
     "rl.mismatch_cap": {"rl.mismatch_correction": ("truncate", "mask")},
 }
 _CHOSEN = "what was chosen for the model"

@@ -36,6 +36,7 @@ from rankgrpo.parse import RankSegmenter
 from rankgrpo.rollouts.mismatch import Gap, correct_units, describe_mismatch
 from rankgrpo.rollouts.record import RolloutLog
 from rankgrpo.rollouts.score import Scorer, score_groups
+from rankgrpo.rollouts.surrogate import hold_units
 from rankgrpo.runtime.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from rankgrpo.runtime.distributed import Parallel, make_sharding, sum_gradients, wait_for_all
 from rankgrpo.runtime.means import Means
@@ -145,19 +146,21 @@ class Updater:
             self._first_pass(micro_batch, pack, logp_BT.detach(), means)
         micro_batch.logp_BT = logp_BT.detach()
         units = micro_batch.units
+        weight_BU, clip = hold_units(
+            logp_BT, micro_batch.old_logp_BT, units.unit_BT, units.advantage_BU, units.weight_BU, rl
+        )
         loss, metrics = rank_grpo_loss(
             logp_BT,
             micro_batch.old_logp_BT,
             units.unit_BT,
             units.advantage_BU,
-            clip_low=rl.clip_low,
-            clip_high=rl.clip_high,
             ref_logp_BT=micro_batch.ref_logp_BT,
             kl_coef=rl.kl_coef,
             reduction=rl.reduction,
             denominator=denominator,
-            weight_BK=units.weight_BU,
+            weight_BK=weight_BU,
             impl=self.policy.impl,
+            **clip,
         )
         loss.backward()
         num_units = metrics["ratio/num_units"]

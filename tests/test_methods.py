@@ -21,14 +21,14 @@ from rankgrpo.runtime.means import Means
 from rankgrpo.sampler.base import Rollout
 from rankgrpo.train import MicroBatch, Updater
 
-METHODS = ["dapo", "dr-grpo", "grpo", "gspo", "r1-zero", "rank-grpo", "rank-grpo-exp", "rank-grpo-log", "released",
-           "unlikeliness"]  # fmt: skip
+METHODS = ["cispo", "dapo", "dppo", "dr-grpo", "gdpo", "grpo", "gspo", "r1-zero", "rank-grpo", "rank-grpo-exp",
+           "rank-grpo-log", "released", "sapo", "unlikeliness"]  # fmt: skip
 P, G, K, MAX_NEW = 4, 3, 5, 24
 
 
 def test_the_methods_are_there():
     assert list(method_files()) == METHODS
-    with pytest.raises(ConfigError, match="unknown method 'ppo'; methods are dapo, dr-grpo"):
+    with pytest.raises(ConfigError, match="unknown method 'ppo'; methods are cispo, dapo"):
         load_config(None, method="ppo")
     assert str(default_run_dir("tiny", "demo", "gspo")) == "runs/tiny-demo-gspo"
 
@@ -167,7 +167,52 @@ def unlikeliness(groups):
     return total / (P * G * K)
 
 
+def held(groups, weight):
+    """Rank-GRPO with weight(ratio, advantage, probability now, then) in place of the clip."""
+    total = 0.0
+    for group in groups:
+        for answer, advantages in zip(group, by_rank(group, lambda hits, rank: hits[rank]), strict=True):
+            olds = units_of(SimpleNamespace(log_ratios=answer.old_logps), advantages)
+            for (log_ratios, advantage), (old, _) in zip(units_of(answer, advantages), olds, strict=True):
+                ratio, then = math.exp(mean(log_ratios or [0.0])), math.exp(mean(old or [0.0]))
+                total += weight(ratio, advantage, ratio * then, then) * ratio * advantage
+    return total / (P * G * K)
+
+
+def cispo(groups):
+    return held(groups, lambda ratio, *_: min(max(ratio, 0.94), 1.08) / ratio)
+
+
+def sapo(groups):
+    def weight(ratio, advantage, *_):
+        s = 1 / (1 + math.exp(-(1.0 if advantage > 0 else 1.05) * (ratio - 1)))
+        return 4 * s * (1 - s)
+
+    return held(groups, weight)
+
+
+def dppo(groups):
+    def weight(ratio, advantage, now, then):
+        away = (ratio > 1 and advantage > 0) or (ratio < 1 and advantage < 0)
+        return 0.0 if away and abs(now - then) > 0.15 else 1.0
+
+    return held(groups, weight)
+
+
+def gdpo(groups):
+    total = 0.0
+    for group in groups:
+        hits = by_rank(group, lambda hits, rank: hits[rank])
+        columns = [standardised([float(rank < len(answer.films)) for answer in group]) for rank in range(K)]
+        for i, answer in enumerate(group):
+            advantages = [hits[i][rank] + 0.1 * columns[rank][i] for rank in range(K)]
+            for log_ratios, advantage in units_of(answer, advantages):
+                total += clipped(mean(log_ratios or [0.0]), advantage, 0.06, 0.08)
+    return total / (P * G * K)
+
+
 ORACLES = {
+    "cispo": cispo, "dppo": dppo, "gdpo": gdpo, "sapo": sapo,
     "dapo": dapo, "dr-grpo": dr_grpo, "grpo": grpo, "gspo": gspo, "r1-zero": rank_grpo, "rank-grpo": rank_grpo,
     "rank-grpo-exp": rank_grpo_exp, "rank-grpo-log": rank_grpo_log, "released": released, "unlikeliness": unlikeliness,
 }  # fmt: skip

@@ -92,6 +92,7 @@ def score_groups(
             rank_BT = rank_BT.masked_fill(~_is_choice(choices, rank_BT >= 0), -1)
 
     reward_BK, scored_BU = torch.zeros(P * G, K), torch.zeros(P * G, K if rl.unit == "rank" else 1)
+    of_parts_PGU = torch.zeros(P, G, scored_BU.shape[1])
     for name, weight in reward_terms(rl.reward).items():
         means.add(f"reward_part/{name}", values[name].sum(), values[name].numel())
         of_ranks_BK, of_units_BU = _returns(values[name], rl, K)
@@ -99,8 +100,13 @@ def score_groups(
         if name == "relevance" and rl.unlikeliness:
             of_units_BU = _unlikely(of_units_BU, flat, rank_BT, rl)
         scored_BU = scored_BU + weight * of_units_BU
+        if rl.normalise == "parts":
+            of_units_PGU = of_units_BU.view(P, G, -1)
+            of_parts_PGU = of_parts_PGU + weight * group_advantage(of_units_PGU, scale_by_std=rl.scale_by_std)
     reward_PGK, scored_PGU = reward_BK.view(P, G, K), scored_BU.view(P, G, -1)
-    advantage_PGU = group_advantage(scored_PGU, scale_by_std=rl.scale_by_std)
+    advantage_PGU = of_parts_PGU  # GDPO (arXiv 2601.05242) without its last scaling of the batch
+    if rl.normalise == "sum":
+        advantage_PGU = group_advantage(scored_PGU, scale_by_std=rl.scale_by_std)
     if rl.repeat_penalty:
         # After normalisation: before it, a repeat would weigh as much as a hit wherever no list of the group has one,
         # which is almost everywhere. Less the group's mean: only pushed down, a model learns to say anything else.
