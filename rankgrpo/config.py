@@ -173,6 +173,13 @@ class RlConfig:
     prompts_per_step: PositiveInt = 32
     group_size: Annotated[int, Field(ge=2)] = 8
     """Lists a prompt: an advantage compares the lists of a group, so at least 2."""
+    hard_group_size: NonNegativeInt = 0
+    """Lists of a conversation whose rl.group_size lists all earned the same: it gets new ones, up to this; 0 = off."""
+    live_groups: NonNegativeInt = 0
+    """Groups with a gradient that a step is to have, on all processes together: further rounds of prompts_per_step
+    conversations follow until there are so many, and only these groups count; 0 = one round, in which all count."""
+    max_rounds: PositiveInt = 4
+    """Rounds a step at most under live_groups."""
     unit: Literal["rank", "token", "list"] = "rank"
     """What has a ratio of its own: rank = Rank-GRPO, token = GRPO, list = GSPO."""
     returns: Literal["exp_inf", "exp", "log"] = "exp_inf"
@@ -264,6 +271,12 @@ class RlConfig:
 
     @model_validator(mode="after")
     def _rules(self) -> Self:
+        if self.hard_group_size and self.hard_group_size <= self.group_size:
+            raise BrokenRule(f"must be above rl.group_size = {self.group_size}", "hard_group_size", "group_size")
+        if self.hard_group_size and self.vllm_tp > 1:
+            raise BrokenRule(
+                "needs rl.vllm_tp = 1: engines that are shared sample together", "hard_group_size", "vllm_tp"
+            )
         if self.unit != "rank" and self.repeat_penalty != 0:
             raise BrokenRule("belongs to ranks: needs rl.unit = rank", "repeat_penalty", "unit")
         if self.unit != "token" and self.token_mean != "list":

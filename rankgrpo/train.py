@@ -12,6 +12,7 @@ import shutil
 import sys
 import time
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -35,7 +36,8 @@ from rankgrpo.model.policy import Policy, open_policy, open_reference
 from rankgrpo.parse import RankSegmenter
 from rankgrpo.rollouts.mismatch import Gap, correct_units, describe_mismatch
 from rankgrpo.rollouts.record import RolloutLog
-from rankgrpo.rollouts.score import Scorer, score_groups
+from rankgrpo.rollouts.rounds import RoundMaker, make_rounds
+from rankgrpo.rollouts.score import Scorer
 from rankgrpo.rollouts.surrogate import hold_units
 from rankgrpo.runtime.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from rankgrpo.runtime.distributed import Parallel, make_sharding, sum_gradients, wait_for_all
@@ -44,7 +46,7 @@ from rankgrpo.runtime.optim import check_finite, learning_rate, make_optimizer, 
 from rankgrpo.runtime.tracker import MetricsLog, read_metrics
 from rankgrpo.runtime.trackers import Tracker
 from rankgrpo.runtime.trouble import Watch
-from rankgrpo.sampler.base import Rollout, Sampler, prompt_seed
+from rankgrpo.sampler.base import Rollout, Sampler
 from rankgrpo.sampler.choose import open_sampler
 from rankgrpo.sampler.sync import explain_mismatch, sync_weights
 from rankgrpo.sampler.verify import verify_policy
@@ -231,12 +233,14 @@ def train(
         policy.tokenizer, dataset.train, config.data.max_prompt_tokens, num_ranks, prompt=open_prompt(config.data)
     )
     seen = policy.seen(dataset.train, dataset.catalog)
+    maker = RoundMaker(policy, sampler, scorer, dataset.train, prompts, seen, config)
     val_samples = dataset.validation[: rl.eval_samples]
 
-    done, best = 0, {"ndcg": -1.0, "se": 0.0}
+    done, next_batch, best = 0, 0, {"ndcg": -1.0, "se": 0.0}
     if (checkpoint := latest_checkpoint(out / "checkpoints", parallel)) is not None:
         state = load_checkpoint(checkpoint, policy.model, optimizer)
         done, best = state["step"], state["best"]
+        next_batch = state.get("next_batch", done)
     log = (
         MetricsLog(out / "metrics.jsonl", resume_step=done, num_steps=rl.num_steps, title="Rank-GRPO", tracker=tracker)
         if parallel.is_main
@@ -272,32 +276,21 @@ def train(
 
     for step in range(done, rl.num_steps):
         began, means, where = time.perf_counter(), Means(), f"RL step {step + 1}"
-        indices = order.indices(step)
-        examples = [dataset.train[i] for i in indices]
-
-        rollouts = sampler.sample(
-            [prompts[i] for i in indices],
-            group_size=rl.group_size,
-            seeds=[prompt_seed(config.seed, step, example.id) for example in examples],
-            max_new_tokens=rl.max_new_tokens,
-            temperature=rl.temperature,
-            seen=[seen[i] for i in indices],
-        )
+        rounds, next_batch = make_rounds(maker, order, next_batch, step, means, parallel)
         sampler.sleep()
         sampled = time.perf_counter()
 
-        groups = [
-            Group(prompts[i], [rollout.token_ids for rollout in lists], seen[i])
-            for i, lists in zip(indices, rollouts, strict=True)
-        ]
-        choices = None if policy.constraint is None else policy.constraint.choices(groups)
-        scored = score_groups(rollouts, examples, scorer, means, choices)
-        # Without a KL term a group whose lists all earned the same moves nothing: leave it out, keep it in the count.
-        chosen = [p for p in range(len(indices)) if scored.carries_gradient[p] or rl.kl_coef > 0]
         dense = policy.paths.packing != "shared"
-        batch = make_micro_batches(groups, rollouts, scored.units, chosen, rl, num_ranks, choices, dense=dense)
-        denominator = parallel.sum([scored.denominator])[0]
-        num_tokens = sum(len(rollout.token_ids) for group in rollouts for rollout in group)
+        batches = [
+            make_micro_batches(
+                one.groups, one.rollouts, one.scored.units, one.chosen, one.rl, num_ranks, one.choices, dense=dense
+            )
+            for one in rounds
+        ]
+        batch = list(chain.from_iterable(batches))
+        denominator = max(parallel.sum([sum(one.denominator for one in rounds)])[0], 1.0)
+        num_tokens = sum(len(rollout.token_ids) for one in rounds for group in one.rollouts for rollout in group)
+        score_s = sum(one.score_s for one in rounds)
         scored_at = time.perf_counter()
 
         updater.add_reference(batch)
@@ -316,8 +309,9 @@ def train(
         sync_weights(sampler, policy.model)
         synced = time.perf_counter()
 
-        means.add("groups/trained_frac", len(chosen), len(indices))
-        means.add("groups/gradient_frac", sum(scored.carries_gradient), len(indices))
+        num_groups = sum(len(one.groups) for one in rounds if one.rl.group_size == rl.group_size)
+        means.add("groups/trained_frac", sum(len(one.chosen) for one in rounds), num_groups)
+        means.add("groups/gradient_frac", sum(sum(one.scored.carries_gradient) for one in rounds), num_groups)
         means.add("tokens/sampled", num_tokens, 1 / parallel.dp_world)
         metrics = means.reduce(parallel)
         metrics |= {"grad/norm": norm, "lr": lr}
@@ -325,8 +319,8 @@ def train(
         if num_done % rl.eval_every == 0 or num_done == rl.num_steps:
             metrics |= validate_and_keep_best(num_done)
         metrics |= {
-            "time/sample_s": sampled - began,
-            "time/score_s": scored_at - sampled,
+            "time/sample_s": sampled - began - score_s,
+            "time/score_s": score_s + scored_at - sampled,
             "time/update_s": updated - scored_at,
             "time/sync_s": synced - updated,
             "time/total_s": time.perf_counter() - began,
@@ -334,10 +328,12 @@ def train(
         if log is not None:
             log.write(num_done, metrics)
         if rollout_log is not None and rollout_log.wants(num_done):
-            rollout_log.write(num_done, examples, rollouts, scored, choices, token_log_ratios(batch))
+            first = rounds[0]
+            ratios = token_log_ratios(batches[0])
+            rollout_log.write(num_done, first.examples, first.rollouts, first.scored, first.choices, ratios)
         report_trouble(watch, num_done, metrics, out, parallel)
         if num_done % rl.save_every == 0 or num_done == rl.num_steps:
-            state = {"best": best}
+            state = {"best": best, "next_batch": next_batch}
             save_checkpoint(out / "checkpoints", num_done, policy.model, optimizer, state, rl.keep_last, parallel)
     if log is not None:
         log.close()

@@ -8,7 +8,7 @@ import torch
 from tiny_world import ALONE, taught_dataset, tiny_config, tiny_dataset, tiny_demonstrations
 from transformers import AutoTokenizer
 
-import rankgrpo.train
+import rankgrpo.rollouts.rounds
 from rankgrpo.config import Config
 from rankgrpo.data.samples import Sample
 from rankgrpo.errors import ConfigError
@@ -94,7 +94,7 @@ def test_log_probs_are_those_of_a_masked_softmax(start):
 
 def test_a_run_that_was_stopped_goes_on_bitwise(start, tmp_path, monkeypatch):
     whole = run(start, tmp_path / "whole", "rl.num_steps=4")
-    score, calls = rankgrpo.train.score_groups, []
+    score, calls = rankgrpo.rollouts.rounds.score_groups, []
 
     def stopping(*args):
         calls.append(1)
@@ -102,7 +102,7 @@ def test_a_run_that_was_stopped_goes_on_bitwise(start, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return score(*args)
 
-    monkeypatch.setattr(rankgrpo.train, "score_groups", stopping)
+    monkeypatch.setattr(rankgrpo.rollouts.rounds, "score_groups", stopping)
     with pytest.raises(KeyboardInterrupt):
         run(start, tmp_path / "parts", "rl.num_steps=4")
     monkeypatch.undo()

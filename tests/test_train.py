@@ -150,7 +150,7 @@ def test_skipping_groups_without_gradient_changes_nothing(warm, tmp_path, monkey
     words = ("rl.kl_coef=0", "rl.overflow_penalty=0", "rl.early_eos_penalty=0", "rl.num_steps=2")
     skipped = run(warm, tmp_path / "a", *words)
     assert min(row["groups/trained_frac"] for row in skipped[1:]) < 1
-    import rankgrpo.train as module
+    import rankgrpo.rollouts.rounds as module
 
     score = module.score_groups
 
