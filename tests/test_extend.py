@@ -6,7 +6,7 @@ from collections import namedtuple
 import pytest
 from tiny_world import WORDS
 
-from rankgrpo.config import Config
+from rankgrpo.config import Config, ModelConfig
 from rankgrpo.config_file import load_config
 from rankgrpo.errors import ConfigError, SaveError
 from rankgrpo.pipeline import extend_run, run_pipeline
@@ -81,7 +81,9 @@ def test_bytes_on_disk():
     adapted = disk_bytes(1000, 10, config, made=False, warm_start=False)
     assert (adapted["RL checkpoints"], adapted["SFT model"], adapted["first model"]) == (240, 0, 0)
     # 494,032,768 parameters: 3 * 12 bytes twice, 4 + 12 bytes of models.
-    assert disk_line(PRESETS["qwen2.5-0.5b"], Config()).startswith("GB on disk 43.5: SFT checkpoints 17.79, ")
+    assert disk_line(PRESETS["qwen2.5-0.5b"], Config(model=ModelConfig("qwen2.5-0.5b"))).startswith(
+        "GB on disk 43.5: SFT checkpoints 17.79, "
+    )
 
 
 def test_a_disk_too_small_is_refused_before_anything_is_written(tmp_path, monkeypatch):

@@ -8,11 +8,15 @@ from tiny_world import ALONE, taught_dataset, tiny_config, tiny_dataset, tiny_de
 from rankgrpo.config import Config
 from rankgrpo.config_file import to_toml
 from rankgrpo.errors import TrainingError
+from rankgrpo.evaluation.validate import recommend_lists
+from rankgrpo.model.constraint import hold_to_catalog
+from rankgrpo.model.policy import open_policy
 from rankgrpo.model.presets import make_init
 from rankgrpo.model.tiny import TinyConfig
 from rankgrpo.report.build import _trouble_notes
 from rankgrpo.runtime.tracker import read_metrics
 from rankgrpo.runtime.trouble import find_troubles
+from rankgrpo.sampler.choose import ready_sampler
 from rankgrpo.sft import train_sft
 from rankgrpo.train import train
 
@@ -88,17 +92,21 @@ def warm(tmp_path_factory):
     return train_sft(config, tiny_dataset(), tiny_demonstrations(), init, folder / "sft", ALONE)
 
 
-def all_right(dataset):
-    """Every item of the catalog is wanted, so a model that writes catalog lines scores."""
-    wanted = tuple((item.title, item.year) for item in dataset.catalog.items)
-    easy = {split: [replace(s, groundtruth=wanted) for s in dataset.split(split)] for split in ("train", "validation")}
-    return replace(dataset, **easy)
+def what_it_lists(start, dataset, config):
+    """The data set in which validation wants what the model lists, and training half of the catalog."""
+    policy = hold_to_catalog(open_policy(start, config.model, ALONE.device, trainable=False), config, dataset.catalog)
+    with ready_sampler(policy, config, ALONE) as sampler:
+        texts = recommend_lists(policy, sampler, dataset.validation, dataset.catalog, config)
+    listed = [tuple((item.title, item.year) for item in dataset.catalog.parse(text)) for text in texts]
+    validation = [replace(s, groundtruth=items) for s, items in zip(dataset.validation, listed, strict=True)]
+    half = tuple((item.title, item.year) for item in dataset.catalog.items[::2])
+    return replace(dataset, validation=validation, train=[replace(s, groundtruth=half) for s in dataset.train])
 
 
 REAL = {
     "flat": (["rl.reward=length", "rl.constrain=catalog"], r"rl.reward=relevance"),
     "cut": (["rl.max_new_tokens=1"], r"rl.max_new_tokens=2"),
-    "collapsed": (["rl.temperature=0.001"], r"rl.lr=0.00025 and rl.temperature=1.0"),
+    "collapsed": (["rl.temperature=0.001", "rl.constrain=catalog"], r"rl.lr=0.00025 and rl.temperature=1.0"),
 }
 
 
@@ -117,8 +125,9 @@ def test_a_real_run_says_so_on_the_screen_and_in_the_report(kind, warm, tmp_path
 
 def test_a_run_that_is_to_stop_stops_and_keeps_what_there_is(warm, tmp_path):
     config = tiny_config("rl.lr=0.3", "rl.kl_coef=0", "rl.eval_every=2", "rl.eval_samples=8", "rl.save_every=1",
-                         "rl.stop_on_failure=true")  # fmt: skip
+                         "rl.constrain=catalog", "rl.stop_on_failure=true")  # fmt: skip
+    dataset = what_it_lists(warm, tiny_dataset(), config)
     with pytest.raises(TrainingError, match=r"RL step \d: validation has fallen .* try rl.lr=0.075 .* are kept"):
-        train(config, all_right(tiny_dataset()), warm, tmp_path / "rl", ALONE)
+        train(config, dataset, warm, tmp_path / "rl", ALONE)
     assert any((tmp_path / "rl" / "checkpoints").glob("step-*/state.json"))
     assert (tmp_path / "rl" / "best" / "model.safetensors").is_file() and not (tmp_path / "rl" / "final").exists()
