@@ -106,7 +106,7 @@ def what_it_lists(start, dataset, config):
 REAL = {
     "flat": (["rl.reward=length", "rl.constrain=catalog"], r"rl.reward=relevance"),
     "cut": (["rl.max_new_tokens=1"], r"rl.max_new_tokens=2"),
-    "collapsed": (["rl.temperature=0.001", "rl.constrain=catalog"], r"rl.lr=0.00025 and rl.temperature=1.0"),
+    "collapsed": (["rl.temperature=1e-5", "rl.constrain=catalog"], r"rl.lr=0.00025 and rl.temperature=1.0"),
 }
 
 

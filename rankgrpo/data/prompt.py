@@ -58,6 +58,7 @@ TEMPLATE_DATE = "26 Jul 2024"
 TEMPLATE_DAY = datetime(2024, 7, 26)  # for templates that ask the clock themselves, as gpt-oss's does
 OPEN_THOUGHT = re.compile(r"<think>\s*$")
 
+LENGTHS_FILE = "lengths.json"  # of a run folder: how long its prompts and lists are, and what is cut
 ENCODED_AT_ONCE = 512  # prompts a call of the tokenizer, which spreads them over the cores
 
 

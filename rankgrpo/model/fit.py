@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from rankgrpo.config import Config
 from rankgrpo.config_file import SIZES, flatten, load_config, preset_file, read_settings
 from rankgrpo.data.load import load_dataset
-from rankgrpo.data.prompt import encode_prompts
+from rankgrpo.data.prompt import LENGTHS_FILE, encode_prompts
 from rankgrpo.data.samples import Dataset, Sample, read_samples
 from rankgrpo.errors import ConfigError, ModelError
 from rankgrpo.files.atomic import write_lines
@@ -40,7 +40,6 @@ NEAREST = (
 )
 INHERITED = ("data.num_ranks", "data.item", "data.max_prompt_tokens", "rl.max_new_tokens", "rl.constrain", "rl.forbid")
 """Settings that a model keeps of the run that trained it, beside those of its `model` section."""
-LENGTHS_FILE = "lengths.json"
 MEASURED_PROMPTS, MEASURED_LISTS = 5000, 512
 QUANTILE = 0.99
 HEADROOM = 1.25

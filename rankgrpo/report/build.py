@@ -19,10 +19,10 @@ import jinja2
 import numpy as np
 
 from rankgrpo.config_file import load_config, read_toml
+from rankgrpo.data.prompt import LENGTHS_FILE
 from rankgrpo.evaluation.evaluate import read_evaluation, read_lists
 from rankgrpo.evaluation.tables import model_label
 from rankgrpo.files.atomic import write_lines
-from rankgrpo.model.fit import LENGTHS_FILE
 from rankgrpo.report.figures import Curves, RunCurves
 from rankgrpo.report.page import MODEL_ORDER, STAGES, RunRecord, last_step, page_context
 from rankgrpo.report.plots import draw_plots
