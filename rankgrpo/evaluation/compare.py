@@ -251,17 +251,18 @@ def list_sources(models: list[str], data: str | None, overrides: Sequence[str] =
 def _settings_of(model: str, common: Config, overrides: Sequence[str]) -> Config:
     """What a model that is no run folder is scored under: the settings of the run that made it, or those that fit it.
 
-    The task is the same for all: data, length and format of the lists, and which samples count. Baselines have only it.
+    The task is the same for all: data, prompt, length and format of the lists, and which samples count. Baselines have only it.
     """
     if model in BASELINES:
         return common
     resolve_model(model)
     data = common.data
-    task = {"data__path": data.path, "data__num_train": data.num_train, "data__num_ranks": data.num_ranks}
+    shared = ("path", "num_train", "num_ranks", "item", "prompt", "item_noun", "item_nouns")
+    task = {f"data__{key}": getattr(data, key) for key in shared}
     if (run := run_of(model)) is not None:
-        own = load_config(run / "config.toml", list(overrides), saved=True, **task, data__item=data.item)
+        own = load_config(run / "config.toml", list(overrides), saved=True, **task)
     else:
-        own, lines = model_settings(model, None, overrides, **task, data__item=data.item)
+        own, lines = model_settings(model, None, overrides, **task)
         print("".join(f"> {line}\n" for line in lines), end="", flush=True)
     return replace(own, rl=replace(own.rl, year_tolerance=common.rl.year_tolerance))
 

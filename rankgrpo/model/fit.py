@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from rankgrpo.config import Config
 from rankgrpo.config_file import SIZES, flatten, load_config, preset_file, read_settings
 from rankgrpo.data.load import load_dataset
-from rankgrpo.data.prompt import LENGTHS_FILE, encode_prompts
+from rankgrpo.data.prompt import LENGTHS_FILE, encode_prompts, open_prompt
 from rankgrpo.data.samples import Dataset, Sample, read_samples
 from rankgrpo.errors import ConfigError, ModelError
 from rankgrpo.files.atomic import write_lines
@@ -38,7 +38,11 @@ NEAREST = (
     (2e9, "llama3.2-1b"),
     (float("inf"), "llama3.2-3b"),
 )
-INHERITED = ("data.num_ranks", "data.item", "data.max_prompt_tokens", "rl.max_new_tokens", "rl.constrain", "rl.forbid")
+PROMPT = ("data.prompt", "data.item_noun", "data.item_nouns", "data.system_prompt", "data.chat_template_kwargs")
+INHERITED = (
+    *("data.num_ranks", "data.item", *PROMPT, "data.max_prompt_tokens"),
+    *("rl.max_new_tokens", "rl.constrain", "rl.forbid"),
+)
 """Settings that a model keeps of the run that trained it, beside those of its `model` section."""
 MEASURED_PROMPTS, MEASURED_LISTS = 5000, 512
 QUANTILE = 0.99
@@ -231,7 +235,7 @@ def measure(
     """
     num_ranks, train = config.data.num_ranks, dataset.train
     samples = train[:: -(-len(train) // MEASURED_PROMPTS)]
-    prompts = encode_prompts(tokenizer, samples, UNBOUNDED, num_ranks, quiet=True)
+    prompts = encode_prompts(tokenizer, samples, UNBOUNDED, num_ranks, prompt=open_prompt(config.data), quiet=True)
     what = "demonstrations"
     given = Path(config.teacher.demonstrations) / "demonstrations-train.jsonl"
     if completions is None and config.teacher.demonstrations and given.is_file():
