@@ -251,7 +251,7 @@ def list_sources(models: list[str], data: str | None, overrides: Sequence[str] =
 def _settings_of(model: str, common: Config, overrides: Sequence[str]) -> Config:
     """What a model that is no run folder is scored under: the settings of the run that made it, or those that fit it.
 
-    The task is the same for all: data, prompt, length and format of the lists, and which samples count. Baselines have only it.
+    The task is the same for all: data, prompt, length and format of the lists. Baselines have nothing else.
     """
     if model in BASELINES:
         return common
