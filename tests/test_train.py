@@ -119,7 +119,7 @@ def test_exports_load_in_transformers(warm, tmp_path):
 def test_the_last_model_within_the_noise_of_the_best_is_kept(warm, tmp_path, monkeypatch):
     scores = iter([(0.10, 0.01), (0.12, 0.02), (0.08, 0.01), (0.101, 0.01), (0.09, 0.05)])
     names = ("eval/ndcg@5", "eval/se_ndcg@5")
-    monkeypatch.setattr("rankgrpo.train.validate", lambda *_: dict(zip(names, next(scores), strict=True)))
+    monkeypatch.setattr("rankgrpo.train.validate", lambda *_, **__: dict(zip(names, next(scores), strict=True)))
     run(warm, tmp_path, "rl.eval_every=1", "rl.num_steps=4")
     assert (tmp_path / "rl" / "best").resolve().name == "best-00000003"  # .101 >= .12 - .02 > .09
 
