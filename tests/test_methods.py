@@ -297,7 +297,7 @@ def test_the_objective_is_the_papers(method, seed):
     updater = Updater(policy, None, SimpleNamespace(eos_ids=[EOS]), None, rl, ALONE)
     units = scored.units
     units = replace(units, advantage_BU=units.advantage_BU.double(), weight_BU=units.weight_BU.double())
-    batch = MicroBatch([Group([1], [[2]])], units, policy.old_logp_BT, old_logp_BT=policy.old_logp_BT)
+    batch = MicroBatch([Group([1], [[2]])], units, policy.old_logp_BT, [], old_logp_BT=policy.old_logp_BT)
     loss = updater._backward(batch, scored.denominator, Means())
     assert -float(loss) == pytest.approx(ORACLES[method](answers), rel=1e-4, abs=1e-7)
     assert policy.logp_BT.grad.isfinite().all() and policy.logp_BT.grad.any()
