@@ -32,7 +32,7 @@ from rankgrpo.distill.demonstrations import make_demonstrations
 from rankgrpo.errors import ConfigError
 from rankgrpo.evaluation.compare import evaluate_run, fit_teacher, load_config_dataset, results_table
 from rankgrpo.files.atomic import only_one, write_lines
-from rankgrpo.model.fit import check_run_lengths, count_model
+from rankgrpo.model.fit import check_run_lengths
 from rankgrpo.model.policy import has_bfloat16, open_policy
 from rankgrpo.model.presets import make_init, resolve_model
 from rankgrpo.model.tiny import TinyConfig
@@ -44,9 +44,7 @@ from rankgrpo.runtime.trackers import check_tracker, open_tracker
 from rankgrpo.sampler.verify import verify_policy
 from rankgrpo.sampler.vllm import require_vllm
 from rankgrpo.sft import train_sft
-from rankgrpo.sizing.architecture import PRESETS as ARCHITECTURES
-from rankgrpo.sizing.architecture import find_architecture
-from rankgrpo.sizing.disk import MADE, check_disk, disk_bytes
+from rankgrpo.sizing.disk import check_run_disk
 from rankgrpo.train import train
 
 Until = Literal["sft", "rl"]
@@ -143,18 +141,6 @@ def outcome(run_dir: Path, until: Until, config: Config) -> str:
     gone = f"; validation NDCG@{config.data.num_ranks} {scores[0]:.4f} -> {scores[-1]:.4f}" if scores else ""
     highest = f", highest {max(scores):.4f}" if scores else ""
     return f"finished: {rows[-1]['step']} steps of {phase}{gone}{highest}; the model is {run_dir / phase / place}"
-
-
-def check_run_disk(config: Config, run_dir: Path, rl_start: str | None) -> None:
-    """Raise SaveError when checkpoints and exports do not fit on the disk."""
-    name = config.model.name
-    if name == "tiny" or name in ARCHITECTURES:
-        arch = find_architecture(name, config.model)
-        size, adapters = arch.num_parameters, arch.adapter_parameters(config.adapter)
-    else:
-        size, adapters = count_model(name), 0  # an upper bound where adapters are trained
-    made = rl_start is None and name in MADE
-    check_disk(disk_bytes(size, adapters, config, made=made, warm_start=rl_start is None), run_dir)
 
 
 def say_lengths(

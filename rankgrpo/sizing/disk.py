@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rankgrpo.config import Config
 from rankgrpo.errors import SaveError
-from rankgrpo.sizing.architecture import Architecture
+from rankgrpo.sizing.architecture import PRESETS, Architecture, find_architecture
 
 GB = 1e9
 MADE = ("tiny", "smollm2-135m")
@@ -60,3 +60,17 @@ def check_disk(parts: Mapping[str, int], run_dir: Path) -> None:
             f"{run_dir}: this run needs {needed / GB:.2f} GB more on disk ({_told(parts)}) and {free / GB:.2f} GB are "
             f"free; free some space, set rl.keep_last=1 sft.keep_last=1, or name a run folder on another disk"
         )
+
+
+def check_run_disk(config: Config, run_dir: Path, rl_start: str | None) -> None:
+    """Raise SaveError when checkpoints and exports do not fit on the disk."""
+    from rankgrpo.model.fit import count_model  # `rankgrpo plan` counts without transformers
+
+    name = config.model.name
+    if name == "tiny" or name in PRESETS:
+        arch = find_architecture(name, config.model)
+        size, adapters = arch.num_parameters, arch.adapter_parameters(config.adapter)
+    else:
+        size, adapters = count_model(name), 0  # an upper bound where adapters are trained
+    made = rl_start is None and name in MADE
+    check_disk(disk_bytes(size, adapters, config, made=made, warm_start=rl_start is None), run_dir)
