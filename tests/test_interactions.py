@@ -353,6 +353,23 @@ def test_item_tables_that_cannot_be_used(tmp_path):
         attempt("id,title,author\n1,Emma,Austen\n")
 
 
+def test_the_options_of_a_log_belong_to_a_log(tmp_path):
+    from rankgrpo.evaluation.data_cli import LogArgs, import_
+
+    log = write(tmp_path / "log.csv", log_of({"ann": "1234", "bob": "4321"}))
+    catalog = write(tmp_path / "books.csv", BOOKS)
+    args = LogArgs(item=BY.template, num_history=1)
+    with pytest.raises(ValueError, match="belong to --format interactions"):
+        import_(str(log), tmp_path / "out", log=args)
+    with pytest.raises(DataError, match="a log of choices is imported by --format interactions"):
+        import_(str(log), tmp_path / "out")
+    with pytest.raises(DataError, match="--sha256 belongs to a URL"):
+        import_(str(log), tmp_path / "out", format="interactions", catalog=catalog, log=args, sha256="0" * 64)
+    import_(str(log), tmp_path / "out", format="interactions", catalog=catalog, log=args)
+    dataset = load_dataset(tmp_path / "out", item_format=BY)
+    assert {s.conversation[0].content for s in dataset.test} == {f"I chose {M}. What next?", f"I chose {P}. What next?"}
+
+
 def test_lists_in_cells():
     assert (
         a_list("['a', 'b, c']", "x") == ["a", "b, c"]

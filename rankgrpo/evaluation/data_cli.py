@@ -104,7 +104,8 @@ def import_(
     from rankgrpo.evaluation.health import headline
 
     if format == "interactions":
-        print(_import_log(Path(source), out, catalog, parse_columns(columns), validation_frac, test_frac, seed, log))
+        file = fetch_if_url(source, sha256, out.absolute().parent)
+        print(_import_log(file, out, catalog, parse_columns(columns), validation_frac, test_frac, seed, log))
         return
     if log != LogArgs():
         raise ConfigError("--item, --num-history and the other options of a log belong to --format interactions")
