@@ -55,6 +55,8 @@ class ModelConfig:
     auto: shared where that is exact, else dense, and the run says so."""
     verify: bool = True
     """Compare packs, sampler and the model's own forward on a short example whenever a model is opened."""
+    new_tokens: Text = ""
+    """Tokens added to the model: a file with one a line, or a column of the catalog, whose `<...>` parts they are."""
     kernels: Literal["auto", "torch", "triton"] = "auto"
     """Head and loss of the update: auto = triton on a GPU that has it, torch elsewhere."""
     hidden: PositiveInt = 256

@@ -33,6 +33,7 @@ from rankgrpo.errors import ConfigError
 from rankgrpo.evaluation.compare import evaluate_run, fit_teacher, load_config_dataset, results_table
 from rankgrpo.files.atomic import only_one, write_lines
 from rankgrpo.model.fit import check_run_lengths
+from rankgrpo.model.new_tokens import read_new_tokens
 from rankgrpo.model.policy import has_bfloat16, open_policy
 from rankgrpo.model.presets import make_init, resolve_model
 from rankgrpo.model.tiny import TinyConfig
@@ -166,6 +167,7 @@ def say(parallel: Parallel, text: str) -> None:
 def check_catalog(config: Config, dataset: Dataset) -> None:
     """Raise ConfigError for a reward, or for lists held to the catalog, that this catalog cannot give."""
     load_parts(config.rl.reward, dataset.catalog)
+    read_new_tokens(config.model.new_tokens, dataset.catalog)
     num_ranks, num_items = config.data.num_ranks, len(dataset.catalog)
     samples = [sample for split in SPLITS for sample in dataset.split(split)]
     check_candidates(samples, dataset.catalog, num_ranks, config.rl.forbid, held=config.rl.constrain == "catalog")
@@ -387,6 +389,7 @@ def make_start(
         tiny=tiny,
         num_ranks=config.data.num_ranks,
         prompt=open_prompt(config.data),
+        new_tokens=read_new_tokens(config.model.new_tokens, dataset.catalog),
     )
     if parallel.is_main:
         wait_for_all(parallel)

@@ -6,7 +6,8 @@
 
 B starts at 0 and m at ||W||, so training starts from the model as it was; with the adapters off it is that model again,
 to which the KL term of reinforcement learning refers. What samples and what is exported has the merged W' under the
-names of the model without adapters. Head and embeddings have no adapter: the streamed head reads their weight itself.
+names of the model without adapters. Head and embeddings have no adapter, for the streamed head reads
+their weight itself; of them the rows of added tokens are trained (`model.new_tokens`).
 """
 
 # Shape letters: O outputs, I inputs of a Linear layer; R rank of its adapter.
@@ -21,6 +22,7 @@ from transformers import PreTrainedModel
 
 from rankgrpo.config import AdapterConfig
 from rankgrpo.errors import ConfigError
+from rankgrpo.model.new_tokens import new_rows_off, train_new_rows
 from rankgrpo.runtime.distributed import full_parameters
 
 NAME = "default"
@@ -52,6 +54,7 @@ def add_adapters(model: PreTrainedModel, config: AdapterConfig, *, seed: int) ->
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         inject_adapter_in_model(settings, model, NAME)
+    train_new_rows(model)
 
 
 def target_names(model: PreTrainedModel, config: AdapterConfig) -> list[str]:
@@ -79,7 +82,8 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
     for layer in layers:
         layer.enable_adapters(False)
     try:
-        yield
+        with new_rows_off(model):
+            yield
     finally:
         for layer in layers:
             layer.enable_adapters(True)

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rankgrpo.config import AdapterConfig, ModelConfig
 from rankgrpo.data.samples import Sample
+from rankgrpo.errors import ConfigError
 from rankgrpo.files.atomic import atomic_folder
 from rankgrpo.items.allowed_ids import AllowedIds
 from rankgrpo.items.catalog import Catalog
@@ -30,6 +31,7 @@ from rankgrpo.model.constraint import Constraint, forbidden_items
 from rankgrpo.model.dropout import switch_off_dropout
 from rankgrpo.model.forward import pack_logprobs, row_logprobs
 from rankgrpo.model.head import LogitMap, find_logit_map
+from rankgrpo.model.new_tokens import has_new_rows
 from rankgrpo.model.packing import Group, Pack, build_pack, plan_micro_batches
 from rankgrpo.model.presets import load_policy, save_policy, valid_token_mask
 from rankgrpo.runtime.distributed import Parallel, Sharding, shard_model
@@ -173,6 +175,11 @@ def open_policy(
     bfloat16, impl = config.autocast == "bfloat16", choose_impl(config.kernels, device)
     adapted = trainable and adapter is not None and adapter.kind != "none"
     skeleton = empty_copy(model, device) if sharding is not None or adapted else None
+    if adapted and sharding is not None and has_new_rows(model):
+        raise ConfigError(
+            "adapter.kind with model.new_tokens trains a few rows of the embeddings, which a split model cannot; set "
+            "parallel.shard=none, or adapter.kind=none"
+        )
     if adapted:
         add_adapters(model, adapter, seed=seed)
     if sharding is not None:

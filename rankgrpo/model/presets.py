@@ -13,9 +13,9 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,13 +37,13 @@ from rankgrpo.data.prompt import PromptFormat
 from rankgrpo.data.samples import Dataset
 from rankgrpo.errors import ModelError
 from rankgrpo.files.atomic import atomic_folder
-from rankgrpo.items.format import title_line
 from rankgrpo.model.export import model_class, save_policy
+from rankgrpo.model.new_tokens import add_new_tokens
 from rankgrpo.model.plain_tokenizer import COMPLETE_FILES
+from rankgrpo.model.recipe import RECIPE_FILE, check_recipe, make_recipe
 from rankgrpo.model.smollm2 import PACKAGE, convert_smollm2
-from rankgrpo.model.tiny import TinyConfig, corpus_lines, make_tiny, train_tokenizer
+from rankgrpo.model.tiny import TinyConfig, make_tiny, train_tokenizer
 
-RECIPE_FILE = "rankgrpo_init.json"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
 HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
 HUB_IGNORED = ["original/*", "onnx/*", "consolidated*"]  # the same weights in other formats
@@ -108,27 +108,37 @@ def make_init(
     tiny: TinyConfig | None = None,
     num_ranks: int = 20,
     prompt: PromptFormat | None = None,
+    new_tokens: Sequence[str] = (),
 ) -> str:
     """Make the model a run starts from; returns what `load_policy` opens.
 
     `tiny` (random weights, tokenizer of `dataset`'s train split) and `smollm2-135m` (converted) are written to
-    `out_dir`, whole or not at all; for the others the folder or hub id itself comes back and nothing is written. A
-    second call with the same arguments finds the folder and leaves it. Raises ModelError when `out_dir` holds anything
-    else.
+    `out_dir`, whole or not at all; for the others the folder or hub id itself comes back and nothing is written, unless
+    `new_tokens` are added. A second call with the same arguments finds the folder and leaves it. Raises ModelError when
+    `out_dir` holds anything else.
     """
     preset = resolve_model(name)
-    if preset.origin in ("hub", "folder"):
+    from_elsewhere = preset.origin in ("hub", "folder")
+    if from_elsewhere and not new_tokens:
         return preset.location
     out_dir = Path(out_dir)
     tiny = tiny or TinyConfig()
-    recipe = _recipe(preset, dataset, seed, tiny, num_ranks, prompt)
+    if from_elsewhere:
+        recipe: dict[str, Any] = {"source": preset.location}
+    else:
+        recipe = make_recipe(preset.name, preset.location, dataset, seed, tiny, num_ranks, prompt)
+    if new_tokens:
+        recipe |= {"new_tokens": hashlib.sha256("\n".join(new_tokens).encode()).hexdigest()}
     if out_dir.exists() and any(out_dir.iterdir()):
-        _check_recipe(out_dir, recipe)
+        check_recipe(out_dir, recipe)
         return str(out_dir)
     if preset.origin == "scratch":
-        model, tokenizer = make_tiny(dataset, tiny, seed=seed, num_ranks=num_ranks, prompt=prompt)
+        model, tokenizer = make_tiny(
+            dataset, tiny, seed=seed, num_ranks=num_ranks, prompt=prompt, new_tokens=new_tokens
+        )
     else:
-        model, tokenizer = convert_smollm2()
+        model, tokenizer = load_policy(preset.location) if from_elsewhere else convert_smollm2()
+        add_new_tokens(model, tokenizer, new_tokens)
     _set_stop_tokens(model, tokenizer, name)
     with atomic_folder(out_dir) as temporary:
         save_policy(model, tokenizer, temporary)
@@ -291,41 +301,6 @@ def _set_stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
         eos_token_id=eos_ids if len(eos_ids) > 1 else eos_ids[0],
         pad_token_id=tokenizer.pad_token_id,
     )
-
-
-def _recipe(
-    preset: Preset, dataset: Dataset, seed: int, tiny: TinyConfig, num_ranks: int, prompt: PromptFormat | None
-) -> dict[str, Any]:
-    """All that decides what `make_init` writes, as JSON."""
-    if preset.origin == "package":
-        return {"preset": preset.name, "package": preset.location}
-    digest = hashlib.sha256()
-    titles = dataset.catalog.lines
-    targets = (title_line(title, year) for sample in dataset.train for title, year in sample.groundtruth)
-    completions = (sample.completion or "" for sample in dataset.train)
-    for texts in (corpus_lines(dataset), titles, targets, completions):
-        digest.update("\n".join(texts).encode() + b"\0")
-    size = asdict(tiny) | {"architecture": "llama"}
-    recipe = {"preset": preset.name, "seed": seed, "size": size, "data_sha256": digest.hexdigest()}
-    # Folders made for 20 ranks and the paper's prompt name neither.
-    recipe |= {} if num_ranks == 20 else {"num_ranks": num_ranks}
-    default = PromptFormat(dataset.catalog.item_format)
-    lines, by_default = (p.fixed_lines(num_ranks, dataset.train) for p in (prompt or default, default))
-    return recipe if lines == by_default else recipe | {"prompt": lines}
-
-
-def _check_recipe(folder: Path, recipe: dict[str, Any]) -> None:
-    file = folder / RECIPE_FILE
-    if not file.is_file():
-        raise ModelError(
-            f"{folder} is not empty and was not made by make_init (it has no {RECIPE_FILE}); choose another"
-        )
-    found = json.loads(file.read_text(encoding="utf-8"))
-    if differing := sorted(key for key in found.keys() | recipe.keys() if found.get(key) != recipe.get(key)):
-        raise ModelError(
-            f"{folder} holds a model made from something else (not the same: {', '.join(differing)}); delete it or "
-            "choose another"
-        )
 
 
 def _check_folder(folder: Path) -> None:

@@ -19,8 +19,9 @@ It makes no model that knows a language: without training its lists are noise.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -30,6 +31,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from rankgrpo.data.prompt import SPEAKERS, PromptFormat, format_context
 from rankgrpo.data.samples import Dataset
 from rankgrpo.items.format import title_line
+from rankgrpo.model.new_tokens import added, mark_rows
 
 PAD_TOKEN, START_TOKEN, END_TOKEN = SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 MIN_VOCAB = 1024  # half of it must hold 256 bytes, 3 special tokens and some words
@@ -87,11 +89,20 @@ class TinyConfig:
 
 
 def make_tiny(
-    dataset: Dataset, config: TinyConfig, *, seed: int, num_ranks: int = 20, prompt: PromptFormat | None = None
+    dataset: Dataset,
+    config: TinyConfig,
+    *,
+    seed: int,
+    num_ranks: int = 20,
+    prompt: PromptFormat | None = None,
+    new_tokens: Sequence[str] = (),
 ) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
     """A randomly initialised model and the tokenizer of `dataset`'s train split; the same for the same arguments."""
-    tokenizer = train_tokenizer(dataset, config.vocab, num_ranks, prompt)
-    return init_model(config, tokenizer, seed=seed), tokenizer
+    tokenizer = train_tokenizer(dataset, config.vocab, num_ranks, prompt, new_tokens)
+    model = init_model(config, tokenizer, seed=seed)
+    if new_tokens:  # the last ids, random like all others: equal rows would teach a model from nothing no difference
+        mark_rows(model, len(tokenizer) - len(new_tokens), len(tokenizer))
+    return model, tokenizer
 
 
 def init_model(config: TinyConfig, tokenizer: PreTrainedTokenizerFast, *, seed: int) -> LlamaForCausalLM:
@@ -120,14 +131,23 @@ def init_model(config: TinyConfig, tokenizer: PreTrainedTokenizerFast, *, seed: 
 
 
 def train_tokenizer(
-    dataset: Dataset, vocab: int, num_ranks: int = 20, prompt: PromptFormat | None = None
+    dataset: Dataset,
+    vocab: int,
+    num_ranks: int = 20,
+    prompt: PromptFormat | None = None,
+    new_tokens: Sequence[str] = (),
 ) -> PreTrainedTokenizerFast:
     """Byte-level BPE of the train split's words, plus its titles and the instruction to list `num_ranks` as
     phrases; at most `vocab` ids.
 
     Reads train conversations, their ground truth and demonstrations (`completion`), and the catalog's titles. A small
-    data set gets fewer ids. Raises ValueError when the train split has no text.
+    data set gets fewer ids. `new_tokens` are the last of them, and no phrase holds one. Raises ValueError when the
+    train split has no text, and when there is no room for the new tokens.
     """
+    if len(new_tokens) > vocab // 4:
+        raise ValueError(
+            f"{len(new_tokens)} new tokens are too many for model.vocab = {vocab}; it must be four times that"
+        )
     prompt = prompt or PromptFormat(dataset.catalog.item_format)
     instruction = [line for line in prompt.fixed_lines(num_ranks, dataset.train) if " " in line]
     titles = dataset.catalog.lines
@@ -138,17 +158,19 @@ def train_tokenizer(
     counts, _ = split_phrases(lines, titles)
     counts.update(title_line(title, year) for sample in dataset.train for title, year in sample.groundtruth)
     counts.update(line for sample in dataset.train if sample.completion for line in sample.completion.split("\n"))
-    whole = (t for t in titles if counts[t] >= MIN_TITLE_COUNT and _is_phrase(t))
+    parts = re.compile("|".join(map(re.escape, new_tokens)) or r"(?!)")
+    whole = (t for t in titles if counts[t] >= MIN_TITLE_COUNT and _is_phrase(t) and not parts.search(t))
     frequent = sorted(whole, key=lambda title: (-counts[title], title))
 
-    phrases = instruction + frequent[: vocab // 2 - len(instruction)]
-    _, words = split_phrases(lines, phrases)
+    phrases = instruction + frequent[: vocab // 2 - len(instruction) - len(new_tokens)]
+    _, words = split_phrases(lines, [*phrases, *new_tokens])
     spelled = set(titles).difference(phrases)
-    words += [title for title in titles if title in spelled]
+    words += split_phrases([title for title in titles if title in spelled], new_tokens)[1]
     # Every prompt has them, but lines are counted once, and the chat template is not in the lines.
     words += [*SPEAKERS, *(f"{label}: " for label in SPEAKERS.values())] * len(dataset.train)
     backend = _train_words(words, vocab // 2)
     backend.add_tokens([AddedToken(phrase, normalized=False) for phrase in phrases])
+    backend.add_tokens([added(token) for token in new_tokens])
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, eos_token=END_TOKEN, pad_token=PAD_TOKEN, chat_template=CHAT_TEMPLATE
     )

@@ -16,11 +16,13 @@ from rankgrpo.errors import TrainingError
 def make_optimizer(
     model: nn.Module, *, lr: float, betas: tuple[float, float], weight_decay: float, eps: float = 1e-8
 ) -> torch.optim.AdamW:
-    """AdamW; weight decay on matrices only, never on norms and biases."""
+    """AdamW; weight decay on matrices only, never on norms and biases, nor on tables of which a few rows are trained
+    (`rankgrpo.model.new_tokens`): it would move the others."""
     trained = [p for p in model.parameters() if p.requires_grad]
+    decays = [p.ndim >= 2 and not hasattr(p, "rankgrpo_first_rows") for p in trained]
     groups = [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for p, decay in zip(trained, decays, strict=True) if decay], "weight_decay": weight_decay},
+        {"params": [p for p, decay in zip(trained, decays, strict=True) if not decay], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
 
