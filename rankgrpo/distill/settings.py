@@ -6,13 +6,15 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import arg
 
-from rankgrpo.data.prompt import PromptFormat, prompt_of_nouns
 from rankgrpo.distill.llm import Endpoint
 from rankgrpo.items.format import FILM_TEMPLATE
+
+if TYPE_CHECKING:
+    from rankgrpo.data.prompt import PromptFormat
 
 EASE = "ease"
 STELLA = "NovaSearch/stella_en_400M_v5"
@@ -132,6 +134,8 @@ class DistillConfig:
     @property
     def prompt(self) -> PromptFormat:
         """How conversations are put to the teacher."""
+        from rankgrpo.data.prompt import prompt_of_nouns  # torch is not far behind it, and `--help` does not need it
+
         return prompt_of_nouns(self.item, self.item_noun, self.item_nouns)
 
     @property
