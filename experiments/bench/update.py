@@ -8,10 +8,13 @@ Providers, all on the same weights, rollouts and weighted-sum loss:
   dense_model   dense_rows through the model's ordinary head: full logits of every position
   dense_padded  prompts left-padded and lists right-padded to the longest of a micro-batch of shuffled rows, padding
                 mask, full logits of the completion positions
-  trl           GRPOTrainer.compute_loss and backward, rows padded to the longest of the batch as the trainer does it
-  trl_trimmed   the same with rows of like length together, padded to the longest of the micro-batch, as it does not
-TRL's two run once at every micro-batch size of --trl-rows, and the fastest size is measured (trl@2: two rows). They
-need the extra [bench].
+  trl           GRPOTrainer.compute_loss and backward, rows padded to the longest of the batch as the trainer does it.
+                Its head is tiled and sends only the lists' tokens through the vocabulary where Triton runs, on a GPU;
+                elsewhere every position goes through it, prompts and padding too
+  trl_head      the same with its head as on a GPU: the lists' tokens alone, wherever it runs
+  trl_trimmed   trl_head with rows of like length together, padded to the longest of the micro-batch, as it does not
+TRL's run once at every micro-batch size of --trl-rows, and the fastest size is measured (trl@2: two rows). They need
+the extra [bench].
 
 Providers take turns, so a machine that slows down slows all of them. Times are the best and the median of the trials,
 and the least processor time, which a busy machine distorts less; ratios are of the best. Memory is the peak of what
@@ -45,7 +48,7 @@ from rankgrpo_kernels.bench.common import peak_extra_bytes, print_table, record,
 EXAMPLE = """examples:
   python experiments/bench/update.py --case p300 p700 p2048 mix
   python experiments/bench/update.py --shape tiny --case tiny --providers shared dense_packed dense_padded"""
-PROVIDERS = ("shared", "dense_packed", "dense_rows", "dense_model", "dense_padded", "trl", "trl_trimmed")
+PROVIDERS = ("shared", "dense_packed", "dense_rows", "dense_model", "dense_padded", "trl", "trl_head", "trl_trimmed")
 COLUMNS = {
     "provider": "", "best_s": ".3g", "median_s": ".3g", "time_ratio": ".2f", "cpu_s": ".3g", "cpu_ratio": ".2f",
     "peak_mib": ".0f", "memory_ratio": ".2f", "gradient_error": ".1e",
@@ -204,7 +207,7 @@ def make_providers(args, model, groups: list[Group]) -> dict[str, Provider]:
 
 
 def trl_providers(args, model, groups: list[Group], weights: list[list[Tensor]]) -> dict[str, Provider]:
-    asked = [name for name in ("trl", "trl_trimmed") if name in args.providers]
+    asked = [name for name in ("trl", "trl_head", "trl_trimmed") if name in args.providers]
     if not asked:
         return {}
     from update_trl import make_trainer, trl_step
@@ -216,7 +219,9 @@ def trl_providers(args, model, groups: list[Group], weights: list[list[Tensor]])
     return {
         f"{name}@{rows}": Provider(
             trainer.model,
-            lambda rows=rows, trim=name == "trl_trimmed": trl_step(trainer, groups, weights, rows, trim=trim),
+            lambda rows=rows, name=name: trl_step(
+                trainer, groups, weights, rows, trim=name == "trl_trimmed", lists_only=name != "trl"
+            ),
         )
         for name in asked
         for rows in num_rows

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import tempfile
+from unittest import mock
 
 import torch
 from datasets import Dataset
@@ -57,14 +58,23 @@ def make_trainer(model: torch.nn.Module) -> GRPOTrainer:
 
 
 def trl_step(
-    trainer: GRPOTrainer, groups: list[Group], weights: list[list[Tensor]], num_rows: int, *, trim: bool
+    trainer: GRPOTrainer,
+    groups: list[Group],
+    weights: list[list[Tensor]],
+    num_rows: int,
+    *,
+    trim: bool,
+    lists_only: bool,
 ) -> float:
     """Forward and backward of all rollouts, `num_rows` at a time; the gradient is that of sum(weight * log-prob).
 
-
     trim=False pads every row to the longest prompt and list of the batch, as the trainer does. trim=True pads to the
-    longest of the micro-batch, which the trainer does not offer.
+    longest of the micro-batch, which the trainer does not offer. lists_only=True switches on the branch of its head
+    that drops other positions first, which TRL takes where Triton runs.
     """
+    if lists_only:
+        with mock.patch("trl.trainer.utils._use_triton", lambda device: True):
+            return trl_step(trainer, groups, weights, num_rows, trim=trim, lists_only=False)
     device = trainer.model.device
     rows = [
         (torch.tensor(group.prompt_ids), torch.tensor(ids), weight)
