@@ -28,6 +28,7 @@ DENSE = {
 ROW_BY_ROW = {"phi3_longrope"}
 OWN_CACHE = DENSE | ROW_BY_ROW | {"diffllama", "hrm_text"}
 REFUSED = {"deepseek_v32"}
+UNCACHED = {"nemotron_h", "zamba2"}
 
 
 def ids(size, generator):
@@ -96,6 +97,7 @@ def test_family(name, tmp_path, capsys):
     assert policy.paths.packing == ("padded" if name in DENSE else "alone" if name in ROW_BY_ROW else "shared")
     assert ("cannot be packed exactly" in said) == (name in DENSE | ROW_BY_ROW)
     assert ("lists are sampled" in said) == (policy.paths.decoding != "grouped") == (name in OWN_CACHE)
+    assert (policy.paths.decoding == "uncached") == (name in UNCACHED)
 
     plain = reload(tmp_path / "model").train(policy.model.training)
     for module in plain.modules():  # what was switched off in the policy
@@ -249,3 +251,11 @@ def test_a_head_that_differs_from_a_tied_embedding_is_exported_as_its_own(tmp_pa
     policy.export(tmp_path / "export", ALONE)
     assert json.loads((tmp_path / "export" / "config.json").read_text())["tie_word_embeddings"] is False
     assert torch.equal(reload(tmp_path / "export").lm_head.weight, weights["lm_head.weight"])
+
+
+def test_the_page_of_models_is_that_of_these_tests():
+    from pathlib import Path
+
+    from models_page import page
+
+    assert (Path(__file__).parents[1] / "docs" / "models.md").read_text(encoding="utf-8") == page()

@@ -1,0 +1,42 @@
+"""docs/models.md, from what the tests of the families hold: `python tests/models_page.py > docs/models.md`."""
+
+from __future__ import annotations
+
+from model_families import VARIANTS
+from test_families import DENSE, OWN_CACHE, REFUSED, ROW_BY_ROW, UNCACHED
+
+TRIED_WITH = "transformers 5.19.0 and torch 2.13.0"
+ABOUT = f"""# Models
+
+`MODEL` takes any folder or hub id in Hugging Face format whose model transformers generates text with. When a model is opened, its
+packs, its sampler and its own plain forward are compared on a short example longer than its windows, and the fastest way that is
+exact is taken; what nothing computes exactly is refused in one line ([settings](settings.md), `model.verify`, `model.attention`).
+
+- **packed**: each prompt once, before its lists.
+- **dense**: every list with its prompt, through the model's own forward; **a row at a time** where rows of a batch change each other.
+- **grouped**: our sampler, each prompt read once. **own cache**: transformers' generate with the model's own cache, which reads a
+  prompt once a list. **no cache**: the list is read anew for every token, for models whose cache does not give their own forward.
+
+The table is of small random models, with {TRIED_WITH} on a CPU in float32: log-probs within 1e-4,
+gradients within 1e-3, and an export that transformers reads back to the same logits. `pytest -m families tests/test_families.py`
+repeats it; `python tests/models_page.py` writes this page. swa16 and 512 are windows, comp_ is the multimodal checkpoint, whose text
+model is trained.
+"""
+
+
+def page() -> str:
+    rows = ["| Model | Training | Sampler |", "|---|---|---|"]
+    for name in VARIANTS:
+        if name in REFUSED:
+            rows.append(f"| {name} | refused | |")
+            continue
+        training = "dense" if name in DENSE else "dense, a row at a time" if name in ROW_BY_ROW else "packed"
+        sampler = "no cache" if name in UNCACHED else "own cache" if name in OWN_CACHE else "grouped"
+        rows.append(f"| {name} | {training} | {sampler} |")
+    packed = len(VARIANTS) - len(DENSE | ROW_BY_ROW | REFUSED)
+    count = f"{len(VARIANTS)} variants: {packed} packed, {len(DENSE | ROW_BY_ROW)} dense, {len(REFUSED)} refused.\n"
+    return "\n".join([ABOUT, count, *rows]) + "\n"
+
+
+if __name__ == "__main__":
+    print(page(), end="")
