@@ -8,19 +8,22 @@ from test_families import DENSE, OWN_CACHE, REFUSED, ROW_BY_ROW, UNCACHED
 TRIED_WITH = "transformers 5.19.0 and torch 2.13.0"
 ABOUT = f"""# Models
 
-`MODEL` takes any folder or hub id in Hugging Face format whose model transformers generates text with. When a model is opened, its
-packs, its sampler and its own plain forward are compared on a short example longer than its windows, and the fastest way that is
-exact is taken; what nothing computes exactly is refused in one line ([settings](settings.md), `model.verify`, `model.attention`).
+`MODEL` takes any folder or hub id in Hugging Face format whose model transformers generates text with. When a
+model is opened, its packs, its sampler and its own plain forward are compared on a short example longer than
+its windows, and the fastest way that is exact is taken; what nothing computes exactly is refused in one line
+([settings](settings.md), `model.verify`, `model.attention`).
 
 - **packed**: each prompt once, before its lists.
-- **dense**: every list with its prompt, through the model's own forward; **a row at a time** where rows of a batch change each other.
-- **grouped**: our sampler, each prompt read once. **own cache**: transformers' generate with the model's own cache, which reads a
-  prompt once a list. **no cache**: the list is read anew for every token, for models whose cache does not give their own forward.
+- **dense**: every list with its prompt, through the model's own forward; **a row at a time** where rows of a
+  batch change each other.
+- **grouped**: our sampler, each prompt read once. **own cache**: transformers' generate with the model's own
+  cache, which reads a prompt once a list. **no cache**: the list is read anew for every token, for models whose
+  cache does not give their own forward.
 
-The table is of small random models, with {TRIED_WITH} on a CPU in float32: log-probs within 1e-4,
-gradients within 1e-3, and an export that transformers reads back to the same logits. `pytest -m families tests/test_families.py`
-repeats it; `python tests/models_page.py` writes this page. swa16 and 512 are windows, comp_ is the multimodal checkpoint, whose text
-model is trained.
+The table is of small random models, with {TRIED_WITH} on a CPU in float32: log-probs within 1e-4, gradients
+within 1e-3, and an export that transformers reads back to the same logits. `pytest -m families
+tests/test_families.py` repeats it; `python tests/models_page.py` writes this page. swa16 and 512 are windows,
+comp_ is the multimodal checkpoint, whose text model is trained.
 """
 
 

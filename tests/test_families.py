@@ -27,8 +27,13 @@ DENSE = {
 }  # fmt: skip
 ROW_BY_ROW = {"phi3_longrope"}
 OWN_CACHE = DENSE | ROW_BY_ROW | {"diffllama", "hrm_text"}
-REFUSED = {"deepseek_v32"}
+REFUSED = {"deepseek_v32", "phimoe"}
 UNCACHED = {"nemotron_h", "zamba2"}
+
+
+@pytest.fixture(autouse=True)
+def nothing_said_yet():
+    verify._said.clear()
 
 
 def ids(size, generator):

@@ -1,17 +1,18 @@
-"""Dropout and jitter are off while a policy is trained: old and new log-probs must differ by the update alone."""
+"""Dropout is off while a policy is trained: old and new log-probs must differ by the update alone."""
 
 from __future__ import annotations
 
 from torch import nn
 from transformers import PreTrainedModel
 
-WORDS = ("drop", "jitter")
+WORD = "drop"
 
 
 def switch_off_dropout(model: PreTrainedModel) -> list[str]:
-    """Set every rate of dropout and jitter in the model and its configuration to 0; returns those that were not.
+    """Set every rate of dropout in the model and its configuration to 0; returns those that were not, as key = rate.
 
-    A rate is a number whose name has one of WORDS in it, wherever a module or a configuration keeps it.
+    A rate is a number whose name has WORD in it, wherever a module or a configuration keeps it. Jitter is left alone:
+    PhiMoE's is also a threshold of its router, in evaluation too.
     """
     found: dict[str, None] = {}
     configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
@@ -33,8 +34,5 @@ def _rates(values: dict) -> list[str]:
     return [
         name
         for name, value in values.items()
-        if any(word in name for word in WORDS)
-        and isinstance(value, int | float)
-        and not isinstance(value, bool)
-        and value
+        if WORD in name and isinstance(value, int | float) and not isinstance(value, bool) and value
     ]

@@ -74,7 +74,7 @@ class Policy:
     """What lists are held to, also by whoever samples from the policy; None: any list may be written."""
     paths: Paths = Paths()
     dropout: tuple[str, ...] = ()
-    """Rates of dropout and jitter that were switched off for training, as key = rate."""
+    """Rates of dropout that were switched off for training, as key = rate."""
 
     @property
     def device(self) -> torch.device:
