@@ -362,7 +362,7 @@ def test_the_options_of_a_log_belong_to_a_log(tmp_path):
     with pytest.raises(ValueError, match="belong to --format interactions"):
         import_(str(log), tmp_path / "out", log=args)
     with pytest.raises(DataError, match="a log of choices is imported by --format interactions"):
-        import_(str(log), tmp_path / "out")
+        import_(str(log), tmp_path / "out", catalog=catalog, log=LogArgs(item=BY.template))
     with pytest.raises(DataError, match="--sha256 belongs to a URL"):
         import_(str(log), tmp_path / "out", format="interactions", catalog=catalog, log=args, sha256="0" * 64)
     import_(str(log), tmp_path / "out", format="interactions", catalog=catalog, log=args)

@@ -17,6 +17,7 @@ from rankgrpo.data.prompt import format_prompt
 from rankgrpo.data.samples import Sample, Turn, read_samples, write_samples
 from rankgrpo.errors import DataError
 from rankgrpo.evaluation.health import check_dataset
+from rankgrpo.items.format import ItemFormat
 
 REDIAL = Path(os.environ.get("RANKGRPO_REDIAL", Path(__file__).parents[2] / "shared" / "data" / "redial"))
 HI, ASK, MORE = Turn("user", "Hi, films like Heat?"), Turn("assistant", "Slow or fast?"), Turn("user", "Fast")
@@ -223,6 +224,23 @@ def test_drawn_splits_keep_dialogs_whole(tmp_path):
     names = [{sample.dialog for sample in dataset.split(name)} for name in ("train", "validation", "test")]
     assert [len(dialogs) for dialogs in names] == [14, 2, 4] and len(set.union(*names)) == 20
     assert not any(w.startswith("leak:") for w in check_dataset(dataset, baselines=False).warnings)
+
+
+def test_conversations_about_items_of_another_format(tmp_path):
+    (tmp_path / "books.csv").write_text("title,author\nEmma,Jane Austen\nDune,Frank Herbert\n,Nobody\n")
+    entries = ["emma by  Jane Austen", {"title": "Dune", "author": "Frank Herbert"}]
+    rows = [{"conversation": f"User: book {n}", "groundtruth": [entries[n % 2]]} for n in range(12)]
+    options = ImportOptions(item=ItemFormat("{title} by {author}"), catalog=tmp_path / "books.csv")
+    done, dataset = import_dataset(write(tmp_path / "a.jsonl", rows), tmp_path / "out", options)
+    samples = [*dataset.train, *dataset.validation, *dataset.test]
+    assert {line for s in samples for line, _ in s.groundtruth} == {"Emma by Jane Austen", "Dune by Frank Herbert"}
+    assert sum(item.popularity for item in dataset.catalog) == len(dataset.train) == 10
+    assert "books.csv:4: an empty title" in done or "books.csv:4: no title" in done
+    with pytest.raises(DataError, match="need a catalog with these columns: --catalog FILE"):
+        import_dataset(tmp_path / "a.jsonl", tmp_path / "new", replace(options, catalog=None))
+    bad = write(tmp_path / "b.jsonl", [{"conversation": "hi", "groundtruth": [7]}])
+    with pytest.raises(DataError, match="groundtruth holds 7, expected lines '{title} by {author}'"):
+        import_dataset(bad, tmp_path / "new", options)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

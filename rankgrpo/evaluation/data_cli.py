@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -18,9 +18,9 @@ data_app = tyro.extras.SubcommandApp()
 
 @dataclass(frozen=True)
 class LogArgs:
-    """Options of --format interactions."""
+    """Options of --format interactions; `item` is also that of a table."""
 
-    item: Annotated[str, arg(help="how an item is written, from columns of the item table (data.item)")] = (
+    item: Annotated[str, arg(help="how an item is written, from columns of the catalog (data.item)")] = (
         "{title} ({year})"
     )
     num_history: Annotated[int, arg(help="items of the history that the conversation names, the latest last")] = 10
@@ -102,14 +102,16 @@ def import_(
     from rankgrpo.data.importers.convert import ImportOptions, import_dataset, parse_columns
     from rankgrpo.data.importers.download import fetch_if_url
     from rankgrpo.evaluation.health import headline
+    from rankgrpo.items.format import ItemFormat
 
     if format == "interactions":
         file = fetch_if_url(source, sha256, out.absolute().parent)
         print(_import_log(file, out, catalog, parse_columns(columns), validation_frac, test_frac, seed, log))
         return
-    if log != LogArgs():
-        raise ConfigError("--item, --num-history and the other options of a log belong to --format interactions")
+    if replace(log, item=LogArgs.item) != LogArgs():
+        raise ConfigError("--num-history and the other options of a log belong to --format interactions")
     options = ImportOptions(
+        item=ItemFormat(log.item),
         format=format,
         catalog=catalog,
         columns=parse_columns(columns),

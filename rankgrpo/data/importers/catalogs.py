@@ -15,45 +15,50 @@ from typing import Any, BinaryIO, NoReturn
 from rankgrpo.data.importers.common import Notes, parse_name
 from rankgrpo.errors import DataError
 from rankgrpo.files.rows import read_csv, read_jsonl, type_name
-from rankgrpo.items.catalog import Item, normalise_title, parse_item
+from rankgrpo.items.catalog import Item, normalise_title
+from rankgrpo.items.format import FILM, ItemFormat
+from rankgrpo.items.lines import make_item
 from rankgrpo.items.titles import in_library_order, natural_order, split_names
 
 LIBRARY_FRAC = 0.01
 """Share of titles that end in an article from which a catalog is one in library order."""
 
 
-def read_items(path: Path, notes: Notes) -> list[Item]:
+def read_items(path: Path, notes: Notes, item_format: ItemFormat = FILM) -> list[Item]:
     """Items of a .jsonl, .csv or .pkl catalog, in its order; what is no item, and what is there again, is noted.
 
-    Without a year column the title is read as `Title (Year)`. Raises DataError for a file of another kind or one that
-    holds no item.
+    Without a year column a film's title is read as `Title (Year)`. Raises DataError for a file of another kind or one
+    that holds no item.
     """
     readers = {".jsonl": read_jsonl, ".csv": _csv_rows, ".pkl": _pickle_rows, ".pickle": _pickle_rows}
     if path.suffix.lower() not in readers:
         raise DataError(f"{path}: a catalog is a .jsonl, .csv or .pkl file, got {path.suffix or 'no suffix'!r}")
     if not path.is_file():
         raise DataError(f"{path}: no such file; a catalog has one item a line with title and year")
-    items = keep_items(readers[path.suffix.lower()](path), str(path), notes)
+    items = keep_items(readers[path.suffix.lower()](path), str(path), notes, item_format)
     if not items:
-        raise DataError(f"{path}: no item in this catalog; it needs a title and a year each", [str(notes)])
+        needed = "a title and a year" if item_format.is_film else " and ".join(item_format.columns)
+        raise DataError(f"{path}: no item in this catalog; it needs {needed} each", [str(notes)])
     return items
 
 
-def keep_items(rows: Iterable[tuple[int, dict[str, Any] | str]], where: str, notes: Notes) -> list[Item]:
-    """The items among (line, row or what is wrong with it), each title and year once."""
+def keep_items(
+    rows: Iterable[tuple[int, dict[str, Any] | str]], where: str, notes: Notes, item_format: ItemFormat = FILM
+) -> list[Item]:
+    """The items among (line, row or what is wrong with it), each title and year, or line, once."""
     items: list[Item] = []
-    known: set[tuple[str, int]] = set()
+    known: set[tuple[str, int | None]] = set()
     for line, row in rows:
         try:
             if isinstance(row, str):
                 raise DataError(row)
-            item = parse_item(with_year(row))
+            item = make_item(with_year(row) if item_format.is_film else row, item_format)
         except DataError as error:
             notes.add("catalog rows that are no item, left out", f"{where}:{line}: {error}")
             continue
-        key = (normalise_title(item.title), item.year)
+        key = (normalise_title(item.title) if item_format.is_film else item.title, item.year)
         if key in known:
-            notes.add("catalog rows that name an item again, left out", f"{where}:{line}: {item.title} ({item.year})")
+            notes.add("catalog rows that name an item again, left out", f"{where}:{line}: {item.line}")
             continue
         known.add(key)
         items.append(item)

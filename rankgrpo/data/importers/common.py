@@ -83,6 +83,8 @@ def parse_groundtruth(value: object, catalog: Catalog | None, notes: Notes, wher
     A year may be a string. A title without a year takes that of the only item of its name in the catalog; what has no
     possible year is left out and noted. DataError when the field is nothing of the kind.
     """
+    if catalog is not None and not catalog.item_format.is_film:
+        return _parse_lines(value, catalog)
     found: dict[tuple[str, int], None] = {}
     for entry in parse_names(value, "groundtruth"):
         pair = isinstance(entry, list)
@@ -105,6 +107,26 @@ def parse_groundtruth(value: object, catalog: Catalog | None, notes: Notes, wher
         if index is not None and not catalog.has_title(index, title):
             title = catalog.items[index].title
         found.setdefault((title, year))
+    return tuple(found)
+
+
+def _parse_lines(value: object, catalog: Catalog) -> tuple[tuple[str, None], ...]:
+    """Ground truth of a format without years: lines, or objects with the columns that the format names.
+
+    A line that the catalog knows is spelt as there.
+    """
+    template = catalog.item_format.template
+    entries = parse_list_text(value) if isinstance(value, str) else value
+    if entries is None:
+        entries = parse_names(value, "groundtruth")
+    found: dict[tuple[str, None], None] = {}
+    for entry in entries if isinstance(entries, list) else [entries]:
+        if isinstance(entry, dict):
+            entry = catalog.item_format.write(entry)
+        if not isinstance(entry, str):
+            raise DataError(f"groundtruth holds {entry!r}, expected lines {template!r} or objects with these columns")
+        index = catalog.lookup(parse_title(entry), None)
+        found.setdefault((parse_title(entry) if index is None else catalog.items[index].title, None))
     return tuple(found)
 
 

@@ -21,6 +21,8 @@ from rankgrpo.data.samples import SPLITS, Dataset, Sample, write_samples
 from rankgrpo.errors import DataError
 from rankgrpo.files.atomic import atomic_folder
 from rankgrpo.items.catalog import Catalog, Item, normalise_title
+from rankgrpo.items.format import FILM, ItemFormat
+from rankgrpo.items.lines import make_catalog
 
 Format = Literal["auto", "redial", "saved", "table"]
 CATALOG_NAMES = ("catalog.jsonl", "catalog.csv", "gt_catalog.pkl", "catalog.pkl")
@@ -36,6 +38,8 @@ class ImportOptions:
     """Choices that a format may need."""
 
     format: Format = "auto"
+    item: ItemFormat = FILM
+    """How an item is written; other than films are read from tables, with a catalog."""
     catalog: Path | None = None
     """Catalog file; else the source's own, else every film of the ground truth."""
     columns: Mapping[str, str] = field(default_factory=dict)
@@ -62,8 +66,12 @@ def import_dataset(source: Path, out: Path, options: ImportOptions) -> tuple[str
             raise DataError(f"{name} must be between 0 and 1, got {frac}")
     notes = Notes()
     given = options.catalog or _own_catalog(source)
-    items = in_natural_order(read_items(given, notes), notes) if given is not None else []
-    imported = _read(source, options, Catalog(items) if items else None)
+    if given is None and not options.item.is_film:
+        raise DataError(f"items written {options.item.template!r} need a catalog with these columns: --catalog FILE")
+    items = read_items(given, notes, options.item) if given is not None else []
+    if options.item.is_film:
+        items = in_natural_order(items, notes)
+    imported = _read(source, options, make_catalog(items, options.item) if items else None)
     splits = _complete(_usable(imported, notes), options, notes)
     if not items:
         items = in_natural_order(imported.items or _named_items(splits), notes)
@@ -72,8 +80,8 @@ def import_dataset(source: Path, out: Path, options: ImportOptions) -> tuple[str
     with atomic_folder(out) as folder:
         for name in SPLITS:
             write_samples(folder / f"{name}.jsonl", splits[name])
-        Catalog(items).to_jsonl(folder / "catalog.jsonl")
-        dataset = replace(_load(folder, out), name=out.name)
+        make_catalog(items, options.item).to_jsonl(folder / "catalog.jsonl")
+        dataset = replace(_load(folder, out, options.item), name=out.name)
     lines = [f"imported {imported.what} into {out}", str(imported.notes), str(notes)]
     return "\n".join(line for line in lines if line), dataset
 
@@ -109,6 +117,8 @@ def detect_format(source: Path) -> Format:
 
 def _read(source: Path, options: ImportOptions, catalog: Catalog | None) -> Imported:
     chosen = detect_format(source) if options.format == "auto" else options.format
+    if not options.item.is_film and chosen != "table":
+        raise DataError(f"--item belongs to tables and logs of interactions, and {source} is {chosen}: films")
     if options.columns and chosen != "table":
         raise DataError(f"--columns belongs to tables, and {source} is {chosen}")
     if chosen == "redial":
@@ -196,10 +206,10 @@ def _under_catalog_titles(splits: Mapping[str, list[Sample]], catalog: Catalog) 
     return {name: [renamed(sample) for sample in samples] for name, samples in splits.items()}
 
 
-def _load(folder: Path, out: Path) -> Dataset:
+def _load(folder: Path, out: Path, item_format: ItemFormat) -> Dataset:
     """What was written, read back; errors name the folder that it is to become."""
     try:
-        return load_dataset(folder)
+        return load_dataset(folder, item_format=item_format)
     except DataError as error:
         raise DataError(str(error).replace(str(folder), str(out))) from None
 
