@@ -209,6 +209,8 @@ def recommend(
 ) -> None:
     """Print a ranked list: `+` in the catalog, `?` not in the catalog, `!` not an item.
 
+    A list that is held to the catalog is the greedy one; --set eval.temperature=1 draws one.
+
     Try:
       rankgrpo recommend "Something slow and eerie like Stalker (1979)?"
       printf 'User: I loved Alien (1979)\\nAssistant: More space?\\nUser: Yes, and scary' | rankgrpo recommend

@@ -177,6 +177,16 @@ def test_a_run_recommends_the_same_with_transformers_and_without(constrain, run,
     assert plain == capsys.readouterr().out and plain.strip() and len(opened) == 1
 
 
+def test_a_list_held_to_the_catalog_is_greedy_unless_told_otherwise(run, capsys):
+    def shown(*words):
+        recommend_from(str(run), "demo", "Something like Alien (1979)?", None, words)
+        return capsys.readouterr().out
+
+    held = "rl.constrain=catalog"
+    assert shown(held) == shown(held, "eval.temperature=0") != shown(held, "eval.temperature=1")
+    assert shown("rl.constrain=none") == shown("rl.constrain=none", "eval.temperature=1")
+
+
 def _noting(function, calls):
     def noted(*args):
         calls.append(args)

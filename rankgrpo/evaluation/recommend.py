@@ -84,7 +84,11 @@ def _named(item: ListedItem, catalog: Catalog) -> dict[str, object]:
 def recommend_from(
     model: str, data: str | None, conversation: str | None, batch: Path | None, overrides: Sequence[str] = ()
 ) -> None:
-    """Recommend with a run's latest model, or with any model; the catalog is the run's unless `data` names another."""
+    """Recommend with a run's latest model, or with any model; the catalog is the run's unless `data` names another.
+
+    Lists held to the catalog are decoded greedily, unless `overrides` name eval.temperature: they cannot fall into the
+    loops for which small models are sampled, and a greedy list is better than a drawn one (docs/sampling.md).
+    """
     folder = Path(model)
     config = load_config(folder / "config.toml" if is_run(folder) else None, list(overrides), saved=True)
     if is_run(folder):
@@ -93,6 +97,8 @@ def recommend_from(
         raise ConfigError(f"{model}: no such run; `make train` (or `rankgrpo run`) makes it, or name one with --model")
     if data is not None:
         config = replace(config, data=replace(config.data, path=data))
+    if config.shown_constrain == "catalog" and not any(word.startswith("eval.temperature=") for word in overrides):
+        config = replace(config, eval=replace(config.eval, temperature=0.0))
     catalog = load_catalog(config.data.path, ItemFormat(config.data.item))
     plain = open_plain_policy(Path(model), config, catalog) if is_run(folder) and needs_no_engine(config) else None
     if plain is not None:
