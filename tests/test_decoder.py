@@ -160,7 +160,7 @@ def run(tmp_path_factory):
 def _toml(words):
     from rankgrpo.config_file import to_toml
 
-    return to_toml(load_config(None, [*words, "eval.temperature=1.0"]))
+    return to_toml(load_config(None, [*words, "eval.temperature=1.0", "eval.draws=4"]))
 
 
 @pytest.mark.parametrize("constrain", ["catalog", "none"])
@@ -183,7 +183,7 @@ def test_a_list_held_to_the_catalog_is_greedy_unless_told_otherwise(run, capsys)
         return capsys.readouterr().out
 
     held = "rl.constrain=catalog"
-    assert shown(held) == shown(held, "eval.temperature=0") != shown(held, "eval.temperature=1")
+    assert shown(held) == shown(held, "eval.temperature=0", "eval.draws=1") != shown(held, "eval.temperature=1")
     assert shown("rl.constrain=none") == shown("rl.constrain=none", "eval.temperature=1")
 
 

@@ -98,7 +98,7 @@ def recommend_from(
     if data is not None:
         config = replace(config, data=replace(config.data, path=data))
     if config.shown_constrain == "catalog" and not any(word.startswith("eval.temperature=") for word in overrides):
-        config = replace(config, eval=replace(config.eval, temperature=0.0))
+        config = replace(config, eval=replace(config.eval, temperature=0.0, draws=1))
     catalog = load_catalog(config.data.path, ItemFormat(config.data.item))
     plain = open_plain_policy(Path(model), config, catalog) if is_run(folder) and needs_no_engine(config) else None
     if plain is not None:
