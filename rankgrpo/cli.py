@@ -15,7 +15,7 @@ import tyro
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from rankgrpo.distill.settings import DistillConfig
-from rankgrpo.errors import UserError
+from rankgrpo.errors import ConfigError, UserError
 from rankgrpo.evaluation.data_cli import Data, data_app
 from rankgrpo.files.options import Overrides
 from rankgrpo.report.cli import export, report, show
@@ -144,6 +144,9 @@ def evaluate(
     lists: Annotated[
         int, arg(help="lists sampled a conversation; above 1 the table is of their union: Recall, coverage, popularity")
     ] = 1,
+    export: Annotated[
+        Literal["trec"] | None, arg(help="also write run and qrels files for ranx, ir-measures, pytrec-eval into --out")
+    ] = None,
     markdown: Annotated[bool, arg(help="print the table in Markdown")] = False,
     free: Annotated[bool, arg(help="decode freely, also a run that holds its lists to the catalog")] = False,
     overrides: Overrides = [],  # noqa: B006
@@ -155,12 +158,15 @@ def evaluate(
       rankgrpo evaluate runs/tiny-demo --lists 16 --num-samples 200
       rankgrpo evaluate runs/tiny-demo --set eval.draws=16
       rankgrpo evaluate runs/tiny-demo --free
+      rankgrpo evaluate popularity ease --out results --export trec --set eval.draws=1
       rankgrpo evaluate runs/a/sft/final runs/a/rl/best --data path/to/redial --split validation --out results
     """
     from rankgrpo.evaluation.compare import evaluate_models
 
     if lists < 1:
         raise ValueError(f"--lists must be at least 1, got {lists}")
+    if export and out is None:
+        raise ConfigError("--export trec writes into the folder of --out; name one")
     table = evaluate_models(
         models,
         data=data,
@@ -169,6 +175,7 @@ def evaluate(
         out=out,
         markdown=markdown,
         num_lists=lists,
+        trec=out if export else None,
         overrides=[*overrides, *(["eval.constrain=none"] if free else [])],
     )
     print(table)

@@ -36,6 +36,7 @@ from rankgrpo.evaluation.evaluate import (
 from rankgrpo.evaluation.lists import sample_lists
 from rankgrpo.evaluation.run_folder import is_run, run_models
 from rankgrpo.evaluation.tables import format_table
+from rankgrpo.evaluation.trec import write_trec
 from rankgrpo.files.template import placeholders
 from rankgrpo.items.catalog import Catalog
 from rankgrpo.model.constraint import hold_to_catalog
@@ -200,15 +201,19 @@ def evaluate_models(
     out: Path | None,
     markdown: bool = False,
     num_lists: int = 1,
+    trec: Path | None = None,
     overrides: Sequence[str] = (),
 ) -> str:
     """Table of any models and baselines on one split of `data` (default: the first run's data set, or the demo).
 
     `overrides` (section.key=value) change the settings of all: a run's own, and the defaults that other models go by.
-    With more than one list a sample, the table is of what these lists find together. Raises ConfigError and ModelError
+    With more than one list a sample, the table is of what these lists find together. `trec` is a folder for run and
+    qrels files (`evaluation.trec`), and asks for one list a sample, eval.draws = 1. Raises ConfigError and ModelError
     for what cannot be evaluated, before anything is computed.
     """
     sources = list_sources(models, data, overrides)
+    if trec is not None and (num_lists > 1 or any(source.config.eval.draws > 1 for source in sources)):
+        raise ConfigError("--export trec writes one list a conversation; add --set eval.draws=1 and leave out --lists")
     parallel = start_parallel()
     dataset = load_config_dataset(sources[0].config)
     samples = first_samples(dataset, split, num_samples)
@@ -225,6 +230,16 @@ def evaluate_models(
             summaries.append(summarise(evaluation, name=source.name, split=split))
             if out is not None:
                 write_evaluation(out, evaluation, name=file_name, split=split)
+            if trec is not None:
+                write_trec(
+                    trec,
+                    evaluation,
+                    samples,
+                    dataset.catalog,
+                    name=file_name,
+                    num_ranks=source.config.data.num_ranks,
+                    year_tolerance=source.config.rl.year_tolerance,
+                )
     return format_table(summaries, markdown=markdown)
 
 

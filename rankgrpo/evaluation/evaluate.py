@@ -186,19 +186,19 @@ def _score(
 
 def count_groundtruth(sample: Sample, catalog: Catalog, year_tolerance: int = 0) -> int:
     """Number of different items there are to find."""
-    return len({_item_key(title, year, catalog, year_tolerance) for title, year in sample.groundtruth})
+    return len({item_key(title, year, catalog, year_tolerance) for title, year in sample.groundtruth})
 
 
 def _best_gains(sample: Sample, catalog: Catalog, year_tolerance: int) -> list[float]:
     """What all there is to find is worth, highest first."""
     gain_of: dict[int | tuple[str, int | None], float] = {}
     for (title, year), gain in zip(sample.groundtruth, sample.gains, strict=True):
-        key = _item_key(title, year, catalog, year_tolerance)
+        key = item_key(title, year, catalog, year_tolerance)
         gain_of[key] = max(gain, gain_of.get(key, 0.0))
     return sorted(gain_of.values(), reverse=True)
 
 
-def _item_key(title: str, year: int | None, catalog: Catalog, year_tolerance: int) -> int | tuple[str, int | None]:
+def item_key(title: str, year: int | None, catalog: Catalog, year_tolerance: int) -> int | tuple[str, int | None]:
     """What makes two lines the same item: the catalog item, or title and year where the catalog has none."""
     index = catalog.lookup(title, year, year_tolerance=year_tolerance)
     return (catalog.title_key(title), year) if index is None else index
@@ -220,7 +220,7 @@ def _mark_items(
         if item.title is None:
             mark["line"] = text[slice(*item.chars)]
         else:
-            key = _item_key(item.title, item.year, catalog, year_tolerance)
+            key = item_key(item.title, item.year, catalog, year_tolerance)
             mark["in_catalog"] = isinstance(key, int)
             mark["hit"] = bool(relevance_K[rank])
             mark["seen"] = catalog.title_key(item.title) in seen
