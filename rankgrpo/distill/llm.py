@@ -231,12 +231,16 @@ class _Round:
                         await self._ask_until_answered(client, key, prompt)
                         bar.update()
 
+                # Raised outside `except*`, which in early releases of Python 3.11 would put it into a group again.
+                stopped: BaseException | None = None
                 try:
                     async with asyncio.TaskGroup() as group:
                         for _ in range(min(endpoint.concurrency, len(questions))):
                             group.create_task(work())
                 except* (EndpointError, SaveError) as errors:
-                    raise errors.exceptions[0] from None
+                    stopped = errors.exceptions[0]
+                if stopped is not None:
+                    raise stopped from None
 
     async def _ask_until_answered(self, client: AsyncOpenAI, key: str, prompt: str) -> None:
         endpoint = self.endpoint

@@ -214,11 +214,17 @@ def sum_gradients(model: nn.Module, parallel: Parallel) -> None:
             grad.copy_(summed.view_as(grad))
 
 
-def split_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Every parameter by name, each process's own part of a split model; tied ones come once."""
+def reshard(model: nn.Module) -> None:
+    """Give up what a forward without a backward left whole: it stands under the parameter's name, where an optimizer or
+    a checkpoint that is loaded would take it for the process's own part."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            module.reshard()  # what a forward without a backward left whole is under the parameter's name
+            module.reshard()
+
+
+def split_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Every parameter by name, each process's own part of a split model; tied ones come once."""
+    reshard(model)
     return dict(model.named_parameters())
 
 

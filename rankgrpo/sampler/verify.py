@@ -22,6 +22,7 @@ from rankgrpo.model.attention import set_attention
 from rankgrpo.model.head import forward_replaced, output_head
 from rankgrpo.model.packing import Group
 from rankgrpo.model.policy import Paths, Policy, with_paths
+from rankgrpo.runtime.distributed import reshard
 from rankgrpo.sampler.choose import choose_sampler, hf_sampler
 
 SWITCHES = ("window", "chunk", "original_max_position")
@@ -45,6 +46,7 @@ def verify_policy(policy: Policy, config: Config, *, sampled: bool = True) -> Po
             return _Guard(policy, config).run(sampled)
     finally:
         policy.model.train(training)
+        reshard(policy.model)
 
 
 class _Guard:

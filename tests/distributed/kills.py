@@ -95,7 +95,9 @@ def newest(run: Path) -> list[str]:
 
 def assert_same(run: Path, whole: Path) -> None:
     for phase in ("sft", "rl"):
-        assert rows(run, phase) == rows(whole, phase), phase
+        got, expected = rows(run, phase), rows(whole, phase)
+        differing = [(a, b) for a, b in zip(got, expected, strict=False) if a != b]
+        assert got == expected, f"{phase}: {len(got)} rows of {len(expected)}; the first that differ: {differing[:1]}"
     scores = Path("eval") / "test" / "rank-grpo.json"
     assert json.loads((run / scores).read_text()) == json.loads((whole / scores).read_text())
     assert not list(run.rglob(f"{TEMPORARY}*"))
