@@ -238,6 +238,13 @@ def test_a_run_whose_lists_would_be_cut_is_refused_before_it_trains(tmp_path, mo
     assert not (tmp_path / "run" / "sft").exists()
 
 
+def test_a_file_says_which_model_its_settings_are_for(folder, tmp_path):
+    file = tmp_path / "config.toml"
+    file.write_text("[model]\nhidden = 32\nlayers = 2\nheads = 2\nkv_heads = 1\n[rl]\nlr = 3e-5\n")
+    config, lines = model_settings(None, file, ["seed=4"], from_model=str(folder))
+    assert (config.model.name, config.model.hidden, config.rl.lr, config.seed, lines) == ("tiny", 32, 3e-5, 4, [])
+
+
 def test_the_command_line_prints_the_choice(folder, data, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("rankgrpo.pipeline.check_run", lambda *_: None)  # it would open the model, which is a shell
     monkeypatch.setattr(sys, "argv", ["rankgrpo", *run_words("run", folder, data, tmp_path / "run"), "--check"])

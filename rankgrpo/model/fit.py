@@ -137,9 +137,11 @@ def model_settings(
 ) -> tuple[Config, list[str]]:
     """The settings of a command, and the lines that say which were chosen and why; a preset has its file and no line.
 
-    model: None is `model_name`'s. A run folder that has begun keeps what was chosen for it. Raises ConfigError and
-    ModelError.
+    model: None is that of the file `source`, else `model_name`'s. A run folder that has begun keeps what was chosen for
+    it. Raises ConfigError and ModelError.
     """
+    if model is None and source is not None:  # the file says which model its settings are for
+        return load_config(source, list(overrides), method=method, **direct), []
     run = run_of(from_model) if model is None and from_model is not None else None
     model = model_name(model, from_model)
     resolve_model(model)  # an unknown name fails before anything is read or written
