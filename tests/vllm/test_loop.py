@@ -16,8 +16,8 @@ from rankgrpo.model.tiny import TinyConfig
 from rankgrpo.runtime.tracker import read_metrics
 from rankgrpo.train import train
 
-# One head: vLLM's CPU attention knows head sizes from 32 on.
-ENGINE = ["rl.sampler=vllm", "model.heads=1"]
+# One head: vLLM's CPU attention knows head sizes from 32 on. Lists enough for an untrained model to be right at times.
+ENGINE = ["rl.sampler=vllm", "model.heads=1", "rl.group_size=6"]
 ROOT = Path(__file__).parents[2]
 
 
