@@ -21,7 +21,7 @@ from typing import Literal
 
 import torch
 
-from rankgrpo.config import Config, RlConfig, with_steps
+from rankgrpo.config import Config, with_steps
 from rankgrpo.config_file import changed_keys, flatten, load_config, to_toml
 from rankgrpo.data.candidates import check_candidates
 from rankgrpo.data.dialogs import share_of_dialogs
@@ -39,7 +39,7 @@ from rankgrpo.model.presets import make_init, resolve_model
 from rankgrpo.model.tiny import TinyConfig
 from rankgrpo.rollouts.parts import load_parts
 from rankgrpo.runtime.distributed import Parallel, make_sharding, start_parallel, wait_for_all
-from rankgrpo.runtime.optim import learning_rate
+from rankgrpo.runtime.optim import rl_learning_rate
 from rankgrpo.runtime.tracker import read_metrics
 from rankgrpo.runtime.trackers import check_tracker, open_tracker
 from rankgrpo.sampler.verify import verify_policy
@@ -239,21 +239,10 @@ def extend_run(before: Config, config: Config, run_dir: Path) -> str:
         for path in (run_dir / folder).glob("*/rank-grpo.*"):
             path.unlink()
     rl, done = config.rl, before.rl.num_steps
-
-    def rate(step: int, rl: RlConfig) -> float:
-        return learning_rate(
-            step,
-            num_steps=rl.num_steps,
-            peak=rl.lr,
-            schedule=rl.schedule,
-            warmup_frac=rl.warmup_frac,
-            second_phase_at=rl.second_phase_at,
-            second_phase_lr=rl.second_phase_lr,
-        )
-
+    was, now = rl_learning_rate(done - 1, before.rl), rl_learning_rate(done, rl)
     return (
         f"extended from {done} to {rl.num_steps} steps: rl.schedule = {rl.schedule} over {rl.num_steps} steps, so the "
-        f"learning rate was {rate(done - 1, before.rl):.3g} at step {done} and is {rate(done, rl):.3g} at the next"
+        f"learning rate was {was:.3g} at step {done} and is {now:.3g} at the next"
     )
 
 

@@ -36,13 +36,13 @@ from rankgrpo.model.policy import Policy, open_policy, open_reference
 from rankgrpo.parse import RankSegmenter
 from rankgrpo.rollouts.mismatch import Gap, correct_units, describe_mismatch
 from rankgrpo.rollouts.record import RolloutLog
-from rankgrpo.rollouts.rounds import RoundMaker, make_rounds
+from rankgrpo.rollouts.rounds import RoundMaker, describe_rounds, make_rounds
 from rankgrpo.rollouts.score import Scorer
 from rankgrpo.rollouts.surrogate import hold_units
 from rankgrpo.runtime.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from rankgrpo.runtime.distributed import Parallel, make_sharding, sum_gradients, wait_for_all
 from rankgrpo.runtime.means import Means
-from rankgrpo.runtime.optim import check_finite, learning_rate, make_optimizer, optimizer_step
+from rankgrpo.runtime.optim import check_finite, make_optimizer, optimizer_step, rl_learning_rate
 from rankgrpo.runtime.tracker import MetricsLog, read_metrics
 from rankgrpo.runtime.trackers import Tracker
 from rankgrpo.runtime.trouble import Watch
@@ -241,16 +241,12 @@ def train(
         state = load_checkpoint(checkpoint, policy.model, optimizer)
         done, best = state["step"], state["best"]
         next_batch = state.get("next_batch", done)
-    log = (
-        MetricsLog(out / "metrics.jsonl", resume_step=done, num_steps=rl.num_steps, title="Rank-GRPO", tracker=tracker)
-        if parallel.is_main
-        else None
-    )
-    rollout_log = (
-        RolloutLog(out / "rollouts.jsonl", scorer, num_prompts=len(order.indices(0)), resume_step=done)
-        if parallel.is_main
-        else None
-    )
+    log = rollout_log = None
+    if parallel.is_main:
+        log = MetricsLog(
+            out / "metrics.jsonl", resume_step=done, num_steps=rl.num_steps, title="Rank-GRPO", tracker=tracker
+        )
+        rollout_log = RolloutLog(out / "rollouts.jsonl", scorer, num_prompts=len(order.indices(0)), resume_step=done)
     watch = Watch(config)
     for row in read_metrics(log.path)[0] if log is not None else []:
         watch.add(row)
@@ -289,30 +285,18 @@ def train(
         ]
         batch = list(chain.from_iterable(batches))
         denominator = max(parallel.sum([sum(one.denominator for one in rounds)])[0], 1.0)
-        num_tokens = sum(len(rollout.token_ids) for one in rounds for group in one.rollouts for rollout in group)
         score_s = sum(one.score_s for one in rounds)
         scored_at = time.perf_counter()
 
         updater.add_reference(batch)
         for update in range(rl.updates_per_batch):
-            lr = learning_rate(
-                step,
-                num_steps=rl.num_steps,
-                peak=rl.lr,
-                schedule=rl.schedule,
-                warmup_frac=rl.warmup_frac,
-                second_phase_at=rl.second_phase_at,
-                second_phase_lr=rl.second_phase_lr,
-            )
+            lr = rl_learning_rate(step, rl)
             norm = updater.step(batch, denominator, lr, f"{where}, update {update + 1}", means)
         updated = time.perf_counter()
         sync_weights(sampler, policy.model)
         synced = time.perf_counter()
 
-        num_groups = sum(len(one.groups) for one in rounds if one.rl.group_size == rl.group_size)
-        means.add("groups/trained_frac", sum(len(one.chosen) for one in rounds), num_groups)
-        means.add("groups/gradient_frac", sum(sum(one.scored.carries_gradient) for one in rounds), num_groups)
-        means.add("tokens/sampled", num_tokens, 1 / parallel.dp_world)
+        describe_rounds(rounds, rl, means, parallel)
         metrics = means.reduce(parallel)
         metrics |= {"grad/norm": norm, "lr": lr}
         num_done = step + 1

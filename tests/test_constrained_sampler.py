@@ -17,9 +17,9 @@ from rankgrpo.items.trie import CatalogTrie
 from rankgrpo.model.adapter import add_adapters
 from rankgrpo.model.attention import ordinary_attention, use_shared_prefix
 from rankgrpo.model.constraint import Constraint, longest_list
+from rankgrpo.model.head import valid_token_mask
 from rankgrpo.model.packing import Group
 from rankgrpo.model.policy import Policy, empty_copy
-from rankgrpo.model.presets import valid_token_mask
 from rankgrpo.sampler import constrained, hf, jump
 from rankgrpo.sampler.choose import hf_sampler
 from rankgrpo.sampler.constrained import ConstrainedSampler

@@ -19,6 +19,7 @@ from rankgrpo.data.samples import Dataset, Sample, Turn
 from rankgrpo.errors import ModelError
 from rankgrpo.items.catalog import Catalog, Item
 from rankgrpo.model import smollm2
+from rankgrpo.model.head import valid_token_mask
 from rankgrpo.model.presets import (
     PRESETS,
     count_parameters,
@@ -27,7 +28,6 @@ from rankgrpo.model.presets import (
     open_tokenizer,
     resolve_model,
     save_policy,
-    valid_token_mask,
 )
 from rankgrpo.model.tiny import TinyConfig, corpus_lines, init_model, split_phrases, train_tokenizer
 from rankgrpo.parse import RankSegmenter, parse_list

@@ -21,9 +21,10 @@ from rankgrpo.config import Config, RlConfig
 from rankgrpo.data.demo import make_demo
 from rankgrpo.data.samples import Sample
 from rankgrpo.model.attention import use_shared_prefix
+from rankgrpo.model.head import valid_token_mask
 from rankgrpo.model.packing import Group
 from rankgrpo.model.policy import Policy
-from rankgrpo.model.presets import count_parameters, valid_token_mask
+from rankgrpo.model.presets import count_parameters
 from rankgrpo.model.tiny import TinyConfig, init_model, train_tokenizer
 from rankgrpo.parse import RankSegmenter
 from rankgrpo.rollouts.score import Scorer, score_groups

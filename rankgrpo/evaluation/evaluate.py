@@ -173,7 +173,8 @@ def _score(
     cutoffs = [k for k in cutoffs if k < num_ranks] + [num_ranks]
     metrics = {f"recall@{k}": recall_at_k(hits_NK, num_groundtruth_N, k) for k in cutoffs}
     if any(sample.weights for sample in samples):
-        best = [torch.tensor(_best_gains(sample, catalog, year_tolerance)) for sample in samples]
+        found = [gains_to_find(sample, catalog, year_tolerance).values() for sample in samples]
+        best = [torch.tensor(sorted(gains, reverse=True)) for gains in found]
         best_NJ = pad_sequence(best, batch_first=True)
         metrics |= {f"ndcg@{k}": graded_ndcg_at_k(gain_NK, best_NJ, k) for k in cutoffs}
     else:
@@ -186,16 +187,16 @@ def _score(
 
 def count_groundtruth(sample: Sample, catalog: Catalog, year_tolerance: int = 0) -> int:
     """Number of different items there are to find."""
-    return len({item_key(title, year, catalog, year_tolerance) for title, year in sample.groundtruth})
+    return len(gains_to_find(sample, catalog, year_tolerance))
 
 
-def _best_gains(sample: Sample, catalog: Catalog, year_tolerance: int) -> list[float]:
-    """What all there is to find is worth, highest first."""
+def gains_to_find(sample: Sample, catalog: Catalog, year_tolerance: int) -> dict[int | tuple[str, int | None], float]:
+    """What each different item that there is to find is worth, by `item_key`, in the order of the ground truth."""
     gain_of: dict[int | tuple[str, int | None], float] = {}
     for (title, year), gain in zip(sample.groundtruth, sample.gains, strict=True):
         key = item_key(title, year, catalog, year_tolerance)
         gain_of[key] = max(gain, gain_of.get(key, 0.0))
-    return sorted(gain_of.values(), reverse=True)
+    return gain_of
 
 
 def item_key(title: str, year: int | None, catalog: Catalog, year_tolerance: int) -> int | tuple[str, int | None]:

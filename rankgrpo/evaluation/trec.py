@@ -14,7 +14,7 @@ from urllib.parse import quote
 from rankgrpo.data.candidates import sample_catalog
 from rankgrpo.data.samples import Sample
 from rankgrpo.errors import DataError
-from rankgrpo.evaluation.evaluate import Evaluation, item_key
+from rankgrpo.evaluation.evaluate import Evaluation, gains_to_find, item_key
 from rankgrpo.files.atomic import write_lines
 from rankgrpo.items.catalog import Catalog
 
@@ -49,17 +49,17 @@ def write_trec(
 
 def judged(sample: Sample, catalog: Catalog, year_tolerance: int) -> dict[str, int]:
     """Gain of every document that there is to find."""
-    gain_of: dict[str, int] = {}
-    absent: dict[object, str] = {}
-    for (title, year), gain in zip(sample.groundtruth, sample.gains, strict=True):
+    for (title, _), gain in zip(sample.groundtruth, sample.gains, strict=True):
         if gain != int(gain):
             raise DataError(
                 f"sample {sample.id!r}: {title} has the gain {gain:g}, but qrels hold whole numbers; give its weight so"
             )
-        key = item_key(title, year, catalog, year_tolerance)
-        document = f"item{key}" if isinstance(key, int) else absent.setdefault(key, f"absent{len(absent)}")
-        gain_of[document] = max(int(gain), gain_of.get(document, 0))
-    return gain_of
+    gain_of = gains_to_find(sample, catalog, year_tolerance)
+    absent = [key for key in gain_of if not isinstance(key, int)]
+    return {
+        f"item{key}" if isinstance(key, int) else f"absent{absent.index(key)}": int(gain)
+        for key, gain in gain_of.items()
+    }
 
 
 def ranked(marks: Iterable[dict], catalog: Catalog, gain_of: dict[str, int], year_tolerance: int) -> list[str]:

@@ -36,6 +36,18 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
         yield from parse_jsonl(file)
 
 
+def read_log(path: Path) -> tuple[list[tuple[int, dict[str, Any] | str]], str | None]:
+    """What `read_jsonl` yields of a file that a run appends to, without a broken last line, and what was wrong with it.
+
+    A kill while writing cuts the last line short. None when it is whole.
+    """
+    rows = list(read_jsonl(path))
+    if not rows or not isinstance(rows[-1][1], str):
+        return rows, None
+    line, problem = rows.pop()
+    return rows, f"{path.parent.name}/{path.name}:{line} was skipped: {problem}, as after a kill while writing."
+
+
 def parse_jsonl(lines: Iterable[bytes]) -> Iterator[tuple[int, dict[str, Any] | str]]:
     """What `read_jsonl` yields, of lines from anywhere."""
     for line, raw in enumerate(lines, start=1):

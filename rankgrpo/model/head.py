@@ -22,7 +22,10 @@ from torch import Tensor, nn
 from rankgrpo.errors import ModelError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from rankgrpo.model.decoder import Decoder
+    from rankgrpo.model.plain_tokenizer import PlainTokenizer
 
 TOLERANCE = 1e-4
 """Relative; half precision in a model's last step is beyond it, and refused."""
@@ -56,6 +59,17 @@ def output_head(model: PreTrainedModel) -> nn.Linear:
     if not isinstance(head, nn.Linear):
         raise ModelError(f"{type(model).__name__}: its head is {type(head).__name__}, and only a Linear layer is known")
     return head
+
+
+def valid_token_mask(model: PreTrainedModel | Decoder, tokenizer: PreTrainedTokenizerBase | PlainTokenizer) -> Tensor:
+    """(V,) bool on the CPU: True for the ids the tokenizer knows.
+
+    Qwen's head has rows beyond its tokenizer, for alignment. Their ids have no text, so they must neither be sampled
+    nor share in the log-sum-exp of the trainer.
+    """
+    mask_V = torch.zeros(model.get_output_embeddings().weight.shape[0], dtype=torch.bool)
+    mask_V[torch.tensor(sorted(tokenizer.get_vocab().values()))] = True
+    return mask_V
 
 
 def head_operands(head: nn.Linear, hidden_ND: Tensor) -> tuple[Tensor, Tensor]:

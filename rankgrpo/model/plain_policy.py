@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from rankgrpo.config import Config
@@ -14,6 +13,7 @@ from rankgrpo.data.samples import Sample
 from rankgrpo.items.catalog import Catalog
 from rankgrpo.model.constraint import Constraint, forbidden_items, hold_to_catalog
 from rankgrpo.model.decoder import Decoder, open_decoder
+from rankgrpo.model.head import valid_token_mask
 from rankgrpo.model.plain_tokenizer import PlainTokenizer
 
 
@@ -39,6 +39,5 @@ def open_plain_policy(folder: Path, config: Config, catalog: Catalog) -> PlainPo
     if config.model.autocast != "none" or (opened := open_decoder(folder)) is None:
         return None
     model, tokenizer = opened
-    allowed_V = torch.zeros(len(model.head.weight), dtype=torch.bool)
-    allowed_V[sorted(tokenizer.get_vocab().values())] = True
-    return hold_to_catalog(PlainPolicy(model, tokenizer, allowed_V), config, catalog, shown=True)
+    policy = PlainPolicy(model, tokenizer, valid_token_mask(model, tokenizer))
+    return hold_to_catalog(policy, config, catalog, shown=True)

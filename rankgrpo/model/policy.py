@@ -30,10 +30,10 @@ from rankgrpo.model.attention import can_share_prefix, set_attention, use_shared
 from rankgrpo.model.constraint import Constraint, forbidden_items
 from rankgrpo.model.dropout import switch_off_dropout
 from rankgrpo.model.forward import pack_logprobs, row_logprobs
-from rankgrpo.model.head import LogitMap, find_logit_map
+from rankgrpo.model.head import LogitMap, find_logit_map, valid_token_mask
 from rankgrpo.model.new_tokens import has_new_rows
 from rankgrpo.model.packing import Group, Pack, build_pack, plan_micro_batches
-from rankgrpo.model.presets import load_policy, save_policy, valid_token_mask
+from rankgrpo.model.presets import load_policy, save_policy
 from rankgrpo.runtime.distributed import Parallel, Sharding, shard_model
 
 Item = TypeVar("Item")

@@ -6,7 +6,6 @@ for the end of an answer put right, `save_policy` writes a folder that `AutoMode
 Code and pickles that come with a model are never run. Sharding, autocast and attention patches are the caller's.
 """
 
-# Shape letters: V vocabulary (rows of the language-model head, which may be more than the tokenizer has ids).
 from __future__ import annotations
 
 import hashlib
@@ -22,7 +21,6 @@ from typing import Any, Literal
 import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
-from torch import Tensor
 from transformers import (
     AutoTokenizer,
     GenerationConfig,
@@ -247,17 +245,6 @@ def _read_tokenizer(source: str) -> PreTrainedTokenizerBase:
 def count_parameters(model: torch.nn.Module) -> int:
     """Number of parameters; tied ones count once."""
     return sum(parameter.numel() for parameter in model.parameters())
-
-
-def valid_token_mask(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Tensor:
-    """(V,) bool on the CPU: True for the ids the tokenizer knows.
-
-    Qwen's head has rows beyond its tokenizer, for alignment. Their ids have no text, so they must neither be sampled
-    nor share in the log-sum-exp of the trainer.
-    """
-    mask_V = torch.zeros(model.get_output_embeddings().weight.shape[0], dtype=torch.bool)
-    mask_V[torch.tensor(sorted(tokenizer.get_vocab().values()))] = True
-    return mask_V
 
 
 def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rankgrpo.evaluation.evaluate import read_evaluation
+from rankgrpo.items.format import title_line
 from rankgrpo.rollouts.record import read_rollouts
 from rankgrpo.runtime.trackers import Tracker
 
@@ -39,7 +40,7 @@ def sampled_rows(groups: Sequence[dict[str, Any]], max_rows: int = MAX_ROWS) -> 
         chosen.append(group)
     rows = []
     for group in reversed(chosen):
-        truth = "\n".join(str(title) if year is None else f"{title} ({year})" for title, year in group["groundtruth"])
+        truth = "\n".join(title_line(*entry) for entry in group["groundtruth"])
         for number, one in enumerate(group["lists"], start=1):
             reward = round(sum(value for value in one["reward"] if value is not None), 4)
             hits = sum("hit" in marks.split() for marks in one["marks"])

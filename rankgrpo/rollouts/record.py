@@ -20,7 +20,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from rankgrpo.data.samples import Sample
 from rankgrpo.files.atomic import write_lines
-from rankgrpo.files.rows import read_jsonl
+from rankgrpo.files.rows import read_log
 from rankgrpo.items.choices import Choices
 from rankgrpo.loss import rank_log_ratio
 from rankgrpo.rollouts.parts import Answer, repetition
@@ -195,11 +195,7 @@ def read_rollouts(path: Path) -> tuple[list[dict[str, Any]], str | None]:
 
     Raises ValueError with file and line for any other broken row.
     """
-    rows = list(read_jsonl(path))
-    cut_short = None
-    if rows and isinstance(rows[-1][1], str):
-        line, problem = rows.pop()
-        cut_short = f"{path.parent.name}/{path.name}:{line} was skipped: {problem}, as after a kill while writing."
+    rows, cut_short = read_log(path)
     for line, row in rows:
         problem = row if isinstance(row, str) else _problem(row)
         if problem is not None:

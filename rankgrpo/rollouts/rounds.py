@@ -153,3 +153,12 @@ def make_rounds(
         means.add("groups/rounds", num_rounds, 1)
         means.add("groups/live", num_live, 1)
     return rounds, batch
+
+
+def describe_rounds(rounds: Sequence[Round], rl: RlConfig, means: Means, parallel: Parallel) -> None:
+    """The shares of a step's groups that are trained on and that carry a gradient, and the tokens sampled for it."""
+    num_groups = sum(len(one.groups) for one in rounds if one.rl.group_size == rl.group_size)
+    means.add("groups/trained_frac", sum(len(one.chosen) for one in rounds), num_groups)
+    means.add("groups/gradient_frac", sum(sum(one.scored.carries_gradient) for one in rounds), num_groups)
+    num_tokens = sum(len(rollout.token_ids) for one in rounds for group in one.rollouts for rollout in group)
+    means.add("tokens/sampled", num_tokens, 1 / parallel.dp_world)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from rankgrpo.config import RlConfig
 from rankgrpo.errors import TrainingError
 
 
@@ -52,6 +53,19 @@ def learning_rate(
     if schedule == "constant":
         return peak
     raise ValueError(f"schedule must be constant, cosine or two-phase, got {schedule!r}")
+
+
+def rl_learning_rate(step: int, rl: RlConfig) -> float:
+    """`learning_rate` of a step of reinforcement learning."""
+    return learning_rate(
+        step,
+        num_steps=rl.num_steps,
+        peak=rl.lr,
+        schedule=rl.schedule,
+        warmup_frac=rl.warmup_frac,
+        second_phase_at=rl.second_phase_at,
+        second_phase_lr=rl.second_phase_lr,
+    )
 
 
 def optimizer_step(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from rankgrpo.files.rows import read_jsonl
+from rankgrpo.files.rows import read_log
 
 if TYPE_CHECKING:
     from rankgrpo.runtime.trackers import Tracker
@@ -60,11 +60,7 @@ def read_metrics(path: Path) -> tuple[list[dict], str | None]:
 
     Raises ValueError with file and line for any other broken row, and for one without a step.
     """
-    rows = list(read_jsonl(path))
-    cut_short = None
-    if rows and isinstance(rows[-1][1], str):
-        line, problem = rows.pop()
-        cut_short = f"{path.parent.name}/{path.name}:{line} was skipped: {problem}, as after a kill while writing."
+    rows, cut_short = read_log(path)
     for line, row in rows:
         if isinstance(row, str):
             raise ValueError(f"{path}:{line}: {row}; delete the line, or restore the file from the run")

@@ -11,9 +11,9 @@ from world import MAX_PROMPT, make_model, prompts_of
 
 from rankgrpo.model.attention import use_shared_prefix
 from rankgrpo.model.constraint import open_constraint
+from rankgrpo.model.head import valid_token_mask
 from rankgrpo.model.packing import Group
 from rankgrpo.model.policy import Policy
-from rankgrpo.model.presets import valid_token_mask
 from rankgrpo.runtime.distributed import start_parallel
 from rankgrpo.sampler.sync import different_tensors, sync_weights
 from rankgrpo.sampler.vllm import EngineConfig, VLLMSampler

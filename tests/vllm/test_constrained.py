@@ -14,9 +14,9 @@ import rankgrpo.sampler.vllm_trie as vllm_trie
 from rankgrpo.errors import SamplingError
 from rankgrpo.model.attention import use_shared_prefix
 from rankgrpo.model.constraint import open_constraint
+from rankgrpo.model.head import valid_token_mask
 from rankgrpo.model.packing import Group
 from rankgrpo.model.policy import Policy
-from rankgrpo.model.presets import valid_token_mask
 from rankgrpo.sampler.sync import different_tensors, sync_weights
 
 NUM_RANKS = 4

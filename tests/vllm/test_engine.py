@@ -8,9 +8,9 @@ from world import ALONE, engine, make_model, prompts_of
 
 from rankgrpo.errors import SamplingError
 from rankgrpo.model.attention import use_shared_prefix
+from rankgrpo.model.head import valid_token_mask
 from rankgrpo.model.packing import Group
 from rankgrpo.model.policy import Policy
-from rankgrpo.model.presets import valid_token_mask
 from rankgrpo.sampler.hf import HFSampler
 from rankgrpo.sampler.sync import different_tensors, sync_weights
 from rankgrpo.sampler.vllm import EngineConfig, VLLMSampler

@@ -2,15 +2,13 @@
 
 import json
 import os
-import socket
-import subprocess
 import sys
 import urllib.request
 from pathlib import Path
 
 import pytest
+from server import serve
 from test_export import write_run
-from test_teacher_server import wait_for
 from tiny_world import tiny_dataset
 
 from rankgrpo.report.export import export_run
@@ -23,26 +21,10 @@ def served(tmp_path_factory):
     folder = tmp_path_factory.mktemp("serve")
     # One head: vLLM's CPU attention knows head sizes from 32 on.
     out = export_run(write_run(folder / "run", "model.heads=1"), folder / "served")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    words = ["--model", str(out), "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32"]
-    words += ["--logits-processors", "rankgrpo.sampler.vllm_serve:RowCatalog", "--max-model-len", "1024"]
-    environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, sys.path)])
-    with (folder / "log").open("w") as log:
-        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *words, "--max-num-seqs", "4"]
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
-        try:
-            wait_for(f"http://127.0.0.1:{port}/health", process, folder / "log")
-            yield out, f"http://127.0.0.1:{port}/v1/chat/completions"
-        finally:
-            process.terminate()
-            try:
-                process.wait(timeout=30)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+    path = os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, sys.path)])
+    words = ["--model", str(out), "--logits-processors", "rankgrpo.sampler.vllm_serve:RowCatalog"]
+    with serve(words, folder, PYTHONPATH=path) as url:
+        yield out, f"{url}/chat/completions"
 
 
 def answer(url, request):

@@ -1,15 +1,9 @@
 """Stage 1 with a real server: vLLM's own, on loopback, with SmolLM2-135M as teacher and as judge."""
 
 import importlib.util
-import os
-import socket
-import subprocess
-import sys
-import time
-import urllib.error
-import urllib.request
 
 import pytest
+from server import serve
 from tiny_world import tiny_dataset
 
 from rankgrpo.data.samples import Sample, Turn
@@ -36,37 +30,8 @@ ESCAPED = [rf"{title} \({year}\)" for title, year in FILMS]
 def url(tmp_path_factory):
     folder = tmp_path_factory.mktemp("server")
     model = make_init("smollm2-135m", tiny_dataset(), folder / "model", seed=0, tiny=TinyConfig())
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    words = ["--model", model, "--served-model-name", "smollm2", "--host", "127.0.0.1", "--port", str(port)]
-    words += ["--dtype", "float32", "--max-model-len", "1024", "--max-num-seqs", "4", "--enforce-eager"]
-    environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
-    with (folder / "log").open("w") as log:
-        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *words]
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
-        try:
-            wait_for(f"http://127.0.0.1:{port}/health", process, folder / "log")
-            yield f"http://127.0.0.1:{port}/v1"
-        finally:
-            process.terminate()
-            try:
-                process.wait(timeout=30)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-
-
-def wait_for(address, process, log, seconds=600):
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        assert process.poll() is None, log.read_text()[-4000:]
-        try:
-            with urllib.request.urlopen(address, timeout=5):
-                return
-        except (urllib.error.URLError, TimeoutError, ConnectionError):
-            time.sleep(0.5)
-    raise AssertionError(f"the server did not start within {seconds} s:\n{log.read_text()[-4000:]}")
+    with serve(["--model", model, "--served-model-name", "smollm2", "--enforce-eager"], folder) as address:
+        yield address
 
 
 def endpoint(url, pattern=None):

@@ -7,7 +7,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from rankgrpo.data.demo import make_demo
 from rankgrpo.model.constraint import Constraint
-from rankgrpo.model.presets import valid_token_mask
+from rankgrpo.model.head import valid_token_mask
 from rankgrpo.model.tiny import train_tokenizer
 from rankgrpo.runtime.distributed import Parallel
 from rankgrpo.sampler.vllm import EngineConfig, VLLMSampler
