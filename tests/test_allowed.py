@@ -9,6 +9,8 @@ import torch
 from torch import nn
 
 from rankgrpo.items.allowed_ids import AllowedIds, Block, Ragged
+from rankgrpo.logprob import exact_product
+from rankgrpo.model import allowed
 from rankgrpo.model.allowed import allowed_logprobs, allowed_logprobs_and_entropy
 
 # Shape letters: N tokens, V vocabulary, D hidden.
@@ -66,6 +68,28 @@ def expected_gradients(grad_N, hidden_ND, weight_VD, temperature=1.0):
     hidden, weight = hidden_ND.detach().double().requires_grad_(), weight_VD.detach().double().requires_grad_()
     logp_N = masked_softmax(hidden, weight, mask_NV, ids_N, temperature)
     return logp_N.detach(), *torch.autograd.grad(logp_N, (hidden, weight), grad_N.double())
+
+
+@pytest.mark.parametrize("live", [[], [0], [1, 10], [0, 3, 5, 6, 9], [4, 5, 7, 11]])
+def test_tokens_without_a_gradient_from_above_cost_none(live, monkeypatch):
+    plan, _, _ = make_plan()
+    hidden_ND, weight_VD, grad_N = make_inputs()
+    dead = torch.ones(12, dtype=torch.bool)
+    dead[live] = False
+    grad_N[dead] = 0.0
+    _, expected_hidden, expected_weight = expected_gradients(grad_N, hidden_ND, weight_VD)
+    logp_N = allowed_logprobs(hidden_ND, weight_VD, plan)
+    rows, product = [], exact_product
+
+    def counted(a, b, exact):
+        rows.append(len(a))
+        return product(a, b, exact)
+
+    monkeypatch.setattr(allowed, "exact_product", counted)
+    logp_N.backward(grad_N)
+    assert rows[0] == len(set(live) & {0, 3, 4, 7, 11})  # of the block
+    torch.testing.assert_close(hidden_ND.grad.double(), expected_hidden, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(weight_VD.grad.double(), expected_weight, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -326,9 +350,11 @@ def test_imports_torch_and_nothing_else_of_ours():
     assert done.stdout.strip() == str([f"rankgrpo.{name}" for name in own])
 
 
-def test_soft_cap_equals_a_masked_softmax_of_capped_logits():
+@pytest.mark.parametrize("num_dead", [0, 7])
+def test_soft_cap_equals_a_masked_softmax_of_capped_logits(num_dead):
     plan, mask_NV, ids_N = make_plan()
     hidden_ND, weight_VD, grad_N = make_inputs(torch.float64)
+    grad_N[:num_dead] = 0.0
     logp_N = allowed_logprobs(hidden_ND, weight_VD, plan, temperature=0.7, soft_cap=1.5)
     got = torch.autograd.grad(logp_N, (hidden_ND, weight_VD), grad_N)
     capped_NV = 1.5 * torch.tanh(hidden_ND @ weight_VD.t() / 1.5) / 0.7

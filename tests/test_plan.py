@@ -12,7 +12,7 @@ from rankgrpo.model.attention import use_shared_prefix
 from rankgrpo.model.forward import pack_logprobs
 from rankgrpo.model.packing import Group, build_pack
 from rankgrpo.sizing.architecture import PRESETS, Architecture, find_architecture
-from rankgrpo.sizing.cli import parse_rates
+from rankgrpo.sizing.cli import parse_rates, with_longest_list
 from rankgrpo.sizing.plan import (
     Machine,
     Rates,
@@ -322,3 +322,18 @@ def test_impossible_machines():
         Machine(0, 80)
     with pytest.raises(ValueError, match="prompts_per_step 48 must be a multiple of the number of GPUs 5"):
         make_plan("x", PRESETS["qwen2.5-0.5b"], preset("qwen2.5-0.5b"), Machine(5, 80))
+
+
+def test_lists_held_to_the_catalog_are_counted_at_the_longest_there_can_be():
+    held = with_longest_list(preset("qwen2.5-0.5b", "rl.constrain=catalog"), 700)
+    plan, free = (
+        make_plan("m", PRESETS["qwen2.5-0.5b"], config, Machine(1, 24))
+        for config in (held, preset("qwen2.5-0.5b", "rl.max_new_tokens=700"))
+    )
+    assert (plan.update, plan.engine, plan.seconds) == (free.update, free.engine, free.seconds)
+    assert render(plan) == render(free) and "+ 700 tokens" in render(plan)
+    with pytest.raises(ConfigError, match="rl.constrain = catalog: .* give --longest-list, which `rankgrpo data check"):
+        with_longest_list(held, None)
+    with pytest.raises(ConfigError, match="--longest-list is of lists held to the catalog"):
+        with_longest_list(preset("qwen2.5-0.5b"), 700)
+    assert with_longest_list(preset("qwen2.5-0.5b"), None) == preset("qwen2.5-0.5b")

@@ -198,12 +198,12 @@ def test_allowed_ids_are_those_of_the_lists_that_are_left(name, forbid):
             assert set(allowed) == allowed_by_sets(name, ids, num_ranks, forbidden, forbid == "none")
             assert allowed == sorted(allowed)
             asked.append(allowed)
-            run = walk.forced_run()
+            run = walk.copy().follow()
             assert (len(run) > 0) == (len(allowed) == 1)
             # Go where few are left, so that whole branches close.
             ids.append(min(allowed, key=lambda i: (i != allowed[0], rng.random())))
             walk.advance(ids[-1])
-        assert walk.allowed().tolist() == [] and walk.forced_run() == []
+        assert walk.allowed().tolist() == [] and walk.copy().follow() == []
         choices = trie.choices([ids], num_ranks, forbid=forbid, seen=[seen])
         assert choices.is_choice.tolist() == [len(allowed) > 1 for allowed in asked]
         assert choices.num_allowed.tolist() == [len(allowed) for allowed in asked]
@@ -219,17 +219,18 @@ def line_starts(trie, lines, num_ranks):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_forced_run_goes_to_the_next_choice_or_the_end(name):
+def test_a_forced_run_goes_to_the_next_choice_or_the_end(name):
     trie, rng = trie_named(name), random.Random(1)
     for _ in range(10):
         walk = trie.start()
         while not walk.done:
-            run, before = walk.forced_run(), walk.copy()
+            run, before = walk.copy().follow(), walk.copy()
             for token_id in run:
                 assert walk.allowed().tolist() == [token_id]
                 walk.advance(token_id)
             assert walk.done or len(walk.allowed()) > 1
-            assert before.forced_run() == run  # the copy was not moved
+            assert before.follow() == run  # the copy was not moved
+            assert before.done == walk.done and before.allowed().tolist() == walk.allowed().tolist()
             if not walk.done:
                 walk.advance(rng.choice(walk.allowed().tolist()))
 
@@ -416,7 +417,7 @@ def test_terms_that_cannot_be_met():
 def test_one_line_left_is_forced():
     trie = trie_named("merges")
     walk = trie.start(2, forbid="repeats+seen", seen=range(38))
-    run = walk.forced_run()
+    run = walk.copy().follow()
     last = walk.copy()
     for token_id in run:
         last.advance(token_id)
@@ -425,5 +426,5 @@ def test_one_line_left_is_forced():
     for first in last.allowed().tolist():
         one = last.copy()
         one.advance(first)
-        finished.append((*run, first, *one.forced_run()))
+        finished.append((*run, first, *one.copy().follow()))
     assert set(finished) == options

@@ -58,12 +58,8 @@ class ListWalk:
         ids = self.trie.token[begin:end]
         return np.delete(ids, [child - begin for child in closed]) if closed else ids
 
-    def forced_run(self) -> list[int]:
-        """The ids that follow with no other allowed, up to the next choice or the end, end token included."""
-        return self.copy().follow()
-
     def follow(self) -> list[int]:
-        """Take the ids of `forced_run`, and return them: the list then stands at a choice, or is done."""
+        """Take the ids beside which no other is allowed, up to the next choice or the end, and return them."""
         token, first_child, _ = self.trie.views
         run: list[int] = []
         while not self.done:

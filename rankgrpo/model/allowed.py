@@ -133,18 +133,23 @@ class _AllowedHead(torch.autograd.Function):
         if needs_weight:
             rows_UD = weight_VD.new_zeros(len(allowed.ids_U), weight_VD.shape[1], dtype=ctx.exact)
         for block, share_RC, slope_RC in zip(allowed.blocks, shares, slopes, strict=False):
+            row_R, target_R = block.row_R, block.target_R
+            live = _live(grad_N[row_R])
+            if live is not None:
+                row_R, target_R, share_RC = row_R[live], target_R[live], share_RC[live]
+                slope_RC = None if slope_RC is None else slope_RC[live]
             # d logp / d logits = onehot - softmax
-            grad_R1 = grad_N[block.row_R, None]
+            grad_R1 = grad_N[row_R, None]
             delta_RC = share_RC * -grad_R1
-            delta_RC.scatter_add_(1, block.target_R[:, None], grad_R1)
+            delta_RC.scatter_add_(1, target_R[:, None], grad_R1)
             if slope_RC is not None:
                 delta_RC.mul_(slope_RC)
             delta_RC = delta_RC.to(ctx.product_type)
             if needs_hidden:
                 weight_CD = _rows(ctx, weight_VD, _ids(allowed, block))
-                grad_hidden[block.row_R] = exact_product(delta_RC, weight_CD, ctx.exact).to(hidden_ND.dtype)
+                grad_hidden[row_R] = exact_product(delta_RC, weight_CD, ctx.exact).to(hidden_ND.dtype)
             if needs_weight:
-                hidden_RD = _rows(ctx, hidden_ND, block.row_R)
+                hidden_RD = _rows(ctx, hidden_ND, row_R)
                 rows_UD.index_add_(0, block.column_C, exact_product(delta_RC.t(), hidden_RD, ctx.exact))
         if len(allowed.ragged.row_R):
             _ragged_backward_(ctx, hidden_ND, weight_VD, shares[-1], slopes[-1], grad_N, grad_hidden, rows_UD)
@@ -160,6 +165,17 @@ class _AllowedHead(torch.autograd.Function):
         return grad_hidden, grad_weight, None, None, None, None, None
 
 
+def _live(grad: Tensor) -> Tensor | None:
+    """Where a gradient comes from above; None where it does everywhere, and on a GPU, which would be waited for.
+
+    Most tokens have none: a rank at which no list of the group hits has no advantage, nor has a ratio that is clipped.
+    """
+    if grad.device.type != "cpu":
+        return None
+    live = grad.nonzero()[:, 0]
+    return None if len(live) == len(grad) else live
+
+
 def _ids(allowed: AllowedIds, block: Block) -> Tensor:
     return allowed.ids_U[block.column_C]
 
@@ -168,16 +184,16 @@ def _rows(ctx, source: Tensor, index: Tensor) -> Tensor:
     return source.index_select(0, index).to(ctx.product_type)
 
 
-def _ragged_slices(ragged: Ragged, num_hidden: int) -> list[slice]:
+def _ragged_slices(num_entries: int, num_hidden: int) -> list[slice]:
     step = max(1, RAGGED_BYTES // (4 * num_hidden))
-    return [slice(begin, begin + step) for begin in range(0, len(ragged.place_F), step)]
+    return [slice(begin, begin + step) for begin in range(0, num_entries, step)]
 
 
 def _ragged_logits(ctx, hidden_ND: Tensor, weight_VD: Tensor, ragged: Ragged) -> Tensor:
     """Of every entry the product of its token's hidden state and its id's weight, (F,)."""
     hidden_RD = _rows(ctx, hidden_ND, ragged.row_R)
     parts = []
-    for part in _ragged_slices(ragged, hidden_ND.shape[1]):
+    for part in _ragged_slices(len(ragged.place_F), hidden_ND.shape[1]):
         weight_fD = _rows(ctx, weight_VD, ctx.allowed.ids_U[ragged.column_F[part]])
         hidden_fD = hidden_RD.index_select(0, ragged.place_F[part])
         parts.append(torch.linalg.vecdot(weight_fD.to(ctx.exact), hidden_fD.to(ctx.exact)))
@@ -192,10 +208,14 @@ def _ragged_backward_(ctx, hidden_ND, weight_VD, share_F, slope_F, grad_N, grad_
     delta_F.index_add_(0, ragged.target_R, grad_R)
     if slope_F is not None:
         delta_F.mul_(slope_F)
+    place_F, column_F = ragged.place_F, ragged.column_F
+    live = _live(grad_R[place_F])
+    if live is not None:
+        place_F, column_F, delta_F = place_F[live], column_F[live], delta_F[live]
     hidden_RD = _rows(ctx, hidden_ND, ragged.row_R)
     grad_RD = torch.zeros_like(hidden_RD, dtype=ctx.exact)
-    for part in _ragged_slices(ragged, hidden_ND.shape[1]):
-        place_f, column_f, delta_f1 = ragged.place_F[part], ragged.column_F[part], delta_F[part, None]
+    for part in _ragged_slices(len(place_F), hidden_ND.shape[1]):
+        place_f, column_f, delta_f1 = place_F[part], column_F[part], delta_F[part, None]
         if grad_hidden is not None:
             weight_fD = _rows(ctx, weight_VD, ctx.allowed.ids_U[column_f]).to(ctx.exact)
             grad_RD.index_add_(0, place_f, weight_fD.mul_(delta_f1))

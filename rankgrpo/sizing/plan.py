@@ -111,7 +111,7 @@ class Plan:
 
 
 def make_plan(model: str, arch: Architecture, config: Config, machine: Machine, rates: Rates | None = None) -> Plan:
-    """Count a run of this model under these settings."""
+    """Count a run of this model under these settings, its lists at rl.max_new_tokens."""
     rates = rates or Rates()
     if config.rl.prompts_per_step % machine.gpus:
         raise ValueError(

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from processes import finish, launch
 from safetensors.torch import save_file
-from tiny_world import tiny_config
+from tiny_world import tiny_config, tiny_dataset
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.utils.rnn import pad_sequence
@@ -20,6 +20,7 @@ import rankgrpo.train as training
 from rankgrpo.config import RlConfig
 from rankgrpo.errors import SaveError, TrainingError
 from rankgrpo.model.adapter import merged_parameters
+from rankgrpo.model.constraint import hold_to_catalog
 from rankgrpo.model.packing import Group
 from rankgrpo.model.policy import Policy, open_policy, open_reference
 from rankgrpo.parse import RankSegmenter
@@ -122,6 +123,7 @@ def play_job(job: dict, folder: Path, parallel: Parallel) -> None:
         os.environ |= job.get("environment", {})
     sharding = make_sharding(config.parallel, parallel)
     policy = open_policy(job["model"], config.model, parallel.device, sharding=sharding, adapter=config.adapter)
+    policy = hold_to_catalog(policy, config, tiny_dataset().catalog)
     ref = open_reference(policy, job["model"], config.model, parallel.device, sharding)
     rl = config.rl
     optimizer = make_optimizer(policy.model, lr=rl.lr, betas=rl.betas, weight_decay=0.1, eps=rl.adam_eps)
@@ -175,7 +177,8 @@ def micro_batches(given: list[dict], policy: Policy, rl: RlConfig, num_ranks: in
         mean_by_list=rl.token_mean == "list",
     )
     groups = [Group(one["prompt"], one["lists"]) for one in given]
-    return training.make_micro_batches(groups, rollouts, units, list(range(len(given))), rl, num_ranks)
+    choices = None if policy.constraint is None else policy.constraint.choices(groups)
+    return training.make_micro_batches(groups, rollouts, units, list(range(len(given))), rl, num_ranks, choices)
 
 
 def recording(plain, policy: Policy, gradients: dict[str, Tensor]):

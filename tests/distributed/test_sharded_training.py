@@ -30,11 +30,13 @@ CASES = {
     "offloaded": ((*SPLIT, "parallel.cpu_offload=true", "rl.kl_coef=0"), UNEVEN),
     "replicated": ((*SPLIT, "parallel.shard=none", "rl.kl_coef=0.05"), [EVERYTHING, []]),
     "adapters": ((*SPLIT, "rl.kl_coef=0.05", "adapter.kind=dora", "adapter.rank=3", "rl.lr=1e-2"), UNEVEN),
+    "held": ((*SPLIT, "rl.kl_coef=0.05", "rl.constrain=catalog"), [[0, 1, 2, 3, 4], []]),
     "bfloat16": ((*SPLIT, "rl.kl_coef=0.05", "model.autocast=bfloat16"), UNEVEN),
 }
 MORE = {
     "uneven": {"last": NUM_STEPS, "sample": [[5, 6, 7], [8, 9], [10]]},
     "adapters": {"sample": [[5, 6, 7], [8, 9], [10]]},
+    "held": {"sample": [[5, 6, 7], [8, 9], [10]]},
     "hybrid": {"environment": {"LOCAL_WORLD_SIZE": "1"}},  # two nodes of one process: copied, not split
 }
 
