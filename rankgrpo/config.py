@@ -106,7 +106,7 @@ class DataConfig:
     num_ranks: PositiveInt = 20
     """Length K of the list asked for."""
     prompt: Text = ""
-    """File with the text of the prompt; empty: the paper's. rankgrpo/data/prompt.py has the placeholders."""
+    """Text of the prompt, or its file; empty: the paper's. rankgrpo/data/prompt.py has the placeholders."""
     system_prompt: Text = ""
     """Text of a system prompt; empty: none."""
     chat_template_kwargs: Annotated[Text, AfterValidator(check_json_object)] = "{}"

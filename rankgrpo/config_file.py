@@ -19,6 +19,7 @@ import tomli_w
 from rankgrpo.config import Config
 from rankgrpo.errors import ConfigError
 from rankgrpo.files.sections import Fault, SectionError, unknown_key
+from rankgrpo.files.template import prompt_text
 
 # Keys that change how a run is watched, kept and shared out, not what it computes: a run may resume with other values.
 FREE_KEYS = frozenset(
@@ -132,8 +133,16 @@ def flatten(config: Config) -> dict[str, Any]:
 
 
 def to_toml(config: Config) -> str:
-    """The resolved configuration as TOML that load_config reads back to an equal Config."""
-    return tomli_w.dumps(dataclasses.asdict(config))
+    """The resolved configuration as TOML that load_config reads back to an equal Config.
+
+    It holds the text of a prompt's file: a run keeps the prompt it was trained with, whatever becomes of the file.
+    """
+    return tomli_w.dumps(dataclasses.asdict(with_prompt_text(config)))
+
+
+def with_prompt_text(config: Config) -> Config:
+    """The configuration with the text of its prompt in place of the file that holds it. Raises ConfigError."""
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, prompt=prompt_text(config.data.prompt)))
 
 
 def changed_keys(saved: Config, current: Config) -> list[str]:
@@ -148,7 +157,7 @@ def own_keys(config: Config) -> dict[str, Any]:
 
 
 def _differing(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
-    before, after = flatten(old), flatten(new)
+    before, after = flatten(with_prompt_text(old)), flatten(with_prompt_text(new))
     compared = [key for key in after if key not in FREE_KEYS and (_is_read(key, before) or _is_read(key, after))]
     return {key: (before[key], after[key]) for key in compared if before[key] != after[key]}
 

@@ -22,7 +22,7 @@ from typing import Literal
 import torch
 
 from rankgrpo.config import Config, with_steps
-from rankgrpo.config_file import changed_keys, flatten, load_config, to_toml
+from rankgrpo.config_file import changed_keys, flatten, load_config, to_toml, with_prompt_text
 from rankgrpo.data.candidates import check_candidates
 from rankgrpo.data.dialogs import share_of_dialogs
 from rankgrpo.data.prompt import open_prompt
@@ -82,6 +82,7 @@ def run_stages(
     evaluate: bool,
 ) -> None:
     """`run_pipeline` on processes that have met, in a run folder that is theirs."""
+    config = with_prompt_text(config)  # whose file may be edited while the run goes on
     taught = warm_start_dataset(config, dataset)
     config = with_steps(config, len(dataset.train), count_demonstrations(config, taught, run_dir))
     if parallel.is_main:
@@ -253,7 +254,7 @@ def open_run(config: Config, run_dir: Path, from_model: str | None = None) -> No
         before = load_config(saved, saved=True)
         if is_extended(before, config, run_dir):
             print(f"> {extend_run(before, config, run_dir)}", flush=True)
-    write_lines(run_dir / "config.toml", to_toml(config).splitlines())
+    write_lines(run_dir / "config.toml", to_toml(config).removesuffix("\n").split("\n"))
     if not (run_dir / "meta.json").exists():
         write_lines(run_dir / "meta.json", [json.dumps(describe_machine() | {"from_model": from_model}, indent=2)])
 

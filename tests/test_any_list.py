@@ -61,10 +61,14 @@ def run(folder, out, *words):
 def test_books_without_years_train_and_are_recommended(tmp_path, capsys, held):
     lines = books(tmp_path / "books")
     item = ["data.item={title} by {author}", "data.item_noun=book", "eval.cutoffs=1,3", f"rl.constrain={held}"]
+    prompt = tmp_path / "prompt.txt"
+    prompt.write_text("Suggest {num_ranks} books.\n{context}", encoding="utf-8")
+    item.append(f"data.prompt={prompt}")
     rows = run(tmp_path / "books", tmp_path / "run", *item)
     assert {"eval/recall@1", "eval/recall@3", "eval/ndcg@5"} <= rows[-1].keys() and "eval/recall@10" not in rows[-1]
     demonstrations = (tmp_path / "run" / "demonstrations-train.jsonl").read_text(encoding="utf-8").splitlines()
     assert all(set(json.loads(row)["completion"].split("\n")) <= set(lines) for row in demonstrations)
+    prompt.unlink()  # the run holds its text
     capsys.readouterr()
     recommend_from(str(tmp_path / "run"), None, "I liked Emma by Jane Austen", None)
     shown = capsys.readouterr().out.splitlines()

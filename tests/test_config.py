@@ -21,6 +21,7 @@ from rankgrpo.config import (
     with_steps,
 )
 from rankgrpo.config_file import changed_keys, flatten, load_config, own_keys, presets_dir, to_toml
+from rankgrpo.data.prompt import open_prompt
 from rankgrpo.errors import ConfigError
 
 
@@ -296,3 +297,31 @@ def test_a_run_of_an_older_version_is_read():
     assert config.rl.adam_eps == 1e-06 and config.rl.betas == (0.9, 0.99)
     with pytest.raises(ConfigError, match="override 'rl.gamma=3'"):
         load_config(path, ["rl.gamma=3"], saved=True)  # what was not read stays, and nothing is added
+
+
+def test_a_run_keeps_the_text_of_its_prompt(tmp_path):
+    file, saved = tmp_path / "prompt.txt", tmp_path / "config.toml"
+    text = "Books,\u2028'quoted' \"twice\" \\ and 本:\n\n  {context}\n"
+    file.write_text(text, encoding="utf-8")
+    config = load_config(None, [f"data.prompt={file}"])
+    saved.write_text(to_toml(config), encoding="utf-8")
+    kept = load_config(saved, saved=True)
+    assert kept.data.prompt == text and open_prompt(kept.data).template == text == open_prompt(config.data).template
+    assert changed_keys(kept, config) == []
+    file.write_text("Songs: {context}", encoding="utf-8")
+    assert changed_keys(kept, config) == [f"data.prompt: {text!r} -> 'Songs: {{context}}'"]
+    file.unlink()
+    assert open_prompt(kept.data).template == text
+    with pytest.raises(ConfigError, match="prompt.txt: no such file"):
+        changed_keys(kept, config)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"\xff{context}", "not UTF-8 at byte 0"), (b"no place", "prompt.txt: the template needs {context}")],
+)
+def test_a_file_that_holds_no_prompt_is_an_error(tmp_path, content, message):
+    file = tmp_path / "prompt.txt"
+    file.write_bytes(content)
+    with pytest.raises(ConfigError, match=message):
+        open_prompt(load_config(None, [f"data.prompt={file}"]).data)

@@ -14,7 +14,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
@@ -22,7 +21,7 @@ from tqdm import tqdm
 from rankgrpo.config import DataConfig
 from rankgrpo.data.samples import Sample, Turn
 from rankgrpo.errors import ConfigError
-from rankgrpo.files.template import PLACEHOLDER, placeholders
+from rankgrpo.files.template import PLACEHOLDER, placeholders, prompt_text
 from rankgrpo.items.format import FILM_TEMPLATE, ItemFormat
 
 if TYPE_CHECKING:
@@ -147,20 +146,14 @@ DEFAULT_PROMPT = PromptFormat()
 
 def open_prompt(data: DataConfig) -> PromptFormat:
     """The prompt of the settings. Raises ConfigError for a file that is not there or holds no text."""
-    template = ""
-    if data.prompt:
-        path = Path(data.prompt)
-        if not path.is_file():
-            raise ConfigError(f"data.prompt: {path}: no such file; it holds the text of the prompt, with {{context}}")
-        template = path.read_text(encoding="utf-8")
     return PromptFormat(
         ItemFormat(data.item),
-        template,
+        template := prompt_text(data.prompt),
         data.item_noun,
         data.item_nouns,
         data.system_prompt,
         json.loads(data.chat_template_kwargs),
-        f"data.prompt = {data.prompt}",
+        "data.prompt" if template == data.prompt else f"data.prompt = {data.prompt}",
     )
 
 
