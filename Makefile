@@ -115,6 +115,7 @@ bench: $(BENCH_READY) bench-sync
 	$(ENV) $(PYTHON) kernels/bench/allowed_logprob.py --hidden 256 --out $(BENCH)/allowed_logprob.json
 	$(ENV) $(PYTHON) experiments/bench/update.py --shape $(SHAPE) --case p300 p700 p2048 mix --out $(BENCH)/update-$(SHAPE).json
 	$(ENV) $(PYTHON) experiments/bench/short_spans.py --device cpu --out $(BENCH)/short_spans.json
+	$(ENV) $(PYTHON) experiments/bench/families.py --device cpu --budget 1 --out $(BENCH)/families.json
 	$(ENV) $(PYTHON) experiments/bench/threads.py --out $(BENCH)/threads.json
 	$(ENV) $(PYTHON) experiments/bench/constrained_sampling.py --prompts 4 --trials 2 --out $(BENCH)/constrained_sampling.json
 	$(ENV) $(PYTHON) experiments/bench/step.py --out $(BENCH)/step.json --plot $(BENCH)/step.png

@@ -13,14 +13,16 @@ model is opened, its packs, its sampler and its own plain forward are compared o
 its windows, and the fastest way that is exact is taken; what nothing computes exactly is refused in one line
 ([settings](settings.md), `model.verify`, `model.attention`).
 
-- **packed**: each prompt once, before its lists.
+- **packed**: each prompt once, before its lists. A recurrent layer begins a list with the state that its prompt
+  left, a convolution with the prompt's last inputs.
 - **dense**: every list with its prompt, through the model's own forward; **a row at a time** where rows of a
   batch change each other.
 - **grouped**: our sampler, each prompt read once. **own cache**: transformers' generate with the model's own
   cache, which reads a prompt once a list. **no cache**: the list is read anew for every token, for models whose
   cache does not give their own forward.
 
-The table is of small random models, with {TRIED_WITH} on a CPU in float32: log-probs within 1e-4, gradients
+The table is of small random models, with {TRIED_WITH} on a CPU in float32: log-probs within 1e-4 (Qwen3.5 with
+experts or as a multimodal checkpoint 2e-4, which is what its scan differs by between chunk sizes), gradients
 within 1e-3, and an export that transformers reads back to the same logits. `pytest -m families
 tests/test_families.py` repeats it; `python tests/models_page.py` writes this page. swa16 and 512 are windows,
 comp_ is the multimodal checkpoint, whose text model is trained.

@@ -20,13 +20,15 @@ from rankgrpo.sampler.verify import switches, verify_policy
 NAMES = [name if name in FAST else pytest.param(name, marks=pytest.mark.families) for name in VARIANTS]
 CONFIG = tiny_config("data.max_prompt_tokens=60", "rl.max_new_tokens=30")
 # What cannot be packed; everything else is.
-DENSE = {
-    "bamba", "bloom", "comp_qwen3_5", "doge", "falcon", "falcon_h1", "falcon_h1_mult1", "granitemoehybrid", "jamba",
-    "lfm2", "lfm2_moe", "llama4", "mamba2", "nemotron", "nemotron_h", "olmo_hybrid", "qwen3_5", "qwen3_5_moe",
-    "qwen3_next", "stablelm", "zamba2",
+DENSE = {"bloom", "doge", "falcon", "jamba", "llama4", "nemotron", "stablelm"}
+RECURRENT = {
+    "bamba", "comp_qwen3_5", "falcon_h1", "falcon_h1_mult1", "granitemoehybrid", "lfm2", "lfm2_moe", "mamba2",
+    "nemotron_h", "olmo_hybrid", "qwen3_5", "qwen3_5_moe", "qwen3_next", "zamba2",
 }  # fmt: skip
 ROW_BY_ROW = {"phi3_longrope"}
-OWN_CACHE = DENSE | ROW_BY_ROW | {"diffllama", "hrm_text"}
+OWN_CACHE = DENSE | RECURRENT | ROW_BY_ROW | {"diffllama", "hrm_text"}
+# Whose own scan differs by 1e-4 between chunks of 16 and of 64 tokens.
+COARSE = {"comp_qwen3_5", "qwen3_5_moe"}
 REFUSED = {"deepseek_v32", "phimoe"}
 UNCACHED = {"nemotron_h", "zamba2"}
 
@@ -112,7 +114,7 @@ def test_family(name, tmp_path, capsys):
     groups = example_groups()
     want_BT = eager_logprobs(plain, groups, policy.allowed_V, temperature=0.7)
     pack, logp_BT = policy.logprobs(groups, temperature=0.7)
-    torch.testing.assert_close(logp_BT, want_BT, rtol=0, atol=1e-4)
+    torch.testing.assert_close(logp_BT, want_BT, rtol=0, atol=2e-4 if name in COARSE else 1e-4)
     weight_BT = torch.randn(want_BT.shape, generator=torch.Generator().manual_seed(2))
     assert_same_gradients(
         gradients(policy.model, (logp_BT * weight_BT).sum()), gradients(plain, (want_BT * weight_BT).sum())

@@ -35,6 +35,7 @@ from transformers.masking_utils import sdpa_mask
 from rankgrpo.model.autocast import in_autocast_type
 from rankgrpo.model.by_sequence import Scores, attend_by_sequence, read_scores
 from rankgrpo.model.packing import SharedPrefixLayout, Spans
+from rankgrpo.model.recurrent import fork_states
 
 SHARED_PREFIX = "shared_prefix"
 ORDINARY = "shared_prefix_off"
@@ -46,7 +47,11 @@ Backend = Literal["cpu", "cuda", "concat"]
 
 
 def use_shared_prefix(model: PreTrainedModel) -> None:
-    """Make shared-prefix attention the model's attention. Errors: ValueError when its architecture cannot switch."""
+    """Make shared-prefix attention the model's attention, and let its recurrent layers compute packs.
+
+    Errors: ValueError when its architecture cannot switch.
+    """
+    fork_states(model, SHARED_PREFIX)
     _switch(model, SHARED_PREFIX)
 
 

@@ -23,6 +23,10 @@ from rankgrpo.model.allowed import allowed_logprobs
 from rankgrpo.model.attention import ordinary_attention, uses_shared_prefix
 from rankgrpo.model.head import PLAIN, LogitMap, forward_replaced, head_operands, output_head
 from rankgrpo.model.packing import Group, Pack
+from rankgrpo.model.recurrent import reading
+
+ROW_BY_ROW = ("mlp", "moe")
+"""What configurations call layers that are no more than a feed-forward."""
 
 
 def pack_logprobs(
@@ -51,15 +55,23 @@ def pack_logprobs(
         )
     head = _StreamedHead(model, pack, temperature, impl, allowed_V, allowed, logit_map)
     calls_before = pack.layout.num_calls
-    with forward_replaced(head.module, lambda hidden_1ND: head(hidden_1ND[0].index_select(0, pack.source_row_M))):
+    streamed = forward_replaced(head.module, lambda hidden_1ND: head(hidden_1ND[0].index_select(0, pack.source_row_M)))
+    with reading(pack.layout), streamed:
         output = model(
             input_ids=pack.input_ids_1N, position_ids=pack.position_ids_1N, shared_prefix=pack.layout, use_cache=False
         )
     head.check(output)
-    if (calls := pack.layout.num_calls - calls_before) < model.config.get_text_config().num_hidden_layers:
-        num_layers = model.config.get_text_config().num_hidden_layers
-        raise ValueError(f"{calls} of {num_layers} layers used shared-prefix attention: not supported")
+    num_layers = _num_layers_across_tokens(model)
+    if (calls := pack.layout.num_calls - calls_before) < num_layers:
+        raise ValueError(f"{calls} of {num_layers} layers read a prompt through its pack: not supported")
     return _to_lists(head.logp_M, pack)
+
+
+def _num_layers_across_tokens(model: PreTrainedModel) -> int:
+    """Layers that read other tokens than their own."""
+    config = model.config.get_text_config()
+    kinds = getattr(config, "layer_types", None) or ()
+    return config.num_hidden_layers - sum(kind in ROW_BY_ROW for kind in kinds)
 
 
 def row_logprobs(

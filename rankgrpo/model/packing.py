@@ -19,6 +19,7 @@ import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -81,17 +82,19 @@ class SharedPrefixLayout:
     own: every span over itself, causally; spans are prompts, lists and one-list sequences, and cover all rows.
     cross: all lists of a group, as one span of queries, over their prompt, without a mask; None when nothing is shared.
     cross_rows: slice of the rows that are queries of `cross`; its keys are rows [0, cross_rows.start).
-    max_length: longest prompt + list. num_calls: attention layers that have used this layout, the proof of engagement.
+    max_length: longest prompt + list. num_calls: attention and recurrent layers that have used this layout, the proof
+    of engagement. forks, num_forked: what `rankgrpo.model.recurrent` keeps here.
 
     Not a dataclass on purpose: data-parallel wrappers rebuild dataclass arguments, which would lose the count.
     """
 
-    __slots__ = ("cross", "cross_rows", "max_length", "num_calls", "num_tokens", "own")
+    __slots__ = ("cross", "cross_rows", "forks", "max_length", "num_calls", "num_forked", "num_tokens", "own")
 
     def __init__(self, own: Spans, cross: Spans | None, cross_rows: slice, max_length: int) -> None:
         self.own, self.cross, self.cross_rows, self.max_length = own, cross, cross_rows, max_length
         self.num_tokens = sum(own.q_sizes)
-        self.num_calls = 0
+        self.num_calls = self.num_forked = 0
+        self.forks: Any = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)

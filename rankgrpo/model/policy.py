@@ -34,6 +34,7 @@ from rankgrpo.model.head import LogitMap, find_logit_map, valid_token_mask
 from rankgrpo.model.new_tokens import has_new_rows
 from rankgrpo.model.packing import Group, Pack, build_pack, plan_micro_batches
 from rankgrpo.model.presets import load_policy, save_policy
+from rankgrpo.model.recurrent import read_again
 from rankgrpo.runtime.distributed import Parallel, Sharding, shard_model
 
 Item = TypeVar("Item")
@@ -168,7 +169,7 @@ def open_policy(
         use_shared_prefix(model)
     dropout = tuple(switch_off_dropout(model)) if trainable else ()
     if config.gradient_checkpointing and trainable:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": read_again})
     model.requires_grad_(trainable)
     model.train(trainable)
     allowed_V = valid_token_mask(model, tokenizer).to(device)
