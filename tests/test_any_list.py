@@ -76,9 +76,9 @@ def test_books_without_years_train_and_are_recommended(tmp_path, capsys, held):
         assert len(shown) == 5 and all(line[4:6] == "+ " and line[6:] in lines for line in shown)
 
 
-@pytest.mark.slow
-def test_passages_are_re_ranked(tmp_path):
-    folder, rng = tmp_path / "passages", random.Random(0)
+def passages_to_rank(folder):
+    """Questions with eight passages of their own; returns the settings of such a set."""
+    rng = random.Random(0)
     folder.mkdir()
     for split, count in (("train", 16), ("validation", 4), ("test", 4)):
         samples = []
@@ -88,6 +88,12 @@ def test_passages_are_re_ranked(tmp_path):
             samples.append({"id": f"{split}{n}", "conversation": turns, "seen_titles": [], "candidates": passages})
             samples[-1]["groundtruth"] = [[f"[{rng.randint(1, 4)}]", 2], "[7]"]
         write(folder / f"{split}.jsonl", samples)
-    rows = run(folder, tmp_path / "run", "data.item={label}", "rl.constrain=catalog", "teacher.short_requests=0")
+    return ["data.item={label}", "rl.constrain=catalog", "teacher.short_requests=0"]
+
+
+@pytest.mark.slow
+def test_passages_are_re_ranked(tmp_path):
+    folder = tmp_path / "passages"
+    rows = run(folder, tmp_path / "run", *passages_to_rank(folder))
     assert rows[-1]["eval/in_catalog_frac"] == 1 and rows[-1]["eval/duplicate_frac"] == 0
     assert rows[-1]["reward/mean"] > 0

@@ -121,10 +121,8 @@ def test_beside_adapters_the_new_rows_are_trained_and_no_others(start, tmp_path,
     assert AutoTokenizer.from_pretrained(tmp_path / "out")("<a_1>").input_ids == ids[:1]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("adapter", ["none", "lora"])
-def test_semantic_ids_train_and_are_recommended(tmp_path, capsys, adapter):
-    folder = tmp_path / "sids"
+def write_semantic_ids(folder):
+    """Histories of one thing, and what came next; returns the settings of such a set."""
     folder.mkdir()
     write(folder / "catalog.jsonl", [{"sid": sid, "title": f"Thing {n}"} for n, sid in enumerate(SIDS)])
     for split, count in (("train", 24), ("validation", 4), ("test", 4)):
@@ -134,7 +132,13 @@ def test_semantic_ids_train_and_are_recommended(tmp_path, capsys, adapter):
             rows.append({"id": f"{split}{n}", "conversation": turns, "seen_titles": [SIDS[n % 20]]})
             rows[-1]["groundtruth"] = [SIDS[(n + 1) % 20]]
         write(folder / f"{split}.jsonl", rows)
-    words = [f"data.path={folder}", "data.item={sid}", "model.new_tokens=sid", "rl.constrain=catalog"]
+    return [f"data.path={folder}", "data.item={sid}", "model.new_tokens=sid", "rl.constrain=catalog"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("adapter", ["none", "lora"])
+def test_semantic_ids_train_and_are_recommended(tmp_path, capsys, adapter):
+    words = write_semantic_ids(tmp_path / "sids")
     run_pipeline(load_config(None, [*OWN, *SHORT, *words, f"adapter.kind={adapter}"]), tmp_path / "run")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run" / "rl" / "final")
     assert [len(tokenizer(sid).input_ids) for sid in SIDS] == [2] * 20
