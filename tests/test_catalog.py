@@ -257,3 +257,22 @@ def test_missing_and_empty_files_say_what_is_needed(tmp_path):
         Catalog.from_file(write(tmp_path / "catalog.jsonl", "", ""))
     with pytest.raises(DataError, match="the catalog is empty"):
         Catalog.from_file(write(tmp_path / "catalog.csv", "title,year"))
+
+
+def test_the_very_line_of_an_item_names_it_whatever_it_looks_like():
+    films = [
+        ("7. Kreuz", 1955),
+        ("Kreuz", 1955),
+        ('"Q"', 2001),
+        ("- Minus -", 1958),
+        ("Run (1982) Cut", 2007),
+        ("Heat", 1995),
+    ]
+    catalog = Catalog([Item(title, year) for title, year in films])
+    assert [(i.title, i.year) for i in catalog.parse("\n".join(catalog.lines))] == films
+    assert [catalog.lookup(i.title, i.year) for i in catalog.parse("\n".join(catalog.lines))] == list(range(6))
+    assert [(i.title, i.year) for i in catalog.parse("2. Heat (1995)\n7. Kreuz (1955) \n8. Kreuz (1955)")] == [
+        ("Heat", 1995),
+        ("7. Kreuz", 1955),
+        ("Kreuz", 1955),
+    ]

@@ -13,7 +13,7 @@ import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -134,8 +134,30 @@ class Catalog:
         return [item.line for item in self.items]
 
     def parse(self, text: str) -> list[ListedItem]:
-        """Items of a ranked list, one a line with a visible character: `rankgrpo.parse.parse_list`."""
-        return parse_list(text)
+        """Items of a ranked list, one a line with a visible character: `rankgrpo.parse.parse_list`.
+
+        The very line of an item names it, also where it looks like another title's with a list number, a bullet or
+        quotes: `7. Kreuz (1955)`.
+        """
+        listed = parse_list(text)
+        if self._misread:
+            for rank, item in enumerate(listed):
+                title = self._misread.get(text[slice(*item.chars)].strip())
+                if title is not None:
+                    listed[rank] = ListedItem(*title, item.chars)
+        return listed
+
+    @cached_property
+    def _misread(self) -> dict[str, tuple[str, int]]:
+        """Title and year by the lines that `parse_list` takes something off which is the title's own."""
+        misread = {}
+        for item in self.items:
+            # The reader takes nothing off a line without one of these, and reading each of a million takes long.
+            if not item.title[:1].isalpha() or not item.title[-1:].isalnum() or "(" in item.title or "[" in item.title:
+                read = [(listed.title, listed.year) for listed in parse_list(item.line)]
+                if read != [(item.title, item.year)]:
+                    misread[item.line] = (item.title, item.year)
+        return misread
 
     @staticmethod
     def title_key(title: str) -> str:
