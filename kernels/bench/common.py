@@ -65,21 +65,39 @@ def measure(
 
 def peak_extra_bytes(run: Callable[[], object], device: torch.device) -> int:
     """Most memory a call holds at once beyond what was held before it, results (gradients) included."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
+    peaks: list[int] = []
+    with PeakMemory(device, peaks.append):
         run()
-        torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
-        run()
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "trace.json"
-        prof.export_chrome_trace(str(path))
-        events = json.loads(path.read_text())["traceEvents"]
-    # The profiler counts from its own start, so these totals are beyond what was held before.
-    return max((int(e["args"]["Total Allocated"]) for e in events if e.get("name") == "[memory]"), default=0)
+    return peaks[0]
+
+
+class PeakMemory:
+    """Tells `hear` the most memory that the block held at once beyond what was held before it, in bytes."""
+
+    def __init__(self, device: torch.device, hear: Callable[[int], object]):
+        self.device, self.hear = device, hear
+
+    def __enter__(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+            torch.cuda.reset_peak_memory_stats(self.device)
+            self.before = torch.cuda.memory_allocated(self.device)
+            return
+        self.profile = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+        self.profile.__enter__()
+
+    def __exit__(self, *raised) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+            self.hear(torch.cuda.max_memory_allocated(self.device) - self.before)
+            return
+        self.profile.__exit__(*raised)
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "trace.json"
+            self.profile.export_chrome_trace(str(path))
+            events = json.loads(path.read_text())["traceEvents"]
+        # The profiler counts from its own start, so these totals are beyond what was held before.
+        self.hear(max((int(e["args"]["Total Allocated"]) for e in events if e.get("name") == "[memory]"), default=0))
 
 
 def copy_gb_per_s(device: torch.device) -> float:
