@@ -132,6 +132,8 @@ def test_evaluate_scores_another_model_under_its_own_settings(folder, data, tmp_
     # A model out of a run folder is scored as that run was.
     (of_run,) = list_sources([str(run / "sft" / "final")], str(data), ["data.num_ranks=7"])
     assert of_run.config.rl.max_new_tokens == 80 and of_run.config.rl.constrain == "catalog"
+    of_run, ease = list_sources([str(run / "sft" / "final"), "ease"], None)
+    assert of_run.config.data == ease.config.data == config.data  # and on the run's data set
 
 
 def test_what_the_user_sets_wins(folder, data):

@@ -204,7 +204,7 @@ def evaluate_models(
     trec: Path | None = None,
     overrides: Sequence[str] = (),
 ) -> str:
-    """Table of any models and baselines on one split of `data` (default: the first run's data set, or the demo).
+    """Table of any models and baselines on one split of `data` (default: the first run's data set, else the demo).
 
     `overrides` (section.key=value) change the settings of all: a run's own, and the defaults that other models go by.
     With more than one list a sample, the table is of what these lists find together. `trec` is a folder for run and
@@ -248,6 +248,7 @@ def list_sources(models: list[str], data: str | None, overrides: Sequence[str] =
     if not models:
         raise ConfigError("nothing to evaluate: name run folders, models, `popularity` or `ease`")
     runs = [Path(model) for model in models if is_run(Path(model))]
+    runs = runs or [run for model in models if (run := run_of(model)) is not None]  # RUN/sft/final
     common = load_config(runs[0] / "config.toml" if runs else None, overrides, saved=True)
     chosen = replace(common.data, path=data, num_train=0) if data is not None else common.data
     sources = []
