@@ -11,7 +11,7 @@ import os
 import shutil
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 
@@ -50,7 +50,7 @@ from rankgrpo.sampler.base import Rollout, Sampler
 from rankgrpo.sampler.choose import open_sampler
 from rankgrpo.sampler.sync import explain_mismatch, sync_weights
 from rankgrpo.sampler.verify import verify_policy
-from rankgrpo.units import Units, take_lists
+from rankgrpo.units import Units, live_lengths, take_lists
 
 
 @dataclass
@@ -62,6 +62,8 @@ class MicroBatch:
     sampler_logp_BT: Tensor
     lists: list[int]
     """Which lists of the step they are, in order."""
+    num_cut: int = 0
+    """Tokens of these lists that came after their last one with a gradient, and are not here."""
     allowed: AllowedIds | None = None
     """The ids that were allowed at each token, where lists are held to the catalog."""
     old_logp_BT: Tensor | None = None
@@ -87,17 +89,27 @@ def make_micro_batches(
 ) -> list[MicroBatch]:
     """The groups `chosen` (groups[p] holds the ids of rollouts[p]) in micro-batches of rl.token_budget tokens.
 
+    Without a KL term a list ends with its last token that has a gradient: what follows changes nothing.
     units, choices: those of the lists of all groups, in order. dense: as in `plan_micro_batches`.
     """
+    G = rl.group_size
+    whole = [len(rollout.token_ids) for lists in rollouts for rollout in lists]
+    kept = whole if rl.kl_coef > 0 else live_lengths(units).clamp(min=1).tolist()
+    cut = [
+        replace(group, completion_ids=[ids[: kept[p * G + g]] for g, ids in enumerate(group.completion_ids)])
+        for p, group in enumerate(groups)
+    ]
     batch = []
-    for micro in plan_micro_batches([groups[p] for p in chosen], rl.token_budget, dense=dense):
+    for micro in plan_micro_batches([cut[p] for p in chosen], rl.token_budget, dense=dense):
         places = [chosen[i] for i in micro]
-        lists = [p * rl.group_size + g for p in places for g in range(rl.group_size)]
-        logp = [torch.tensor(rollout.logp) for p in places for rollout in rollouts[p]]
-        of_lists = take_lists(units, lists, max(map(len, logp)), at_least=num_ranks + 1)
-        allowed = None if choices is None else choices.of_lists(lists).for_head()
-        own = [groups[p] for p in places]
-        batch.append(MicroBatch(own, of_lists, pad_sequence(logp, batch_first=True), lists, allowed))
+        lists = [p * G + g for p in places for g in range(G)]
+        length = [kept[b] for b in lists]
+        logp = [torch.tensor(rollouts[b // G][b % G].logp[: kept[b]]) for b in lists]
+        of_lists = take_lists(units, lists, length, at_least=num_ranks + 1)
+        allowed = None if choices is None else choices.of_lists(lists, length).for_head()
+        num_cut = sum(whole[b] for b in lists) - sum(length)
+        own = [cut[p] for p in places]
+        batch.append(MicroBatch(own, of_lists, pad_sequence(logp, batch_first=True), lists, num_cut, allowed))
     return batch
 
 
@@ -179,6 +191,7 @@ class Updater:
         units, sampler_logp_BT = micro_batch.units.to(device), micro_batch.sampler_logp_BT.to(device)
         means.add("tokens/saved_frac", pack.tokens_dense - pack.tokens_shared, pack.tokens_dense)
         means.add_sum("tokens/trained", pack.tokens_shared)
+        means.add("tokens/cut_frac", micro_batch.num_cut, micro_batch.num_cut + int(pack.mask_BT.sum()))
         micro_batch.old_logp_BT = logp_BT
         counted_BT = pack.mask_BT & (units.unit_BT >= 0)  # a forced token is no evidence that the two agree
         micro_batch.gap = describe_mismatch(units, logp_BT, sampler_logp_BT, counted_BT, self.rl, means)
@@ -330,12 +343,15 @@ def train(
 
 
 def token_log_ratios(batch: list[MicroBatch]) -> dict[int, Tensor]:
-    """By list, (T,) log pi / pi_old of its tokens in the last update; lists that were left out have none."""
-    return {
-        b: log_ratio_T
-        for micro_batch in batch
-        for b, log_ratio_T in zip(micro_batch.lists, micro_batch.logp_BT - micro_batch.old_logp_BT, strict=True)
-    }
+    """By list, log pi / pi_old of its tokens that went through the model, in the last update; none of lists that were
+    left out."""
+    ratios = {}
+    for micro_batch in batch:
+        lengths = [len(ids) for group in micro_batch.groups for ids in group.completion_ids]
+        log_ratio_BT = micro_batch.logp_BT - micro_batch.old_logp_BT
+        for b, length, log_ratio_T in zip(micro_batch.lists, lengths, log_ratio_BT, strict=True):
+            ratios[b] = log_ratio_T[:length]
+    return ratios
 
 
 def is_finished(out: Path, num_steps: int, parallel: Parallel) -> bool:

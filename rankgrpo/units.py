@@ -151,8 +151,8 @@ def unchecked_make_units(
     return Units(unit_BT, advantage_BU, torch.ones_like(advantage_BU), num_lists * num_ranks)
 
 
-def take_lists(units: Units, lists: Sequence[int], num_tokens: int, *, at_least: int = 1) -> Units:
-    """The units of some of the lists, cut to `num_tokens` tokens and to the units in use, `at_least` so many.
+def take_lists(units: Units, lists: Sequence[int], length: Sequence[int], *, at_least: int = 1) -> Units:
+    """The units of some of the lists, the tokens of each cut to its `length`, and those in use, `at_least` so many.
 
     The denominator stays that of all lists. Raises ValueError without lists.
     """
@@ -160,12 +160,27 @@ def take_lists(units: Units, lists: Sequence[int], num_tokens: int, *, at_least:
         raise ValueError("expected at least one list, got none")
     unit_BT = units.unit_BT[lists]
     num_units = max(int(unit_BT.max()) + 1, at_least)
+    unit_BT = unit_BT[:, : max(length)]
+    length_B = torch.tensor(length, device=unit_BT.device)
+    kept_BT = torch.arange(unit_BT.shape[1], device=unit_BT.device) < length_B[:, None]
     return replace(
         units,
-        unit_BT=unit_BT[:, :num_tokens],
+        unit_BT=unit_BT.where(kept_BT, -1),
         advantage_BU=units.advantage_BU[lists, :num_units],
         weight_BU=units.weight_BU[lists, :num_units],
     )
+
+
+def live_lengths(units: Units) -> Tensor:
+    """(B,) int64: the tokens of every list up to its last one with a gradient, 0 where none has one.
+
+    Without a KL term a unit of advantage or weight 0 moves nothing, and no token reads a later one: the loss and its
+    gradient are those of the lists cut to these lengths.
+    """
+    live_BU = (units.advantage_BU * units.weight_BU) != 0
+    live_BT = (units.unit_BT >= 0) & live_BU.gather(1, units.unit_BT.clamp(min=0))
+    position_T = torch.arange(1, units.unit_BT.shape[1] + 1, device=live_BT.device)
+    return torch.where(live_BT, position_T, 0).amax(1)
 
 
 def token_advantage(rank_BT: Tensor, advantage_BK: Tensor, *, mean_by_rank: bool = True) -> Tensor:

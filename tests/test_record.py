@@ -73,9 +73,13 @@ def test_ratios_are_geometric_means_over_the_tokens_of_a_line():
     moved_T = torch.zeros(len(FULL) + 1)
     start, stop = FULL.index("Heat"), FULL.index("Thief")  # "Heat (1995)\n", twelve tokens
     moved_T[start : start + 4] = 0.3
-    full, other = describe(FULL, FULL, log_ratios={0: torch.cat([moved_T, torch.full((9,), 7.0)])})
-    assert stop - start == 12 and full["ratio"] == [1, pytest.approx(2.718281828 ** (4 * 0.3 / 12), abs=5e-5), 1]
+    full, other = describe(FULL, FULL, log_ratios={0: moved_T})
+    mean = pytest.approx(2.718281828 ** (4 * 0.3 / 12), abs=5e-5)
+    assert stop - start == 12 and full["ratio"] == [1, mean, 1]
     assert other["ratio"] == [None] * 3
+    cut, _ = describe(FULL, FULL, log_ratios={0: moved_T[:stop]})
+    assert cut["ratio"] == [1, mean, None]
+    assert describe(FULL, FULL, log_ratios={0: moved_T[: stop - 1]})[0]["ratio"] == [1, None, None]
 
 
 def test_units_without_ranks_have_one_advantage_for_all_lines():

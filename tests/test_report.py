@@ -112,6 +112,7 @@ def fake_rl_rows(num_steps: int, rng: np.random.Generator) -> list[dict]:
         row |= {"ratio/clip_low_frac": 0.01 * rng.random(), "ratio/clip_high_frac": 0.012 * rng.random()}
         row |= {"grad/norm": 0.4 + 0.2 * rng.random(), "time/sample_s": 2.0 + 0.2 * rng.random(), "time/score_s": 0.1}
         row |= {"time/update_s": 1.5, "tokens/sampled": 33_000.0, "tokens/trained": 51_000.0, "tokens/saved_frac": 0.55}
+        row["tokens/cut_frac"] = 0.375
         row["time/total_s"] = row["time/sample_s"] + row["time/score_s"] + row["time/update_s"] + 0.05
         if step % max(num_steps // 6, 1) == 0:
             row |= fake_validation(0.5 + 0.5 * progress, rng)
@@ -203,7 +204,7 @@ def test_the_page_says_what_it_cost(run_dir):
     page = (run_dir / "report.html").read_text(encoding="utf-8")
     assert "2,970,000" in page  # 90 steps of 33,000 sampled tokens
     assert "4,590,000" in page  # 90 steps of 51,000 trained tokens
-    assert "55.0%" in page  # tokens saved by sharing prompts
+    assert "55.0%" in page and "37.5%" in page  # tokens saved by sharing prompts, and by cutting lists
     # 80 steps of 0.55 s and 4 validations of 4 s.
     assert re.search(r"<th[^>]*>SFT time</th><td>1 min 00 s</td>", page)
     assert re.search(r"<th[^>]*>SFT: eval</th><td>16.0 s</td><td>26.7%</td>", page)

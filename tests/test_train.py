@@ -11,6 +11,7 @@ from tiny_world import (
     WORDS,
     byte_rollout,
     byte_scorer,
+    keep_ends_of_lists,
     taught_dataset,
     tiny_config,
     tiny_dataset,
@@ -18,6 +19,7 @@ from tiny_world import (
 )
 from transformers import AutoModelForCausalLM
 
+from rankgrpo import train as training
 from rankgrpo.config import DataConfig
 from rankgrpo.config_file import load_config
 from rankgrpo.errors import SamplingError, TrainingError
@@ -283,11 +285,55 @@ def test_sampled_lists_are_kept_with_their_ratios(warm, tmp_path):
     assert sum(rewards) == pytest.approx(metrics[2]["reward/mean"] * 12 * 5)
     run(warm, tmp_path / "b", *words[:1], "rl.kl_coef=0", "rl.overflow_penalty=0", "rl.early_eos_penalty=0")
     groups, _ = read_rollouts(tmp_path / "b" / "rl" / "rollouts.jsonl")
-    for group in groups:  # on-policy: 1 wherever there is a gradient, and no ratio where a group was left out
-        has_gradient = any(advantage for one in group["lists"] for advantage in one["advantage"])
-        assert {ratio for one in group["lists"] for ratio in one["ratio"]} <= ({1.0} if has_gradient else {None})
+    cut = 0
+    for group in groups:  # on-policy: 1 up to the last line with a gradient, and no ratio where nothing was computed
+        for one in group["lists"]:
+            live = max((line for line, advantage in enumerate(one["advantage"]) if advantage), default=-1) + 1
+            assert one["ratio"] == [1.0] * live + [None] * (len(one["lines"]) - live)
+            cut += 0 < live < len(one["lines"])
+    assert cut
     run(warm, tmp_path / "c", "rl.num_steps=1", "rl.log_lists=0")
     assert not (tmp_path / "c" / "rl" / "rollouts.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("rl.updates_per_batch=3",),
+        ("rl.returns=log",),
+        ("rl.constrain=catalog",),
+        ("rl.unit=token", "rl.updates_per_batch=2"),
+        ("rl.surrogate=cispo", "rl.mismatch_correction=truncate", "rl.mismatch_cap=2", "rl.updates_per_batch=2"),
+    ],
+)
+def test_leaving_out_the_ends_of_lists_changes_no_gradient(warm, tmp_path, monkeypatch, words):
+    penalties = () if "rl.constrain=catalog" in words else ("rl.overflow_penalty=0", "rl.early_eos_penalty=0")
+    words = ("rl.num_steps=1", "rl.kl_coef=0", "rl.lr=1e-3", *penalties, *words)
+    plain, gradients = training.optimizer_step, []
+
+    def keep(optimizer, parameters, **options):
+        parameters = list(parameters)
+        gradients[-1].append([parameter.grad.clone() for parameter in parameters])
+        return plain(optimizer, parameters, **options)
+
+    monkeypatch.setattr(training, "optimizer_step", keep)
+    rows = []
+    for folder in ("cut", "whole"):
+        if folder == "whole":
+            keep_ends_of_lists(monkeypatch)
+        gradients.append([])
+        rows.append(run(warm, tmp_path / folder, *words)[1])
+    assert rows[0]["tokens/cut_frac"] > 0.05 and rows[1]["tokens/cut_frac"] == 0
+    assert rows[0]["tokens/trained"] < rows[1]["tokens/trained"]
+    assert rows[0]["loss/policy"] == pytest.approx(rows[1]["loss/policy"], abs=1e-6)
+    for of_update in zip(*gradients, strict=True):
+        for cut, whole in zip(*of_update, strict=True):
+            assert (cut - whole).norm() <= 1e-4 * whole.norm()
+    assert any(whole.norm() > 0 for whole in gradients[1][0])
+
+
+def test_with_a_kl_term_every_token_counts(warm, tmp_path):
+    assert run(warm, tmp_path, "rl.num_steps=1", "rl.kl_coef=0.1")[1]["tokens/cut_frac"] == 0
 
 
 def test_ranks_of_the_tiny_tokenizer_are_the_parsers(warm):

@@ -254,6 +254,26 @@ def test_batch_of_lists_has_the_allowed_ids_of_each():
         trie.allowed_batch([trie.start(), walk])
 
 
+def test_some_lists_up_to_some_length_are_as_if_read_alone():
+    trie, rng = trie_named("merges"), random.Random(5)
+    lists = [trie.list_ids(rng.sample(range(40), 3)) for _ in range(6)]
+    seen = [rng.sample(range(40), 12) for _ in lists]
+    seen = [
+        [item for item in own if item not in trie.choices([ids]).items[0]] for own, ids in zip(seen, lists, strict=True)
+    ]
+    chosen = [4, 1, 3]
+    length = [rng.randint(1, len(lists[b])) for b in chosen]
+    options = {"forbid": "repeats+seen"}
+    part = trie.choices(lists, seen=seen, **options).of_lists(chosen, length)
+    alone = trie.choices(
+        [lists[b][:n] for b, n in zip(chosen, length, strict=True)], seen=[seen[b] for b in chosen], **options
+    )
+    assert len(alone.token_C) > 5 and len(alone.closed_X) > 0
+    for name in ("length", "token_C", "node_C", "child_C", "choice_X", "closed_X"):
+        assert getattr(part, name).tolist() == getattr(alone, name).tolist(), name
+    assert part.is_choice.tolist() == alone.is_choice.tolist()
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_lists_that_were_cut(name):
     trie = trie_named(name)

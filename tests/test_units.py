@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from rankgrpo.loss import rank_grpo_loss
-from rankgrpo.units import make_units
+from rankgrpo.units import Units, live_lengths, make_units, take_lists
 
 # Shape letters: B lists, T tokens, K ranks, U units.
 
@@ -295,3 +295,19 @@ def test_mistakes_are_named(change, message):
     arguments = {"rank_BT": RANK_BT, "eos_BT": eos_mask(), "advantage_BK": torch.zeros(7, K), "num_ranks": K}
     with pytest.raises(ValueError, match=message):
         make_units(**(arguments | change))
+
+
+def test_live_lengths_end_with_the_last_token_of_a_unit_that_moves():
+    unit_BT = torch.tensor([[0, 0, 1, 1, 2, -1], [0, 1, -1, 1, 2, 2], [0, 1, 2, 2, -1, -1], [-1, -1, -1, -1, -1, -1]])
+    advantage_BU = torch.tensor([[0.5, -0.5, 0.0], [0.0, 1.0, 2.0], [0.0, 0.0, 0.0], [1.0, 1.0, 1.0]])
+    weight_BU = torch.tensor([[1.0, 1.0, 1.0], [1.0, 1.0, 0.0], [1.0, 1.0, 1.0], [1.0, 1.0, 1.0]])
+    assert live_lengths(Units(unit_BT, advantage_BU, weight_BU, 9)).tolist() == [4, 4, 0, 0]
+
+
+def test_taken_lists_are_cut_each_to_its_length():
+    unit_BT = torch.tensor([[0, 0, 1, 1], [0, 1, 2, 3], [0, 1, 1, 2]])
+    numbers_BU = torch.arange(12.0).view(3, 4)
+    taken = take_lists(Units(unit_BT, numbers_BU, numbers_BU + 1, 9), [2, 0], [2, 3], at_least=2)
+    assert taken.unit_BT.tolist() == [[0, 1, -1], [0, 0, 1]] and taken.denominator == 9
+    assert taken.advantage_BU.tolist() == [[8, 9, 10], [0, 1, 2]]
+    assert taken.weight_BU.tolist() == [[9, 10, 11], [1, 2, 3]]

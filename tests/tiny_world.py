@@ -7,6 +7,7 @@ from functools import cache
 
 import torch
 
+from rankgrpo import train as training
 from rankgrpo.baselines.ease import EaseTeacher
 from rankgrpo.config import Config, RlConfig
 from rankgrpo.config_file import load_config
@@ -83,3 +84,13 @@ def byte_rollout(text: str, finished: bool = True, logp: float = -0.5) -> Rollou
 
 def byte_scorer(catalog: Catalog, rl: RlConfig, num_ranks: int) -> Scorer:
     return Scorer.open(catalog, rl, num_ranks, BYTES, [END])
+
+
+def keep_ends_of_lists(monkeypatch) -> None:
+    """Let `train` pass what it leaves out: the tokens after a list's last one with a gradient."""
+    plain = training.make_micro_batches
+
+    def make(groups, rollouts, units, chosen, rl, *args, **options):
+        return plain(groups, rollouts, units, chosen, replace(rl, kl_coef=1.0), *args, **options)
+
+    monkeypatch.setattr(training, "make_micro_batches", make)

@@ -101,11 +101,13 @@ def measure(num_lines: int, tokenizer_name: str, num_ranks: int) -> dict:
         "peak_mb": memory.peak - before, "process_peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3,
         "trie_mb": trie.num_bytes / 1e6, "nodes": stats["nodes"], "root": stats["places"]["middle"]["root"],
         "tokens_a_line": stats["tokens_a_line"], "forced": stats["forced"],
+        "choices_a_token": float(trie.choices(lists).is_choice.mean()),
     } | token_costs(trie, lists, num_tokens)  # fmt: skip
 
 
 def token_costs(trie: CatalogTrie, lists: list[list[int]], num_tokens: int) -> dict[str, float]:
-    """Microseconds a token of reading lists, a step of a walk, and a list of a batch below and at the root."""
+    """Microseconds of reading lists, by token and by choice; of a step of a walk; of a list of a batch below and at the
+    root."""
 
     def cost(run, count: int) -> float:
         times = []
@@ -136,7 +138,9 @@ def token_costs(trie: CatalogTrie, lists: list[list[int]], num_tokens: int) -> d
         if not walk.done:
             below.append(walk)
     roots = [trie.start() for _ in lists]
+    num_choices = len(trie.choices(lists).token_C)
     return {
+        "choice_us": cost(lambda: trie.choices(lists), num_choices),
         "choices_us": cost(lambda: trie.choices(lists), num_tokens),
         "advance_us": cost(walk_all, num_tokens),
         "batch_below_us": cost(lambda: trie.allowed_batch(below), max(1, len(below))),

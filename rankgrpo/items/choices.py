@@ -89,13 +89,18 @@ class Choices:
         children = np.arange(begin, self.trie.first_child[self.node_C[choice] + 1])
         return self.trie.token[children[~np.isin(children, self.closed_X[self.choice_X == choice])]]
 
-    def of_lists(self, lists: Sequence[int]) -> Choices:
-        """The same for some of the lists, in the order given."""
+    def of_lists(self, lists: Sequence[int], length: Sequence[int] | None = None) -> Choices:
+        """The same for some of the lists, in the order given; `length`: for so many tokens of each.
+
+        `lines` stay those of whole lists.
+        """
         lists = np.asarray(lists, np.int64)
-        length, list_C = self.length[lists], np.searchsorted(self.start, self.token_C, side="right") - 1
-        begin = np.full(len(self.length), -1)
+        length = self.length[lists] if length is None else np.asarray(length, np.int64)
+        list_C = np.searchsorted(self.start, self.token_C, side="right") - 1
+        begin, end = np.full(len(self.length), -1), np.zeros(len(self.length), np.int64)
         begin[lists] = np.cumsum(length) - length
-        kept = (begin[list_C] >= 0).nonzero()[0]
+        end[lists] = self.start[lists] + length
+        kept = (self.token_C < end[list_C]).nonzero()[0]
         token = self.token_C[kept] - self.start[list_C[kept]] + begin[list_C[kept]]
         order = np.argsort(token, kind="stable")
         kept = kept[order]

@@ -373,6 +373,9 @@ def _facts(run: RunRecord) -> list[dict[str, Any]]:
         if "tokens/saved_frac" in curves:
             saved = float(np.nanmean(curves["tokens/saved_frac"][1]))
             training.append((f"{label} tokens saved by sharing prompts", f"{100 * saved:.1f}%"))
+        if "tokens/cut_frac" in curves:
+            cut = float(np.nanmean(curves["tokens/cut_frac"][1]))
+            training.append((f"{label} tokens after a list's last one with a gradient, left out", f"{100 * cut:.1f}%"))
     groups = [
         {"title": "Training", "rows": training, "open": True},
         {"title": "Machine and versions (meta.json)", "rows": flatten(run.meta), "open": True},

@@ -31,7 +31,7 @@ GROUPS_A_STEP = 4
 COLUMNS = ("lines", "marks", "reward", "advantage", "ratio", "logp")
 """By line of a list. marks: words of `MARKS`, with spaces between; reward: the return of its rank, null beyond rank K;
 advantage: that of its tokens, penalties included; ratio: geometric mean over its tokens in the last update of the
-batch, null where the list was left out of it; logp: mean over its tokens, when it was sampled."""
+batch, null where they were left out of it; logp: mean over its tokens, when it was sampled."""
 MARKS = {
     "hit": "an item of the ground truth",
     "repeat": "names what an earlier line named",
@@ -86,7 +86,8 @@ class RolloutLog:
     ) -> None:
         """Append the first groups of a step.
 
-        token_log_ratio: by list of all groups, (T,) log-ratio of every token; without those that were not trained on.
+        token_log_ratio: by list of all groups the log-ratios of its first tokens, as many as went through the model;
+        without lists that were left out.
         """
         lines = []
         for place in range(min(self.num_groups, len(examples))):
@@ -124,14 +125,17 @@ def describe_lists(
     # What shares a ratio in the loss, which for ranks leaves out forced tokens and an end that is penalised.
     line_BT = unit_BT if rl.unit == "rank" else rank_BT
     logp_BT = pad_sequence([torch.tensor(rollout.logp) for rollout in group], batch_first=True)
-    moved_BT = torch.zeros_like(logp_BT)
+    moved_BT = torch.full_like(logp_BT, torch.nan)
     for g, b in enumerate(own):
         if b in token_log_ratio:
-            log_ratio_T = token_log_ratio[b][: len(group[g].logp)].cpu().float()
-            moved_BT[g, : len(log_ratio_T)] = log_ratio_T
+            moved_BT[g, : len(token_log_ratio[b])] = token_log_ratio[b].cpu().float()
     num_lines = max(1, int(rank_BT.max()) + 1)
     logp_BL = rank_log_ratio(logp_BT, torch.zeros_like(logp_BT), line_BT, num_lines)
-    ratio_BL = rank_log_ratio(moved_BT, torch.zeros_like(moved_BT), line_BT, num_lines).exp()
+    ratio_BL = rank_log_ratio(moved_BT.nan_to_num(), torch.zeros_like(moved_BT), line_BT, num_lines).exp()
+    left_out = [
+        set(line_T[moved_T.isnan()].tolist()) if b in token_log_ratio else range(num_lines)
+        for b, line_T, moved_T in zip(own, line_BT, moved_BT, strict=True)
+    ]
     forced = _forced_lines(choices, own, rank_BT, num_lines)
     lists = []
     for g, (b, rollout) in enumerate(zip(own, group, strict=True)):
@@ -144,7 +148,7 @@ def describe_lists(
             "marks": line_marks(answer, scorer, forced[g] if forced else ()),
             "reward": _padded(scored.reward_PGK[place, g], n),
             "advantage": _padded(advantage_L, n),
-            "ratio": _padded(ratio_BL[g], n) if b in token_log_ratio else [None] * n,
+            "ratio": [None if line in left_out[g] else ratio for line, ratio in enumerate(_padded(ratio_BL[g], n))],
             "logp": _padded(logp_BL[g], n),
             "finished": rollout.finished,
             "num_tokens": len(rollout.token_ids),
