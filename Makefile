@@ -88,9 +88,9 @@ test: $(TESTS_READY)
 # The whole loop with the real engine on a CPU, in an environment of its own.
 test-vllm: .venv-vllm/.installed
 	.venv-vllm/bin/python -c 'import vllm'
-	OMP_NUM_THREADS=$$(nproc) .venv-vllm/bin/python -m pytest tests/vllm
+	OMP_NUM_THREADS=$$(nproc) .venv-vllm/bin/python -m pytest tests/vllm_engine
 
-# The loss in TRL's trainer. The folder tests/ is not on the path: TRL would take tests/vllm for an installed vLLM.
+# The loss in TRL's trainer. No folder on the path may be called vllm: TRL would take it for an installed vLLM.
 test-trl: .venv-trl/.installed
 	PEER=trl OMP_NUM_THREADS=1 .venv-trl/bin/python -m pytest -o pythonpath=tests/peers tests/peers/test_trl.py
 

@@ -14,5 +14,5 @@ def pytest_collection_modifyitems(items):
     if not vllm_installed():
         reason = "vLLM is not installed here; `make test-vllm` installs its CPU build and runs these tests"
         for item in items:
-            if "tests/vllm/" in item.path.as_posix():
+            if "tests/vllm_engine/" in item.path.as_posix():
                 item.add_marker(pytest.mark.skip(reason=reason))
