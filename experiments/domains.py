@@ -2,10 +2,13 @@
 
     python experiments/domains.py office path/to/amazon_office data/office
     python experiments/domains.py office-sid path/to/amazon_office data/office-sid
+    python experiments/domains.py office-bm25 path/to/amazon_office data/office-bm25
     python experiments/domains.py music path/to/cpcd_music data/music
 
 Office products are the purchase histories of MiniOneRec (github.com/AkaliKong/MiniOneRec, data/Amazon), of which the
-larger training file is not used: `valid_*.csv` is the training split here, and a tenth of its users validation.
+larger training file is not used: `valid_*.csv` is the training split here, and a tenth of its users validation. The
+data set for re-ranking has, of every history, the twenty products that BM25 finds by the titles of the last four
+purchases, labelled [1] to [20] in its order; histories whose next purchase is not among them are left out.
 
 Music is the development split of the Conversational Playlist Curation Dataset (google-research-datasets/cpcd), of 50
 conversations: some twenty songs are the goal of each, of the 8,850 that searches found. It shows what the import of
@@ -23,12 +26,15 @@ from pathlib import Path
 from typing import Any
 
 from rankgrpo.data.importers.interactions import InteractionOptions, import_interactions
-from rankgrpo.data.samples import Sample, Turn, write_samples
+from rankgrpo.data.load import load_dataset
+from rankgrpo.data.samples import Candidate, Sample, Turn, write_samples
 from rankgrpo.errors import DataError
 from rankgrpo.files.atomic import atomic_folder
 from rankgrpo.files.rows import read_jsonl
 from rankgrpo.items.format import ItemFormat
 from rankgrpo.items.lines import make_catalog, make_item
+
+NUM_FOUND = 20  # products that BM25 finds of a history
 
 
 def make_office(source: Path, out: Path, item: str) -> str:
@@ -51,6 +57,38 @@ def make_office(source: Path, out: Path, item: str) -> str:
             sentence="I bought {items}. What next?",
         )
         return import_interactions(files, out, options)
+
+
+def make_office_bm25(source: Path, out: Path, item: str) -> str:
+    """Histories with what BM25 finds for them; the list is an order of the labels, so no catalog is written."""
+    try:
+        import bm25s
+    except ModuleNotFoundError:
+        raise DataError("candidates are searched with the package bm25s; run: pip install bm25s") from None
+    with tempfile.TemporaryDirectory() as folder:
+        make_office(source, Path(folder) / "office", "{title}")
+        dataset = load_dataset(Path(folder) / "office", item_format=ItemFormat("{title}"))
+    titles = [entry.title for entry in dataset.catalog]
+    options: dict[str, Any] = {"show_progress": False}
+    searcher = bm25s.BM25()
+    searcher.index(bm25s.tokenize(titles, stopwords="en", **options), **options)
+    counts = []
+    for split in ("train", "validation", "test"):
+        samples = getattr(dataset, split)
+        queries = [" ".join(sample.seen_titles[-4:]) for sample in samples]
+        found, _ = searcher.retrieve(bm25s.tokenize(queries, stopwords="en", **options), k=NUM_FOUND + 20, **options)
+        kept = []
+        for sample, places in zip(samples, found.tolist(), strict=True):
+            candidates = [titles[place] for place in places if titles[place] not in sample.seen_titles][:NUM_FOUND]
+            ((wanted, _),) = sample.groundtruth
+            if wanted in candidates:
+                labelled = tuple(Candidate(f"[{i}]", None, text) for i, text in enumerate(candidates, 1))
+                right = ((f"[{1 + candidates.index(wanted)}]", None),)
+                kept.append(replace(sample, seen_titles=(), candidates=labelled, groundtruth=right))
+        out.mkdir(parents=True, exist_ok=True)
+        write_samples(out / f"{split}.jsonl", kept)
+        counts.append(f"{len(kept)} of {len(samples)} {split}")
+    return f"histories whose next purchase is among the {NUM_FOUND} that BM25 finds: {', '.join(counts)}"
 
 
 def make_music(source: Path, out: Path, item: str) -> str:
@@ -127,6 +165,7 @@ def _only(folder: Path, pattern: str) -> Path:
 DOMAINS = {
     "office": (make_office, "{title}"),
     "office-sid": (make_office, "{sid}"),
+    "office-bm25": (make_office_bm25, "{label}"),
     "music": (make_music, "{artist} - {title}"),
 }
 

@@ -1,4 +1,4 @@
-"""A sampler with a copy of the weights, kept equal to the trainer's; tests/vllm_engine runs the same with the real engine."""
+"""A sampler with a copy of the weights, kept equal to the trainer's; tests/vllm_engine has the real engine."""
 
 import copy
 
