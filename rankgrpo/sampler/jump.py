@@ -39,8 +39,8 @@ class Jump:
     row_M: Tensor
     column_M: Tensor
     """Where a token's key is stored: the list's row in the cache, and the place among its own tokens."""
-    prompt_spans: list[Span]
-    own_spans: list[Span]
+    prompt_spans: Spans
+    own_spans: Spans
     num_columns: int
     """T"""
     start: Start | None
@@ -58,6 +58,33 @@ class Span:
     """That the last of them sees."""
 
 
+class Spans:
+    """Spans that follow each other and cover all new tokens; made once for all layers.
+
+    causal: a span's queries are its last keys' own, and see none that come after.
+    """
+
+    def __init__(self, spans: list[Span], *, causal: bool):
+        self.spans, self.causal = spans, causal
+        self._padded: tuple[int, Tensor, Tensor] | None = None
+
+    def padded(self, num_rows: int, num_columns: int, device: torch.device) -> tuple[int, Tensor, Tensor]:
+        """q, the most queries of a span; (M,) every token's place among S * q; (S, q, K) bool, what it does not see."""
+        if self._padded is None:
+            sizes = np.array([span.end - span.begin for span in self.spans])
+            rows = np.array([span.row for span in self.spans])
+            most = int(sizes.max())
+            place_M = np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+            slot_M = np.repeat(rows, sizes) * most + place_M
+            visible = np.ones(num_rows * most, np.int64)  # one, so that padding has a softmax too
+            last_M = np.repeat([span.num_keys for span in self.spans], sizes)
+            visible[slot_M] = last_M - np.repeat(sizes, sizes) + 1 + place_M if self.causal else last_M
+            visible_Sq1 = torch.from_numpy(visible).to(device).view(num_rows, most, 1)
+            unseen_SqK = torch.arange(num_columns, device=device) >= visible_Sq1
+            self._padded = most, torch.from_numpy(slot_M).to(device), unseen_SqK
+        return self._padded
+
+
 class Start:
     """The first `size` new tokens of every list, which one call of the kernel takes, and the rest of longer jumps."""
 
@@ -72,7 +99,7 @@ class Start:
         self.late = torch.from_numpy((~early_M).nonzero()[0])
         left, longer = sizes - size, sizes > size
         ends = np.cumsum(left[longer])
-        self.late_spans = _spans(rows[longer], ends - left[longer], ends, num_keys[longer])
+        self.late_spans = _spans(rows[longer], ends - left[longer], ends, num_keys[longer], causal=True)
         self.visible = torch.ones(num_rows, size, dtype=torch.int64)  # one, so that padding has a softmax too
         seen = (num_keys - sizes)[:, None] + np.arange(1, size + 1)
         self.visible[torch.from_numpy(rows)] = torch.from_numpy(np.minimum(seen, num_keys[:, None]))
@@ -127,8 +154,8 @@ class JumpCache(PromptCache):
             last_W=self._tensor(ends - 1),
             row_M=self._tensor(row_M),
             column_M=self._tensor(column_M),
-            prompt_spans=_spans(prompts, prompt_begins, prompt_ends, self.prompt_len[prompts]),
-            own_spans=_spans(rows, begins, ends, num_keys),
+            prompt_spans=_spans(prompts, prompt_begins, prompt_ends, self.prompt_len[prompts], causal=False),
+            own_spans=_spans(rows, begins, ends, num_keys, causal=True),
             num_columns=int(num_keys.max()),
             start=Start.choose(rows, sizes, num_keys, len(self.length)),
         )
@@ -168,8 +195,8 @@ class JumpCache(PromptCache):
             self.own[layer] = tuple(pad(stored_BNTH, (0, 0, 0, more)) for stored_BNTH in pair)
 
 
-def _spans(*columns: np.ndarray) -> list[Span]:
-    return [Span(*row) for row in zip(*(column.tolist() for column in columns), strict=True)]
+def _spans(*columns: np.ndarray, causal: bool) -> Spans:
+    return Spans([Span(*row) for row in zip(*(column.tolist() for column in columns), strict=True)], causal=causal)
 
 
 def jump_attention(
@@ -192,40 +219,37 @@ def jump_attention(
     (_, heads, M, H), N = query.shape, key.shape[1]
     query_NMRH = query.view(N, heads // N, M, H).transpose(1, 2).contiguous()
     attend = attend_by_span if query.device.type == "cpu" else attend_padded
-    prompt_NMRH, prompt_lse_NMR = attend(query_NMRH, *grouped_cache.prompt[layer], jump.prompt_spans, False, scaling)
+    prompt_NMRH, prompt_lse_NMR = attend(query_NMRH, *grouped_cache.prompt[layer], jump.prompt_spans, scaling)
     if query.device.type == "cpu" and jump.start is not None:
         own_NMRH, own_lse_NMR = attend_from_start(query_NMRH, *own, jump.start, scaling)
     else:
-        own_NMRH, own_lse_NMR = attend(query_NMRH, *own, jump.own_spans, True, scaling)
+        own_NMRH, own_lse_NMR = attend(query_NMRH, *own, jump.own_spans, scaling)
     share_NMR1 = torch.sigmoid(own_lse_NMR - prompt_lse_NMR)[..., None]
     out_NMRH = torch.lerp(prompt_NMRH.to(share_NMR1.dtype), own_NMRH.to(share_NMR1.dtype), share_NMR1)
     return out_NMRH.to(value.dtype).transpose(0, 1).reshape(1, M, heads, H), None
 
 
 def attend_by_span(
-    query_NMRH: Tensor, key_SNKH: Tensor, value_SNKH: Tensor, spans: list[Span], causal: bool, scaling: float
+    query_NMRH: Tensor, key_SNKH: Tensor, value_SNKH: Tensor, spans: Spans, scaling: float
 ) -> tuple[Tensor, Tensor]:
-    """Every query's attention over its span's keys, (N, M, R, H), and its log-sum-exp, (N, M, R). For CPUs.
-
-    Causal: the span's queries are its last keys' own, and see none that come after.
-    """
+    """Every query's attention over its span's keys, (N, M, R, H), and its log-sum-exp, (N, M, R). For CPUs."""
     attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
     N, M, R, H = query_NMRH.shape
     query_1NqH = query_NMRH.view(1, N, M * R, H)
     outs, lses = [], []
-    if causal:
+    if spans.causal:
         # Of a window onto this mask that ends with its last key's column, row j R + r sees all keys but the last ones.
-        most, longest = max(s.end - s.begin for s in spans), max(s.num_keys for s in spans)
+        most, longest = max(s.end - s.begin for s in spans.spans), max(s.num_keys for s in spans.spans)
         later_nn = torch.ones(most, most, dtype=torch.bool).triu_(1)
         mask = query_NMRH.new_zeros(most, longest + most)
         mask[:, longest:].masked_fill_(later_nn, -torch.inf)
         mask = mask.repeat_interleave(R, dim=0)[None, None]
     # Views made by split and narrow, which take half the time of indexing: there are hundreds a layer.
     keys, values = key_SNKH.split(1), value_SNKH.split(1)
-    queries = query_1NqH.split([(span.end - span.begin) * R for span in spans], dim=2)
-    for query, span in zip(queries, spans, strict=True):
+    queries = query_1NqH.split([(span.end - span.begin) * R for span in spans.spans], dim=2)
+    for query, span in zip(queries, spans.spans, strict=True):
         size, num_keys, seen = span.end - span.begin, span.num_keys, None
-        if causal and size > 1:
+        if spans.causal and size > 1:
             seen = mask[:, :, : size * R, longest + size - num_keys : longest + size]
         key, value = keys[span.row].narrow(2, 0, num_keys), values[span.row].narrow(2, 0, num_keys)
         out, lse = attend(query, key, value, 0.0, False, attn_mask=seen, scale=scaling)
@@ -248,26 +272,19 @@ def attend_from_start(
     early_lse_NtR = early_lse.transpose(0, 1).reshape(N, B * n, R)
     out_NMRH = query_NMRH.new_empty(N, M, R, H).index_copy_(1, start.early, early_NtRH[:, start.slot])
     lse_NMR = early_lse.new_empty(N, M, R).index_copy_(1, start.early, early_lse_NtR[:, start.slot])
-    if start.late_spans:
-        late = attend_by_span(query_NMRH[:, start.late], key_BNTH, value_BNTH, start.late_spans, True, scaling)
+    if start.late_spans.spans:
+        late = attend_by_span(query_NMRH[:, start.late], key_BNTH, value_BNTH, start.late_spans, scaling)
         out_NMRH.index_copy_(1, start.late, late[0])
         lse_NMR.index_copy_(1, start.late, late[1])
     return out_NMRH, lse_NMR
 
 
 def attend_padded(
-    query_NMRH: Tensor, key_SNKH: Tensor, value_SNKH: Tensor, spans: list[Span], causal: bool, scaling: float
+    query_NMRH: Tensor, key_SNKH: Tensor, value_SNKH: Tensor, spans: Spans, scaling: float
 ) -> tuple[Tensor, Tensor]:
     """`attend_by_span` in a few large products: the definition, and what other devices run."""
     (N, _, R, H), (S, _, K, _), device = query_NMRH.shape, key_SNKH.shape, query_NMRH.device
-    q = max(span.end - span.begin for span in spans)
-    slot_M = torch.tensor([span.row * q + i for span in spans for i in range(span.end - span.begin)], device=device)
-    visible = torch.ones(S, q, dtype=torch.int64)  # one, so that padding has a softmax too
-    for span in spans:
-        size = span.end - span.begin
-        first = span.num_keys - size + 1 if causal else span.num_keys
-        visible[span.row, :size] = torch.arange(first, first + size) if causal else first
-    unseen_SqK = torch.arange(K, device=device) >= visible.to(device)[..., None]
+    q, slot_M, unseen_SqK = spans.padded(S, K, device)
     padded_NtRH = query_NMRH.new_zeros(N, S * q, R, H).index_copy_(1, slot_M, query_NMRH * scaling)
     query_SNqH = padded_NtRH.view(N, S, q * R, H).transpose(0, 1)
     score_SNqRK = (query_SNqH @ key_SNKH.transpose(2, 3)).float().view(S, N, q, R, K)
