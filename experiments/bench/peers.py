@@ -1,9 +1,10 @@
 """Whole optimizer steps of TRL's GRPOTrainer and of this project's loop: sampling, scoring, update, by phase.
 
 Both have the same weights (the tiny preset's, random), the same prompts and G lists of each, temperature 1, float32,
-AdamW, no KL, rewards that are random after lists have been read and matched with the catalog, so that every group is
+AdamW, no KL, rewards that are random after lists have been read and matched with the catalog, so that every token is
 trained on. The trainers take turns, ours after each step of TRL's own `train()`, so a machine that slows down slows
-both.
+both. With --model, a warm start, rewards are what lists earn: hits by rank for ours, their number in a list for TRL.
+Most groups then earn nothing, and most ranks of the others: ours leaves out what has no gradient.
 
   free   Both sample lists of exactly --list-tokens tokens: no id ends a list. A step of each has the same tokens.
   held   Ours are lists held to the catalog (rl.constrain = catalog): K different lines of it, of as many tokens as
@@ -45,7 +46,7 @@ from rankgrpo.data.samples import Dataset
 from rankgrpo.items.catalog import Catalog
 from rankgrpo.model.attention import use_shared_prefix
 from rankgrpo.model.constraint import hold_to_catalog
-from rankgrpo.model.policy import Policy
+from rankgrpo.model.policy import Policy, open_policy
 from rankgrpo.model.presets import count_parameters
 from rankgrpo.model.tiny import TinyConfig, make_tiny
 from rankgrpo.parse import RankSegmenter
@@ -64,7 +65,8 @@ if TYPE_CHECKING:
 
 EXAMPLE = """examples:
   OMP_NUM_THREADS=1 python experiments/bench/peers.py --out peers.json
-  OMP_NUM_THREADS=1 python experiments/bench/peers.py --case demo-held --steps 5 --trl-rows 16 --no-memory
+  OMP_NUM_THREADS=1 python experiments/bench/peers.py --case data-held --steps 5 --trl-rows 16 --no-memory
+  OMP_NUM_THREADS=1 python experiments/bench/peers.py --case data-held --model runs/tiny-demo/sft/final
   python experiments/bench/peers.py --case p90-free p700-free --prompts 8 --head cpu"""
 PHASES = ("sample", "score", "update")
 COLUMNS = {
@@ -78,8 +80,11 @@ LR = 1e-6
 class Ours:
     """The loop's step over one batch of prompts; the model is that of `policy`."""
 
-    def __init__(self, policy: Policy, config: Config, dataset: Dataset, prompts: list[list[int]]):
-        self.policy, self.config, self.parallel = policy, config, start_parallel()
+    def __init__(
+        self, policy: Policy, config: Config, dataset: Dataset, prompts: list[list[int]], *, earned: bool = False
+    ):
+        """earned: rewards are the lists' own, not random."""
+        self.policy, self.config, self.parallel, self.earned = policy, config, start_parallel(), earned
         rl, samples = config.rl, dataset.train[: len(prompts)]
         self.sampler = hf_sampler(policy, rows=rl.sampler_rows)
         if policy.constraint is None:
@@ -98,11 +103,13 @@ class Ours:
         rl, means, began = self.config.rl, Means(), now()
         made = self.maker.make(list(range(len(self.maker.prompts))), number, means)
         sampled, scored = since(began), now()
-        advantage_BU = made.scored.units.advantage_BU
-        random_BU = torch.randn(advantage_BU.shape, generator=torch.Generator().manual_seed(number))
-        units = replace(made.scored.units, advantage_BU=random_BU)
+        units, chosen = made.scored.units, made.chosen
+        if not self.earned:
+            random = torch.Generator().manual_seed(number)
+            units = replace(units, advantage_BU=torch.randn(units.advantage_BU.shape, generator=random))
+            chosen = made.indices
         batch = make_micro_batches(
-            made.groups, made.rollouts, units, made.indices, rl, self.config.data.num_ranks, made.choices
+            made.groups, made.rollouts, units, chosen, rl, self.config.data.num_ranks, made.choices
         )
         score = since(scored)
         self.updater.step(batch, made.scored.denominator, LR, f"step {number}", means)
@@ -129,8 +136,8 @@ def make_policy(dataset: Dataset, config: Config) -> Policy:
 
 
 def make_prompts(kind: str, num: int, policy: Policy, dataset: Dataset, config: Config) -> list[list[int]]:
-    """pN: `num` random prompts of N tokens; demo: the prompts of the first conversations."""
-    if kind == "demo":
+    """pN: `num` random prompts of N tokens; data: the prompts of the first conversations."""
+    if kind == "data":
         data = config.data
         return encode_prompts(policy.tokenizer, dataset.train[:num], data.max_prompt_tokens, data.num_ranks)
     rng = random.Random(0)
@@ -138,20 +145,22 @@ def make_prompts(kind: str, num: int, policy: Policy, dataset: Dataset, config: 
 
 
 class Reward:
-    """What TRL's lists earn: read and matched with the catalog as ours are, then random."""
+    """What TRL's lists earn: read and matched with the catalog as ours are, then their hits or a random number."""
 
-    def __init__(self, catalog: Catalog, dataset: Dataset, num_ranks: int):
-        self.catalog, self.samples, self.num_ranks = catalog, dataset.train, num_ranks
+    def __init__(self, catalog: Catalog, dataset: Dataset, num_ranks: int, *, earned: bool):
+        self.catalog, self.samples, self.num_ranks, self.earned = catalog, dataset.train, num_ranks, earned
         self.part = load_parts("relevance", catalog)["relevance"]
         self.generator = torch.Generator().manual_seed(0)
-        self.__name__ = "random"
+        self.__name__ = "hits" if earned else "random"
 
     def __call__(self, completions: list[str], place: list[int], **_) -> list[float]:
         answers = [
             Answer(self.samples[p], text, True, self.catalog, self.num_ranks)
             for p, text in zip(place, completions, strict=True)
         ]
-        measure("relevance", self.part, answers)
+        relevance_BK = measure("relevance", self.part, answers)
+        if self.earned:
+            return relevance_BK.sum(1).tolist()
         return torch.randn(len(completions), generator=self.generator).tolist()
 
 
@@ -162,10 +171,12 @@ def measure_case(args: argparse.Namespace, case: str, dataset: Dataset) -> dict:
     constrain = "catalog" if way == "held" else "none"
     config = load_config(preset_file("tiny"), [f"rl.constrain={constrain}", f"rl.max_new_tokens={args.list_tokens}"])
     config = replace(config, rl=replace(config.rl, group_size=args.group_size, prompts_per_step=args.prompts))
-    policy = hold_to_catalog(make_policy(dataset, config), config, dataset.catalog)
+    earned = args.model is not None
+    policy = open_policy(args.model, config.model, start_parallel().device) if earned else make_policy(dataset, config)
+    policy = hold_to_catalog(policy, config, dataset.catalog)
     prompts = make_prompts(kind, args.prompts, policy, dataset, config)
-    reward = Reward(dataset.catalog, dataset, config.data.num_ranks)
-    ours = Ours(policy, config, dataset, prompts)
+    reward = Reward(dataset.catalog, dataset, config.data.num_ranks, earned=earned)
+    ours = Ours(policy, config, dataset, prompts, earned=earned)
     tokens = int(ours.step(0)[1])
     num_lists, num_steps, lists_only = len(prompts) * args.group_size, 1 + args.steps + args.memory, args.head == "gpu"
 
@@ -230,9 +241,11 @@ def parse_args() -> argparse.Namespace:
         description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--case", nargs="+", default=["p90-free", "demo-free", "p90-held", "demo-held"], metavar="CASE",
-        help="pN-free, pN-held (prompts of N tokens), demo-free, demo-held (default: p90 and demo, both ways)",
+        "--case", nargs="+", default=["p90-free", "data-free", "p90-held", "data-held"], metavar="CASE",
+        help="pN-free, pN-held (prompts of N tokens), data-free, data-held (those of --data; default: p90 and data)",
     )  # fmt: skip
+    parser.add_argument("--data", default="demo", help="demo, or a data set's folder (default demo)")
+    parser.add_argument("--model", type=Path, help="a warm start (tiny preset) on it; rewards are what lists earn")
     parser.add_argument("--prompts", type=int, default=16, help="prompts a step (default 16)")
     parser.add_argument("--group-size", type=int, default=8, help="lists a prompt, G (default 8)")
     parser.add_argument("--list-tokens", type=int, default=110, help="tokens of a free list (default 110)")
@@ -246,8 +259,10 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     for case in args.case:
         kind, _, way = case.partition("-")
-        if way not in ("free", "held") or not (kind == "demo" or (kind[:1] == "p" and kind[1:].isdigit())):
-            parser.error(f"--case {case}: expected pN-free, pN-held, demo-free or demo-held")
+        if way not in ("free", "held") or not (kind == "data" or (kind[:1] == "p" and kind[1:].isdigit())):
+            parser.error(f"--case {case}: expected pN-free, pN-held, data-free or data-held")
+        if args.model is not None and kind != "data":
+            parser.error(f"--case {case}: with --model, lists earn by conversations: data-free or data-held")
     if not any(args.prompts * args.group_size % rows == 0 for rows in args.trl_rows):
         parser.error(f"--trl-rows: none of {args.trl_rows} divides {args.prompts} x {args.group_size} lists")
     if importlib.util.find_spec("trl") is None:
@@ -258,12 +273,12 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     device = start_parallel().device
-    dataset = load_dataset("demo")
+    dataset = load_dataset(args.data)
     results = [measure_case(args, case, dataset) for case in args.case]
     print(f"{torch.get_num_threads()} threads; processor seconds a step, and TRL's over ours")
     print_table(list(chain.from_iterable(result["trainers"] for result in results)), COLUMNS)
     if args.out is not None:
-        settings = {name: getattr(args, name) for name in ("prompts", "group_size", "steps", "head")}
+        settings = {name: getattr(args, name) for name in ("data", "prompts", "group_size", "steps", "head")}
         settings |= {"parameters": count_parameters(make_policy(dataset, load_config(preset_file("tiny"))).model)}
         write_json(args.out, record("peers", device, settings=settings, results=results))
 
