@@ -169,7 +169,9 @@ def open_policy(
         use_shared_prefix(model)
     dropout = tuple(switch_off_dropout(model)) if trainable else ()
     if config.gradient_checkpointing and trainable:
-        model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": read_again})
+        # transformers 5.24 warns of the second name, 5.20 has no other.
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False, "context_fn": read_again})
     model.requires_grad_(trainable)
     model.train(trainable)
     allowed_V = valid_token_mask(model, tokenizer).to(device)
