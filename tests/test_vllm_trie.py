@@ -21,6 +21,7 @@ from rankgrpo.model.policy import Policy
 from rankgrpo.model.tiny import train_tokenizer
 from rankgrpo.sampler.base import Rollout
 from rankgrpo.sampler.vllm_trie import (
+    PINNED,
     RowLists,
     SlotLists,
     check_lists,
@@ -420,7 +421,7 @@ class AsksForMore(SlotBase):
 )
 def test_another_interface_is_one_clear_error(monkeypatch, newer, names, difference):
     message = (
-        rf"vLLM 0.32.9 cannot be held to the catalog.*{difference}.*pip install vllm==0.32.0, or set rl.sampler=hf"
+        rf"vLLM 0.32.9 cannot be held to the catalog.*{difference}.*pip install vllm=={PINNED}, or set rl.sampler=hf"
     )
     with pytest.raises(SamplingError, match=message):
         processor_class(pretend(monkeypatch, newer, **names), {}, constraint())

@@ -29,10 +29,9 @@ from rankgrpo.model.constraint import Constraint
 from rankgrpo.runtime.distributed import Parallel
 from rankgrpo.sampler.base import Rollout, check_prompts, eos_token_ids, fingerprint
 from rankgrpo.sampler.vllm_shards import share_requests, sum_of_shards
-from rankgrpo.sampler.vllm_trie import check_ids, check_lists, check_seen, processor_class, request_arguments
+from rankgrpo.sampler.vllm_trie import PINNED, check_ids, check_lists, check_seen, processor_class, request_arguments
 
 OLDEST, NEWEST = (0, 25), (0, 33)
-PINNED = "0.32.0"
 KV_BLOCK = 128  # tokens a block of the key-value cache on CPUs
 GIB = 2**30
 

@@ -31,6 +31,8 @@ from rankgrpo.model.constraint import Constraint
 from rankgrpo.model.packing import Group
 from rankgrpo.sampler.base import Rollout
 
+PINNED = "0.33.0"
+"""The vLLM of pyproject.toml's extra."""
 SEEN = "rankgrpo_seen"
 # What the processors read of vLLM's records.
 BATCH_FIELDS = {"removed", "added", "moved"}
@@ -299,6 +301,6 @@ def describe_difference(own: type, base: type, records: dict[type, set[str]]) ->
 
 def _unknown_interface(vllm: ModuleType, difference: str) -> str:
     return (
-        f"vLLM {vllm.__version__} cannot be held to the catalog, its logits processors are not those of 0.32 "
-        f"({difference}): pip install vllm==0.32.0, or set rl.sampler=hf, or rl.constrain=none"
+        f"vLLM {vllm.__version__} cannot be held to the catalog, its logits processors are not those of {PINNED} "
+        f"({difference}): pip install vllm=={PINNED}, or set rl.sampler=hf, or rl.constrain=none"
     )
