@@ -254,6 +254,9 @@ class RlConfig:
     """Processes (GPUs) that share one vLLM engine; above 1 for models too large for one GPU."""
     vllm_sleep: Literal[0, 1, 2] = 1
     """While the weights are updated vLLM 0 = keeps its memory, 1 = parks its weights in main memory, 2 = drops them."""
+    overlap: bool = False
+    """Sample the batch of the next step while this one trains, from the weights it began with; on CPUs, with the hf
+    sampler in a process of its own."""
     mismatch_alarm: Annotated[float, Field(gt=1)] = 1.1
     """Mean exp|trainer's - sampler's log-prob| of the sampled tokens above which a run stops, and says which weights
     differ."""
@@ -278,6 +281,17 @@ class RlConfig:
         if self.hard_group_size and self.vllm_tp > 1:
             raise BrokenRule(
                 "needs rl.vllm_tp = 1: engines that are shared sample together", "hard_group_size", "vllm_tp"
+            )
+        if self.overlap and self.sampler == "vllm":
+            raise BrokenRule(
+                "needs rl.sampler = hf: an engine on GPUs cannot sample beside training", "overlap", "sampler"
+            )
+        if self.overlap and self.mismatch_correction == "truncate":
+            raise BrokenRule(
+                "truncate needs rl.overlap = false: with it old log-probs are the sampler's, so the ratio of the loss "
+                "is that weight already; mask drops what has moved too far",
+                "mismatch_correction",
+                "overlap",
             )
         if self.unit != "rank" and self.repeat_penalty != 0:
             raise BrokenRule("belongs to ranks: needs rl.unit = rank", "repeat_penalty", "unit")

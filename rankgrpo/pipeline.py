@@ -37,6 +37,7 @@ from rankgrpo.model.new_tokens import read_new_tokens
 from rankgrpo.model.policy import has_bfloat16, open_policy
 from rankgrpo.model.presets import make_init, resolve_model
 from rankgrpo.model.tiny import TinyConfig
+from rankgrpo.rollouts.ahead import check_overlap
 from rankgrpo.rollouts.parts import load_parts
 from rankgrpo.runtime.distributed import Parallel, make_sharding, start_parallel, wait_for_all
 from rankgrpo.runtime.optim import rl_learning_rate
@@ -63,6 +64,7 @@ def run_pipeline(
         raise ConfigError("sft.enabled = false leaves nothing to do before reinforcement learning; set it to true")
     check_tracker(config.track)
     parallel = start_parallel()
+    check_overlap(config, parallel.device)
     dataset = load_config_dataset(config)
     if parallel.is_main:
         check_run_disk(config, run_dir, rl_start)
@@ -184,6 +186,7 @@ def check_run(config: Config, run_dir: Path) -> None:
     """Raise what a run would raise later: about data, reward, sampler, and a run folder of another configuration."""
     if config.rl.sampler == "vllm":
         require_vllm()
+    check_overlap(config, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     check_tracker(config.track)
     dataset = load_config_dataset(config)
     check_catalog(config, dataset)

@@ -11,9 +11,11 @@ import os
 import shutil
 import sys
 import time
+from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,9 +36,10 @@ from rankgrpo.model.constraint import hold_to_catalog
 from rankgrpo.model.packing import Group, Pack, plan_micro_batches
 from rankgrpo.model.policy import Policy, open_policy, open_reference
 from rankgrpo.parse import RankSegmenter
+from rankgrpo.rollouts.ahead import STALE, open_batches
 from rankgrpo.rollouts.mismatch import Gap, correct_units, describe_mismatch
 from rankgrpo.rollouts.record import RolloutLog
-from rankgrpo.rollouts.rounds import RoundMaker, describe_rounds, make_rounds
+from rankgrpo.rollouts.rounds import Round, RoundMaker, describe_rounds
 from rankgrpo.rollouts.score import Scorer
 from rankgrpo.rollouts.surrogate import hold_units
 from rankgrpo.runtime.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
@@ -67,7 +70,7 @@ class MicroBatch:
     allowed: AllowedIds | None = None
     """The ids that were allowed at each token, where lists are held to the catalog."""
     old_logp_BT: Tensor | None = None
-    """Log-probs under the policy that sampled; the first pass, which it makes, sets them."""
+    """Log-probs under the policy that sampled; the first pass sets them."""
     logp_BT: Tensor | None = None
     """Log-probs in the last update."""
     ref_logp_BT: Tensor | None = None
@@ -111,6 +114,14 @@ def make_micro_batches(
         own = [cut[p] for p in places]
         batch.append(MicroBatch(own, of_lists, pad_sequence(logp, batch_first=True), lists, num_cut, allowed))
     return batch
+
+
+def make_round_micro_batches(one: Round, policy: Policy, num_ranks: int) -> list[MicroBatch]:
+    """`make_micro_batches` of the groups of a round that are trained on."""
+    dense = policy.paths.packing != "shared"
+    return make_micro_batches(
+        one.groups, one.rollouts, one.scored.units, one.chosen, one.rl, num_ranks, one.choices, dense=dense
+    )
 
 
 class Updater:
@@ -192,7 +203,10 @@ class Updater:
         means.add("tokens/saved_frac", pack.tokens_dense - pack.tokens_shared, pack.tokens_dense)
         means.add_sum("tokens/trained", pack.tokens_shared)
         means.add("tokens/cut_frac", micro_batch.num_cut, micro_batch.num_cut + int(pack.mask_BT.sum()))
-        micro_batch.old_logp_BT = logp_BT
+        # What was sampled ahead is judged by the policy that sampled it, which only the sampler has seen: the ratio of
+        # the loss then corrects for the step between. Otherwise the two are one, and the trainer's own numbers are
+        # those that make the first ratio exactly 1.
+        micro_batch.old_logp_BT = sampler_logp_BT if self.rl.overlap else logp_BT
         counted_BT = pack.mask_BT & (units.unit_BT >= 0)  # a forced token is no evidence that the two agree
         micro_batch.gap = describe_mismatch(units, logp_BT, sampler_logp_BT, counted_BT, self.rl, means)
         micro_batch.units = correct_units(units, logp_BT, sampler_logp_BT, self.rl, means)
@@ -206,10 +220,10 @@ class Updater:
         alarm = self.rl.mismatch_alarm
         if total <= alarm * num_tokens:
             return
+        reason = STALE if self.rl.overlap else explain_mismatch(self.sampler, self.policy.model)
         raise TrainingError(
             f"{where}: mean exp|trainer's - sampler's log-prob| is {total / num_tokens:.4f}, above rl.mismatch_alarm = "
-            f"{alarm:g}. {explain_mismatch(self.sampler, self.policy.model)}. The weights were not changed and the "
-            f"last checkpoint is intact",
+            f"{alarm:g}. {reason}. The weights were not changed and the last checkpoint is intact",
             everywhere=True,
         )
 
@@ -249,11 +263,10 @@ def train(
     maker = RoundMaker(policy, sampler, scorer, dataset.train, prompts, seen, config)
     val_samples = dataset.validation[: rl.eval_samples]
 
-    done, next_batch, best = 0, 0, {"ndcg": -1.0, "se": 0.0}
+    state: dict[str, Any] = {"step": 0, "best": {"ndcg": -1.0, "se": 0.0}}
     if (checkpoint := latest_checkpoint(out / "checkpoints", parallel)) is not None:
         state = load_checkpoint(checkpoint, policy.model, optimizer)
-        done, best = state["step"], state["best"]
-        next_batch = state.get("next_batch", done)
+    done, best = state["step"], state["best"]
     log = rollout_log = None
     if parallel.is_main:
         log = MetricsLog(
@@ -276,62 +289,56 @@ def train(
             best = {"ndcg": ndcg, "se": metrics[f"eval/se_ndcg@{num_ranks}"]}
         return metrics
 
-    sync_weights(sampler, policy.model)
-    if done == 0:
-        metrics = validate_and_keep_best(0)
-        watch.add({"step": 0, **metrics})
-        if log is not None:
-            log.write(0, metrics)
-
-    for step in range(done, rl.num_steps):
-        began, means, where = time.perf_counter(), Means(), f"RL step {step + 1}"
-        rounds, next_batch = make_rounds(maker, order, next_batch, step, means, parallel)
-        sampler.sleep()
-        sampled = time.perf_counter()
-
-        dense = policy.paths.packing != "shared"
-        batches = [
-            make_micro_batches(
-                one.groups, one.rollouts, one.scored.units, one.chosen, one.rl, num_ranks, one.choices, dense=dense
-            )
-            for one in rounds
-        ]
-        batch = list(chain.from_iterable(batches))
-        denominator = max(parallel.sum([sum(one.denominator for one in rounds)])[0], 1.0)
-        score_s = sum(one.score_s for one in rounds)
-        scored_at = time.perf_counter()
-
-        updater.add_reference(batch)
-        for update in range(rl.updates_per_batch):
-            lr = rl_learning_rate(step, rl)
-            norm = updater.step(batch, denominator, lr, f"{where}, update {update + 1}", means)
-        updated = time.perf_counter()
+    with closing(open_batches(maker, order, start, parallel, state)) as batches:
         sync_weights(sampler, policy.model)
-        synced = time.perf_counter()
+        if done == 0:
+            metrics = validate_and_keep_best(0)
+            watch.add({"step": 0, **metrics})
+            if log is not None:
+                log.write(0, metrics)
 
-        describe_rounds(rounds, rl, means, parallel)
-        metrics = means.reduce(parallel)
-        metrics |= {"grad/norm": norm, "lr": lr}
-        num_done = step + 1
-        if num_done % rl.eval_every == 0 or num_done == rl.num_steps:
-            metrics |= validate_and_keep_best(num_done)
-        metrics |= {
-            "time/sample_s": sampled - began - score_s,
-            "time/score_s": score_s + scored_at - sampled,
-            "time/update_s": updated - scored_at,
-            "time/sync_s": synced - updated,
-            "time/total_s": time.perf_counter() - began,
-        }
-        if log is not None:
-            log.write(num_done, metrics)
-        if rollout_log is not None and rollout_log.wants(num_done):
-            first = rounds[0]
-            ratios = token_log_ratios(batches[0])
-            rollout_log.write(num_done, first.examples, first.rollouts, first.scored, first.choices, ratios)
-        report_trouble(watch, num_done, metrics, out, parallel)
-        if num_done % rl.save_every == 0 or num_done == rl.num_steps:
-            state = {"best": best, "next_batch": next_batch}
-            save_checkpoint(out / "checkpoints", num_done, policy.model, optimizer, state, rl.keep_last, parallel)
+        for step in range(done, rl.num_steps):
+            began, where = time.perf_counter(), f"RL step {step + 1}"
+            batch = batches.take(step)
+            rounds, means = batch.rounds, batch.means
+            sampler.sleep()
+            sampled = time.perf_counter()
+
+            of_rounds = [make_round_micro_batches(one, policy, num_ranks) for one in rounds]
+            micro_batches = list(chain.from_iterable(of_rounds))
+            denominator = max(parallel.sum([sum(one.denominator for one in rounds)])[0], 1.0)
+            scored_at = time.perf_counter()
+
+            updater.add_reference(micro_batches)
+            for update in range(rl.updates_per_batch):
+                lr = rl_learning_rate(step, rl)
+                norm = updater.step(micro_batches, denominator, lr, f"{where}, update {update + 1}", means)
+            updated = time.perf_counter()
+            sync_weights(sampler, policy.model)
+            synced = time.perf_counter()
+
+            describe_rounds(rounds, rl, means, parallel)
+            metrics = means.reduce(parallel)
+            metrics |= {"grad/norm": norm, "lr": lr}
+            num_done = step + 1
+            if num_done % rl.eval_every == 0 or num_done == rl.num_steps:
+                metrics |= validate_and_keep_best(num_done)
+            metrics |= {
+                "time/sample_s": sampled - began - batch.score_s - batch.sync_s,
+                "time/score_s": batch.score_s + scored_at - sampled,
+                "time/update_s": updated - scored_at,
+                "time/sync_s": batch.sync_s + synced - updated,
+                "time/total_s": time.perf_counter() - began,
+            }
+            if log is not None:
+                log.write(num_done, metrics)
+            if rollout_log is not None and rollout_log.wants(num_done):
+                first, ratios = rounds[0], token_log_ratios(of_rounds[0])
+                rollout_log.write(num_done, first.examples, first.rollouts, first.scored, first.choices, ratios)
+            report_trouble(watch, num_done, metrics, out, parallel)
+            if num_done % rl.save_every == 0 or num_done == rl.num_steps:
+                state = {"best": best, **batches.state(num_done)}
+                save_checkpoint(out / "checkpoints", num_done, policy.model, optimizer, state, rl.keep_last, parallel)
     if log is not None:
         log.close()
     if parallel.is_main and final.is_dir():

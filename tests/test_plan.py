@@ -13,6 +13,7 @@ from rankgrpo.model.forward import pack_logprobs
 from rankgrpo.model.packing import Group, build_pack
 from rankgrpo.sizing.architecture import PRESETS, Architecture, find_architecture
 from rankgrpo.sizing.cli import parse_rates, with_longest_list
+from rankgrpo.sizing.overlap import overlap_bytes, overlap_lines
 from rankgrpo.sizing.plan import (
     Machine,
     Rates,
@@ -337,3 +338,17 @@ def test_lists_held_to_the_catalog_are_counted_at_the_longest_there_can_be():
     with pytest.raises(ConfigError, match="--longest-list is of lists held to the catalog"):
         with_longest_list(preset("qwen2.5-0.5b"), 700)
     assert with_longest_list(preset("qwen2.5-0.5b"), None) == preset("qwen2.5-0.5b")
+
+
+def test_the_copy_that_samples_ahead_is_counted():
+    config = preset("qwen2.5-0.5b")
+    arch = PRESETS["qwen2.5-0.5b"]
+    assert overlap_lines(arch, config, 1e9) == []
+    ahead = preset("qwen2.5-0.5b", "rl.overlap=true", "model.autocast=none")
+    assert overlap_bytes(arch, ahead, 7.0) | {"libraries": 0} == {
+        "weights": 4 * arch.num_parameters, "keys and values": 7.0, "libraries": 0,
+    }  # fmt: skip
+    split = preset("qwen2.5-0.5b", "rl.overlap=true", "model.autocast=bfloat16", "parallel.shard=full")
+    assert overlap_bytes(arch, split, 7.0)["weights"] == 2 * arch.num_parameters
+    told = render(make_plan("m", arch, ahead, Machine(1, 80)))
+    assert "GB of main memory for rl.overlap, beside every training process, " in told and "refused" in told

@@ -61,12 +61,19 @@ class Constraint:
 def open_constraint(
     catalog: Catalog, tokenizer: PreTrainedTokenizerBase, *, num_ranks: int, forbid: Forbid
 ) -> Constraint:
-    """The constraint of a catalog under a tokenizer.
+    """The constraint of a catalog under a tokenizer. Raises ConfigError as `constraint_of_lines`."""
+    return constraint_of_lines(catalog.lines, tokenizer, num_ranks=num_ranks, forbid=forbid)
+
+
+def constraint_of_lines(
+    lines: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, num_ranks: int, forbid: Forbid
+) -> Constraint:
+    """The constraint of a catalog's lines, item i's at place i, under a tokenizer.
 
     Raises ConfigError, which says which line, for a catalog that cannot be written so.
     """
     try:
-        trie = CatalogTrie.build(catalog.lines, tokenizer, num_ranks=num_ranks, eos_id=tokenizer.eos_token_id)
+        trie = CatalogTrie.build(lines, tokenizer, num_ranks=num_ranks, eos_id=tokenizer.eos_token_id)
     except ValueError as error:
         raise ConfigError(
             f"lists held to the catalog: {error}; or decode freely, rl.constrain=none eval.constrain=run"

@@ -318,8 +318,10 @@ def sft_loss(run: RunCurves) -> Figure | None:
 
 
 def phase_seconds(curves: Curves) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Seconds by step of every `time/<phase>_s` but the total, known phases first."""
-    names = [match[1] for key in curves if (match := re.fullmatch(r"time/(.+)_s", key)) and match[1] != "total"]
+    """Seconds by step of every `time/<phase>_s` but the total, and what was sampled beside the rest, known phases
+    first."""
+    apart = ("total", "ahead")
+    names = [match[1] for key in curves if (match := re.fullmatch(r"time/(.+)_s", key)) and match[1] not in apart]
     known = ["sample", "score", "update", "sync"]
     names.sort(key=lambda name: (known.index(name) if name in known else len(known), name))
     return {name: curves[f"time/{name}_s"] for name in names}

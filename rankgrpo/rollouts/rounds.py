@@ -12,6 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from rankgrpo.config import Config, RlConfig
 from rankgrpo.data.order import BatchOrder
@@ -84,7 +85,7 @@ class RoundMaker:
     def make(self, indices: list[int], step: int, means: Means) -> Round:
         """A round of fresh conversations."""
         rl = self.config.rl
-        rollouts = self._sample(indices, step, rl.group_size, "")
+        rollouts = self.sampler.sample(**self.request(indices, step, rl.group_size))
         return self._score(indices, rollouts, rl, means)
 
     def enlarge(self, first: Round, step: int) -> Round | None:
@@ -96,20 +97,22 @@ class RoundMaker:
         indices = [first.indices[p] for p in first.flat]
         if not indices:
             return None
-        new = self._sample(indices, step, rl.hard_group_size - rl.group_size, "\0more")
+        new = self.sampler.sample(**self.request(indices, step, rl.hard_group_size - rl.group_size, "\0more"))
         rollouts = [[*first.rollouts[p], *more] for p, more in zip(first.flat, new, strict=True)]
         return self._score(indices, rollouts, replace(rl, group_size=rl.hard_group_size, hard_group_size=0), Means())
 
-    def _sample(self, indices: list[int], step: int, group_size: int, salt: str) -> list[list[Rollout]]:
+    def request(self, indices: list[int], step: int, group_size: int, salt: str = "") -> dict[str, Any]:
+        """Arguments of `Sampler.sample` for lists of these conversations; `salt` gives further lists seeds of their
+        own."""
         rl = self.config.rl
-        return self.sampler.sample(
-            [self.prompts[i] for i in indices],
-            group_size=group_size,
-            seeds=[prompt_seed(self.config.seed, step, f"{self.samples[i].id}{salt}") for i in indices],
-            max_new_tokens=rl.max_new_tokens,
-            temperature=rl.temperature,
-            seen=[self.seen[i] for i in indices],
-        )
+        return {
+            "prompts": [self.prompts[i] for i in indices],
+            "group_size": group_size,
+            "seeds": [prompt_seed(self.config.seed, step, f"{self.samples[i].id}{salt}") for i in indices],
+            "max_new_tokens": rl.max_new_tokens,
+            "temperature": rl.temperature,
+            "seen": [self.seen[i] for i in indices],
+        }
 
     def _score(self, indices: list[int], rollouts: list[list[Rollout]], rl: RlConfig, means: Means) -> Round:
         began = time.perf_counter()

@@ -16,6 +16,7 @@ from rankgrpo.config import Config
 from rankgrpo.sampler.rows import step_rows
 from rankgrpo.sizing.architecture import Architecture
 from rankgrpo.sizing.disk import disk_line
+from rankgrpo.sizing.overlap import overlap_lines
 
 GB = 1e9
 RESERVED = 4 * GB
@@ -369,6 +370,7 @@ def render(plan: Plan) -> str:
         "",
         disk_line(arch, plan.config),
         "",
+        *overlap_lines(arch, plan.config, plan.engine["keys and values"]),
         "seconds a step, expected",
         *_rows(plan.seconds | {"in all": sum(plan.seconds.values())}, 1, 2),
         *_whole_run(plan),

@@ -1,9 +1,10 @@
-"""SIGKILL at chosen or at random moments: `python tests/distributed/kills.py --random 20`.
+"""SIGKILL at chosen or at random moments: `python tests/distributed/kills.py --random 20 --overlap`.
 
 Two workers train the tiny run with a split model under torchrun's agent; a worker or the agent is killed, the same
 command goes on, and so forth. Whenever the run gets to its end, its metrics and scores must be those of the run that
-was never killed, bit for bit. This process has imported everything and forks the agents and workers, which would
-otherwise spend most of their time importing.
+was never killed, bit for bit. With --overlap each worker has a process that samples ahead, a step may take further
+rounds and larger groups, and a tracker is told of it all. This process has imported everything and forks the agents and
+workers, which would otherwise spend most of their time importing.
 """
 
 from __future__ import annotations
@@ -33,6 +34,12 @@ from rankgrpo.files.atomic import TEMPORARY  # noqa: E402
 from rankgrpo.runtime.checkpoint import list_checkpoints  # noqa: E402
 
 fsync = os.fsync
+SETTINGS = [*WORDS, "parallel.shard=full"]
+OVERLAP = [
+    *("rl.overlap=true", "rl.lr=3e-3", "rl.mismatch_alarm=1e3", "rl.kl_coef=0", "rl.overflow_penalty=0"),
+    *("rl.early_eos_penalty=0", "rl.live_groups=3", "rl.max_rounds=3", "rl.hard_group_size=5", "rl.constrain=catalog"),
+    *("track.kind=wandb", "track.offline=true"),
+]
 
 
 def worker(words: list[str], delay: float) -> None:
@@ -60,7 +67,7 @@ def start(run: Path, delay: float = 0.0, max_restarts: int = 0) -> int:
             1, 1, 2, run_id=uuid.uuid4().hex, rdzv_endpoint="localhost:0", rdzv_backend="c10d", start_method="fork",
             max_restarts=max_restarts, monitor_interval=0.1,
         )  # fmt: skip
-        words = ["run", "--run-dir", str(run), "--set", *WORDS, "parallel.shard=full"]
+        words = ["run", "--run-dir", str(run), "--set", *SETTINGS]
         elastic_launch(config, worker)(words, delay)
         status = 0
     finally:
@@ -131,11 +138,18 @@ def kill_at_chosen_moments(run: Path, whole: Path) -> None:
 def kill(victim: int, agent: int) -> int:
     """The agent's exit status after the kill; all that it started must end with it."""
     workers = children(agent)
+    started = [*workers, *samplers(workers)]
     os.kill(victim, signal.SIGKILL)
-    status = ended(agent, 300)
+    status = ended(agent, 600)
     assert status is not None, "torchrun outlived its worker"
-    assert gone(workers), "workers outlived torchrun"
+    assert gone(started), "a worker, or what samples for it, outlived torchrun"
     return status
+
+
+def samplers(workers: list[int]) -> list[int]:
+    """The processes that sample ahead for these workers."""
+    started = [process for worker in workers for process in children(worker)]
+    return [one for one in started if b"rankgrpo.sampler.process" in Path(f"/proc/{one}/cmdline").read_bytes()]
 
 
 def kill_at_random(run: Path, rng: random.Random) -> str:
@@ -150,9 +164,11 @@ def kill_at_random(run: Path, rng: random.Random) -> str:
     if status is not None:
         assert status == 0, Path(f"{run}.log").read_text()
         return "finished"
-    victim = rng.choice([agent, *children(agent)])
-    kill(victim, agent)
-    return "torchrun killed" if victim == agent else "worker killed"
+    workers = children(agent)
+    victims = {agent: "torchrun"} | dict.fromkeys(workers, "worker") | dict.fromkeys(samplers(workers), "sampler")
+    victim = rng.choice(list(victims))
+    kill(victim, agent)  # a run that had nothing more to sample ends well without its sampler
+    return f"{victims[victim]} killed"
 
 
 def kill_at_random_moments(num_kills: int, seed: int, run: Path, whole: Path) -> None:
@@ -180,7 +196,9 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--random", type=int, default=0, metavar="KILLS", help="0: at the chosen moments")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--overlap", action="store_true", help="with rl.overlap, rounds, larger groups and a tracker")
     arguments = parser.parse_args()
+    SETTINGS += OVERLAP if arguments.overlap else []
     with tempfile.TemporaryDirectory() as temporary:
         run, whole = Path(temporary) / "run", Path(temporary) / "whole"
         assert_finishes(start(whole), whole)
