@@ -142,6 +142,10 @@ def test_lists_of_a_checkpoint_serve_any_number_of_processes():
     kept = json.loads(json.dumps([row for one in two for row in one.kept()]))
     alone = ListsAhead(None, kept)
     assert alone.ahead and alone.sample([[1], [2]], seeds=[8, 7]) == [lists[1], lists[0]]
+    with pytest.raises(AttributeError, match="sample"):  # there is no process to ask, and each was kept once
+        alone.sample([[1]], seeds=[7])
+    twice = ListsAhead(None, [*kept, (7, rollouts_to_json(lists[1]))])
+    assert twice.sample([[1], [2], [1]], seeds=[7, 8, 7]) == [lists[0], lists[1], lists[1]]
     alone.forget()
     assert not alone.ahead and alone.kept() == []
 

@@ -17,6 +17,7 @@ import json
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -146,13 +147,21 @@ class BatchesAhead(Batches):
 
 
 class ListsAhead:
-    """A sampler that has some lists by their seeds already, and has others sampled by a process."""
+    """A sampler that has some lists by their seeds already, and has others sampled by a process.
+
+    A conversation that comes twice in a step has one seed and the same lists, but for the rounding of their log-probs,
+    which depends on the batch they were decoded in: both are kept and given in order.
+    """
 
     owns_weights = True
 
     def __init__(self, process: ProcessSampler, kept: Iterable[tuple[int, list[Any]]] = ()):
         self.process = process
-        self.lists: dict[int, list[Rollout]] = {seed: rollouts_from_json(rows) for seed, rows in kept}
+        self.lists: dict[int, list[list[Rollout]]] = {}
+        self.given: Counter[int] = Counter()
+        """By seed, how many of its groups have been asked for."""
+        for seed, rows in kept:
+            self._keep([seed], [rollouts_from_json(rows)])
         self.begun: list[Request] = []
         self.ahead = bool(self.lists)
         """Whether there are lists of the weights of the step before, here or on their way."""
@@ -165,29 +174,37 @@ class ListsAhead:
         self.begun, self.ahead = list(requests), True
 
     def sample(self, prompts: list[list[int]], *, seeds: list[int], **terms: Any) -> list[list[Rollout]]:
-        """As `Sampler.sample`. What is not there is sampled from the weights that the process has."""
+        """As `Sampler.sample`. A call that was not sampled ahead is sampled now, from the weights the process has."""
         self._collect()
-        if any(seed not in self.lists for seed in seeds):
-            self.lists |= zip(seeds, self.process.sample(prompts, seeds=seeds, **terms), strict=True)
-        return [self.lists[seed] for seed in seeds]
+        asked = self.given + Counter(seeds)
+        if any(len(self.lists.get(seed, ())) < asked[seed] for seed in seeds):
+            self._keep(seeds, self.process.sample(prompts, seeds=seeds, **terms))
+        groups = []
+        for seed in seeds:
+            groups.append(self.lists[seed][self.given[seed]])
+            self.given[seed] += 1
+        return groups
 
     def kept(self) -> list[tuple[int, list[Any]]]:
-        """Every list by its seed, as JSON has it."""
+        """Every group by its seed, as JSON has it."""
         self._collect()
-        return [(seed, rollouts_to_json(rollouts)) for seed, rollouts in self.lists.items()]
+        return [(seed, rollouts_to_json(group)) for seed, groups in self.lists.items() for group in groups]
 
     def forget(self) -> None:
         """Drop the lists of a step that has been made."""
         self._collect()
-        self.lists, self.ahead = {}, False
+        self.lists, self.given, self.ahead = {}, Counter(), False
+
+    def _keep(self, seeds: Sequence[int], groups: Sequence[list[Rollout]]) -> None:
+        for seed, group in zip(seeds, groups, strict=True):
+            self.lists.setdefault(seed, []).append(group)
 
     def _collect(self) -> None:
         if not self.begun:
             return
-        seeds = [seed for request in self.begun for seed in request["seeds"]]
-        self.begun = []
-        self.lists |= zip(seeds, (group for groups in self.process.finish() for group in groups), strict=True)
-        self.seconds = self.process.seconds
+        for request, groups in zip(self.begun, self.process.finish(), strict=True):
+            self._keep(request["seeds"], groups)
+        self.begun, self.seconds = [], self.process.seconds
 
 
 def check_overlap(config: Config, device: torch.device) -> None:
