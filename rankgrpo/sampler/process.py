@@ -35,8 +35,8 @@ from rankgrpo.sampler.base import Rollout, fingerprint
 from rankgrpo.sampler.choose import hf_sampler
 from rankgrpo.sampler.hf import HFSampler
 
-ALIGNMENT = 64
-"""Bytes; every tensor begins at a multiple, as torch's own do."""
+LINE = 64
+"""Bytes of a cache line."""
 # The kernel ends this process when the thread that started it ends (PR_SET_PDEATHSIG, SIGKILL). That is asked for
 # before anything slow is imported, and a parent that was faster is noticed.
 BOOT = (
@@ -64,6 +64,9 @@ class Opening:
     autocast: bool
     half: bool
     """Whether the copy is in bfloat16, as a split policy that computes in it is sampled from."""
+    fresh: bool
+    """Whether the policy is sampled from tensors that are made for it, as are those of a split one or of one with
+    adapters, and not from those that were read from `source`."""
     rows: int
     threads: int
     lines: list[str] | None
@@ -85,6 +88,7 @@ class Opening:
             attention=paths.attention,
             autocast=policy.bfloat16 and not split,
             half=policy.bfloat16 and split,
+            fresh=policy.skeleton is not None,
             rows=rows,
             threads=threads,
             lines=None if constraint is None else lines,
@@ -267,16 +271,22 @@ class _Served:
                 opening.lines, policy.tokenizer, num_ranks=opening.num_ranks, forbid=opening.forbid
             )
         policy = with_paths(replace(policy, constraint=constraint, bfloat16=opening.autocast), paths)
-        layout = self._share(policy.model, torch.bfloat16 if opening.half else torch.float32)
+        dtype = torch.bfloat16 if opening.half else torch.float32
+        layout = self._share(policy.model, dtype, fresh=opening.fresh)
         self.sampler = hf_sampler(policy, opening.rows)
         return {"layout": layout, "eos_ids": self.sampler.eos_ids}
 
-    def _share(self, model: nn.Module, dtype: torch.dtype) -> list[tuple[str, list[int], int]]:
-        """Move the parameters into the shared memory, which is made as large as they need; tied ones go once."""
+    def _share(self, model: nn.Module, dtype: torch.dtype, *, fresh: bool) -> list[tuple[str, list[int], int]]:
+        """Move the parameters into the shared memory, which is made as large as they need; tied ones go once.
+
+        The last bit of a matrix product depends on where in a cache line its operands begin, and a model that was read
+        from a file begins where the file has it. So every tensor keeps its place in the line.
+        """
         parameters, layout, end = dict(model.named_parameters()), [], 0
         for name, parameter in parameters.items():
-            layout.append((name, list(parameter.shape), end))
-            end += -(-parameter.numel() * dtype.itemsize // ALIGNMENT) * ALIGNMENT
+            start = -(-end // LINE) * LINE + (0 if fresh else parameter.data_ptr() % LINE)
+            layout.append((name, list(parameter.shape), start))
+            end = start + parameter.numel() * dtype.itemsize
         os.ftruncate(self.memory, end)
         self.tensors = map_tensors(self.memory, layout, dtype)
         for name, parameter in parameters.items():
