@@ -13,6 +13,9 @@ Providers, all on the same weights, rollouts and weighted-sum loss:
                 elsewhere every position goes through it, prompts and padding too
   trl_head      the same with its head as on a GPU: the lists' tokens alone, wherever it runs
   trl_trimmed   trl_head with rows of like length together, padded to the longest of the micro-batch, as it does not
+  held          shared with the head over the ids that a catalog allows at every token; only with --held
+With --held the lists are of a catalog's lines, at most 230 tokens each, and the others read the same lists over the
+whole vocabulary: prompts, lists and tokens are equal, the task is not, so held's gradient is another one.
 TRL's run once at every micro-batch size of --trl-rows, and the fastest size is measured (trl@2: two rows). They need
 the extra [bench].
 
@@ -37,8 +40,10 @@ from statistics import median
 import torch
 from torch import Tensor
 from transformers import Qwen2Config, Qwen2ForCausalLM
+from update_held import make_trie
 
 from rankgrpo.files.malloc import keep_freed_memory
+from rankgrpo.items.trie import CatalogTrie
 from rankgrpo.logprob import token_logprobs
 from rankgrpo.model.attention import ordinary_attention, use_shared_prefix
 from rankgrpo.model.forward import pack_logprobs
@@ -47,8 +52,20 @@ from rankgrpo_kernels.bench.common import peak_extra_bytes, print_table, record,
 
 EXAMPLE = """examples:
   python experiments/bench/update.py --case p300 p700 p2048 mix
-  python experiments/bench/update.py --shape tiny --case tiny --providers shared dense_packed dense_padded"""
-PROVIDERS = ("shared", "dense_packed", "dense_rows", "dense_model", "dense_padded", "trl", "trl_head", "trl_trimmed")
+  python experiments/bench/update.py --shape tiny --case tiny --providers shared dense_packed dense_padded
+  python experiments/bench/update.py --shape qwen2.5-0.5b --case p700 --providers shared held trl_head \\
+    --held path/to/redial --tokenizer build/tokenizers/qwen2_5"""
+PROVIDERS = (
+    "shared",
+    "held",
+    "dense_packed",
+    "dense_rows",
+    "dense_model",
+    "dense_padded",
+    "trl",
+    "trl_head",
+    "trl_trimmed",
+)
 COLUMNS = {
     "provider": "", "best_s": ".3g", "median_s": ".3g", "time_ratio": ".2f", "cpu_s": ".3g", "cpu_ratio": ".2f",
     "peak_mib": ".0f", "memory_ratio": ".2f", "gradient_error": ".1e",
@@ -92,18 +109,26 @@ def make_model(shape: Shape, device: torch.device, dtype: torch.dtype) -> Qwen2F
     return model
 
 
-def make_groups(case: str, vocab: int) -> list[Group]:
-    """Groups of pN: one with a prompt of N tokens; of mix: eight prompts of mean 700; of tiny: 32 small uneven ones."""
+def make_groups(case: str, vocab: int, trie: CatalogTrie | None = None) -> list[Group]:
+    """Groups of pN: one with a prompt of N tokens; of mix: eight prompts of mean 700; of tiny: 32 small uneven ones.
+
+    With a trie the lists are of its lines, else random ids.
+    """
     rng = random.Random(0)
+
+    def one_list(size: int) -> list[int]:
+        if trie is None:
+            return ids(size)
+        return trie.list_ids(rng.sample(range(len(trie.line_of_item)), trie.num_ranks))[:size]
 
     def ids(size: int) -> list[int]:
         return [rng.randrange(vocab) for _ in range(size)]
 
     if case == "tiny":
         prompts = [rng.randint(25, 150) for _ in range(32)]
-        return [Group(ids(p), [ids(rng.randint(40, 130)) for _ in range(GROUP_SIZE)]) for p in prompts]
+        return [Group(ids(p), [one_list(rng.randint(40, 130)) for _ in range(GROUP_SIZE)]) for p in prompts]
     prompts = MIX if case == "mix" else (int(case.removeprefix("p")),)
-    return [Group(ids(p), [ids(LIST_TOKENS) for _ in range(GROUP_SIZE)]) for p in prompts]
+    return [Group(ids(p), [one_list(LIST_TOKENS) for _ in range(GROUP_SIZE)]) for p in prompts]
 
 
 def list_weights(groups: list[Group]) -> list[list[Tensor]]:
@@ -117,11 +142,18 @@ def weighted_sum(logp_BT: Tensor, weights: list[Tensor]) -> Tensor:
     return (logp_BT * weight_BT).sum()
 
 
-def packed_step(model, groups: list[Group], weights: list[list[Tensor]], budget: int) -> float:
+def packed_step(
+    model, groups: list[Group], weights: list[list[Tensor]], budget: int, trie: CatalogTrie | None = None
+) -> float:
     total = 0.0
     for chosen in plan_micro_batches(groups, budget):
         pack = build_pack([groups[i] for i in chosen], model.device)
-        loss = weighted_sum(pack_logprobs(model, pack), [w for i in chosen for w in weights[i]])
+        allowed = None
+        if trie is not None:  # the walk through the trie is part of the step
+            lists = [ids for i in chosen for ids in groups[i].completion_ids]
+            allowed = trie.choices(lists).for_head().to(model.device)
+        logp_BT = pack_logprobs(model, pack, allowed=allowed)
+        loss = weighted_sum(logp_BT, [w for i in chosen for w in weights[i]])
         loss.backward()
         total += float(loss.detach())
     return total
@@ -191,10 +223,11 @@ class Provider:
     step: Callable[[], float]
 
 
-def make_providers(args, model, groups: list[Group]) -> dict[str, Provider]:
+def make_providers(args, model, groups: list[Group], trie: CatalogTrie | None) -> dict[str, Provider]:
     weights = list_weights(groups)
     steps = {
         "shared": lambda: packed_step(model, groups, weights, args.token_budget),
+        "held": lambda: packed_step(model, groups, weights, args.token_budget, trie),
         "dense_packed": lambda: dense_packed_step(model, groups, weights, args.token_budget),
         "dense_rows": lambda: dense_rows_step(model, groups, weights, streamed=True),
         "dense_model": lambda: dense_rows_step(model, groups, weights, streamed=False),
@@ -244,7 +277,7 @@ def check_agreement(providers: dict[str, Provider], tolerance: float) -> tuple[d
         gradient = torch.cat([parameter.grad.flatten().float() for parameter in provider.model.parameters()])
         reference = gradient if reference is None else reference
         errors[name] = float((gradient - reference).norm() / reference.norm())
-    if wrong := {name: error for name, error in errors.items() if not error <= tolerance}:
+    if wrong := {name: error for name, error in errors.items() if name != "held" and not error <= tolerance}:
         raise ValueError(f"providers compute different gradients, relative errors {wrong}, allowed {tolerance}")
     return errors, wall
 
@@ -260,9 +293,9 @@ def seconds(step: Callable[[], float], device: torch.device) -> tuple[float, flo
     return time.perf_counter() - wall, time.process_time() - cpu
 
 
-def measure_case(args, case: str, model) -> dict:
-    groups = make_groups(case, model.config.vocab_size)
-    providers = make_providers(args, model, groups)
+def measure_case(args, case: str, model, trie: CatalogTrie | None) -> dict:
+    groups = make_groups(case, model.config.vocab_size, trie)
+    providers = make_providers(args, model, groups, trie)
     errors, once = check_agreement(providers, 1e-4 if model.dtype == torch.float32 else 5e-2)
     providers = {name: providers[name] for name in best_sizes(once)}
     peaks = {}
@@ -312,6 +345,8 @@ def parse_args() -> argparse.Namespace:
         "--case", nargs="+", default=["p300", "p700", "p2048"], help="pN (one prompt of N tokens), mix, tiny"
     )
     parser.add_argument("--providers", nargs="+", choices=PROVIDERS, metavar="NAME", help="default: all installed")
+    parser.add_argument("--held", metavar="DATA", help="lists of this data set's catalog: a folder, or demo")
+    parser.add_argument("--tokenizer", help="of --held: a folder or a hub name, with ids of the shape's vocabulary")
     parser.add_argument("--trials", type=int, default=3, help="timed steps a provider (default: 3)")
     parser.add_argument("--token-budget", type=int, default=16384, help="packed tokens a micro-batch (default: 16384)")
     parser.add_argument("--rows", type=int, default=8, help="rows a micro-batch of dense_padded (default: 8)")
@@ -325,12 +360,17 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="write the results as JSON here")
     args = parser.parse_args()
     has_trl = importlib.util.find_spec("trl") is not None
+    if (args.held is None) != (args.tokenizer is None):
+        parser.error("--held and --tokenizer go together: the lists are the catalog's lines in that tokenizer's ids")
     if args.providers is None:
         args.providers = [name for name in PROVIDERS if has_trl or not name.startswith("trl")]
+        args.providers = [name for name in args.providers if args.held is not None or name != "held"]
         if not has_trl:
             print("left out: trl (not installed; pip install -e '.[bench]')")
     elif not has_trl and any(name.startswith("trl") for name in args.providers):
         parser.error("trl is not installed: pip install -e '.[bench]'")
+    if "held" in args.providers and args.held is None:
+        parser.error("--providers held needs --held DATA and --tokenizer PATH")
     if "shared" not in args.providers:
         parser.error("--providers must include 'shared': every ratio is against it")
     return args
@@ -341,16 +381,17 @@ def main() -> None:
     keep_freed_memory()
     device, shape = torch.device(args.device), SHAPES[args.shape]
     model = make_model(shape, device, getattr(torch, args.dtype))
+    trie = make_trie(args.held, args.tokenizer, shape.vocab) if args.held is not None else None
     results = []
     for case in args.case:
-        result = measure_case(args, case, model)
+        result = measure_case(args, case, model, trie)
         results.append(result)
         saved = 1 - result["tokens_shared"] / result["tokens_dense"]
         print(f"\n{case}: {result['tokens_shared']} tokens for {result['tokens_dense']} ({saved:.0%} saved)")
         print_table(result["providers"], COLUMNS)
     if args.out is not None:
         settings = {"shape": {"name": args.shape, **asdict(shape)}, "dtype": args.dtype}
-        settings |= {"group_size": GROUP_SIZE, "list_tokens": LIST_TOKENS}
+        settings |= {"group_size": GROUP_SIZE, "list_tokens": LIST_TOKENS, "held": args.held is not None}
         write_json(args.out, record("update", device, **settings, results=results))
 
 
