@@ -17,8 +17,8 @@ The penalties of the paper (arXiv 2510.20150, section 2.3.3 and appendix C) get 
 the tokens they are about and no others. They are advantages, added after normalisation as in the released code; as
 rewards they would vanish in every group whose lists all fail alike. Only the list itself is read, never its group.
 
-For trainers that hold one advantage a token: `token_advantage` spreads the ranks' over them; `hide_units` also marks
-where units begin, in the lowest bit, and `units_from_advantage` finds them again on the other side of such a trainer.
+For trainers that hold one advantage a token: `token_advantage` spreads the ranks' over them; `hide_units` also keeps
+neighbouring units apart, and `units_from_advantage` finds them again on the other side of such a trainer.
 """
 
 # Shape letters: B lists, T completion tokens, K ranks (or 1: one advantage a list), U units, E units beyond the ranks.
@@ -213,19 +213,24 @@ def token_advantage(rank_BT: Tensor, advantage_BK: Tensor, *, mean_by_rank: bool
     return torch.where(inside_BT, advantage_BK.gather(1, slot_BT), 0.0)
 
 
-# Smaller advantages count as 0: the lowest bit of an exact 0 would make a subnormal number, which devices flush.
-_HIDDEN_ZERO = 2.0**-120
+# The lowest bits of a hidden advantage: 0000 in a list's even units, 1000 in its odd ones. Neighbours then differ by
+# 8 units in the last place at least, which three roundings of a factor cannot bring together.
+_MARK_BITS, _ODD = 15, 8
+# Advantages below the first count as 0 and are written as the second; what is read below the third is 0 again. Between
+# them lies the room for the factors that a trainer applies on the way.
+_SMALLEST, _HIDDEN_ZERO, _READ_AS_ZERO = 2.0**-60, 2.0**-100, 2.0**-80
+_LARGEST = 2.0**100
 
 
 def hide_units(units: Units) -> Tensor:
-    """Advantage times weight of every token, (B, T) float32, with the units' boundaries in its lowest bit.
+    """Advantage times weight of every token, (B, T) float32, in which neighbouring units differ.
 
-    For hooks that pass (log-prob, old log-prob, advantage, mask) and nothing else. A list's units in the order of their
-    tokens are even and odd in turn, and the lowest bit of a token's advantage says which; so neighbours of one
-    advantage stay apart. This changes an advantage by at most one unit in the last place and writes 0 as 2^-120. Tokens
-    outside are 0. What multiplies, rounds or normalises the advantages afterwards loses the boundaries.
+    For hooks that pass (log-prob, old log-prob, advantage, mask) and nothing else: a unit begins where the advantage
+    changes. Neighbours of one advantage are moved apart in the lowest four bits, by 1e-6 of the advantage at most, and
+    0 is written as 2^-100. Tokens outside are 0. A trainer may multiply a list's advantages by a number of a size
+    between 2^-19 and 2^19 on the way; what casts them to half precision or adds to them loses the boundaries.
 
-    Raises ValueError where a unit's tokens are parted by another unit's, or an advantage is not finite.
+    Raises ValueError where a unit's tokens are parted by another unit's, or an advantage is not finite or too large.
     """
     listed_BT = units.unit_BT >= 0
     begins_BT, run_BT = _runs(units.unit_BT, listed_BT)
@@ -234,11 +239,12 @@ def hide_units(units: Units) -> Tensor:
     if bool((num_runs_BU > 1).any()):
         raise ValueError("tokens of one unit are parted by those of another; such units cannot be hidden in advantages")
     advantage_BT = (units.advantage_BU * units.weight_BU).float().gather(1, units.unit_BT.clamp(min=0))
-    if not bool(advantage_BT[listed_BT].isfinite().all()):
-        raise ValueError("an advantage is not finite")
-    advantage_BT = torch.where(advantage_BT.abs() < _HIDDEN_ZERO, _HIDDEN_ZERO, advantage_BT)
+    if not bool((advantage_BT[listed_BT].abs() < _LARGEST).all()):
+        raise ValueError("an advantage is not finite, or 2^100 or more")
+    advantage_BT = torch.where(advantage_BT.abs() < _SMALLEST, _HIDDEN_ZERO, advantage_BT)
     bits_BT = advantage_BT.contiguous().view(torch.int32)
-    marked_BT = ((bits_BT & ~1) | (run_BT & 1).int()).view(torch.float32)
+    nearest_BT, odd_BT = (bits_BT + _ODD) & ~_MARK_BITS, (bits_BT & ~_MARK_BITS) | _ODD
+    marked_BT = torch.where(run_BT % 2 == 0, nearest_BT, odd_BT).view(torch.float32)
     return torch.where(listed_BT, marked_BT, 0.0)
 
 
@@ -246,11 +252,11 @@ def units_from_advantage(advantage_BT: Tensor, mask_BT: Tensor, *, num_ranks: in
     """The units that `hide_units` hid, numbered 0, 1, ... in the order of a list's tokens; U is T.
 
     Those without tokens are gone, so numbers differ from the original ones where a rank had none; loss and gradient
-    differ by the constant that such ranks add. Advantages have lost their lowest bit. The weight is 1, the denominator
-    B * num_ranks. It does not wait for the device.
+    differ by the constant that such ranks add. The weight is 1, the denominator B * num_ranks. It does not wait for the
+    device.
 
     Args:
-      advantage_BT: float32, as `hide_units` made it.
+      advantage_BT: float32, as `hide_units` made it, or times one number a list.
       mask_BT: the tokens of the lists, bool or numbers of which 0 means outside. Those that `hide_units` left out,
         which have the advantage 0, are no unit.
 
@@ -264,10 +270,8 @@ def units_from_advantage(advantage_BT: Tensor, mask_BT: Tensor, *, num_ranks: in
     if mask_BT.shape != advantage_BT.shape:
         raise ValueError(f"mask_BT must be {tuple(advantage_BT.shape)}, got {tuple(mask_BT.shape)}")
     listed_BT = (mask_BT != 0) & (advantage_BT != 0)
-    bits_BT = advantage_BT.contiguous().view(torch.int32)
-    _, run_BT = _runs(bits_BT & 1, listed_BT)
-    clean_BT = (bits_BT & ~1).view(torch.float32)
-    clean_BT = torch.where(clean_BT.abs() < 1.5 * _HIDDEN_ZERO, 0.0, clean_BT)
+    _, run_BT = _runs(advantage_BT, listed_BT)
+    clean_BT = torch.where(advantage_BT.abs() < _READ_AS_ZERO, 0.0, advantage_BT)
     unit_BT = torch.where(listed_BT, run_BT, -1)
     # Tokens of one unit hold the same number, so it does not matter which of them writes it.
     slot_BT = torch.where(listed_BT, run_BT, advantage_BT.shape[1])
