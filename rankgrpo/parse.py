@@ -5,7 +5,8 @@ Both halves rest on one definition, so the reward of rank k and the tokens of ra
 * a line ends at ``\\n`` or ``\\r`` (``\\r\\n`` ends one line and leaves an empty one behind, which costs nothing);
 * a character is visible unless it is ASCII whitespace, an ASCII control or DEL, that is, unless its code is <= 0x20
   or 0x7f;
-* rank k (0-based) is the k-th line with a visible character. Nothing else makes, drops or merges a rank.
+* the list begins after the thoughts of a model that thinks aloud (`rankgrpo.thoughts`);
+* rank k (0-based) is the k-th line of the list with a visible character. Nothing else makes, drops or merges a rank.
 
 Each clause speaks about single ASCII characters, and in UTF-8 an ASCII character is one byte while every other
 character, whole, cut or invalid, is bytes >= 0x80. Text and token bytes therefore give the same lines whatever the
@@ -27,6 +28,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from rankgrpo.thoughts import ThoughtTable, list_start, mark_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -75,17 +78,12 @@ def parse_list(text: str) -> list[ListedItem]:
 
     Any other line (prose, no year, cut before the year's closing bracket) has title None and keeps its rank.
     """
-    items = []
-    for line in _LINE.finditer(text):
-        if _VISIBLE.search(line[0]):
-            title, year = _title_and_year(line[0])
-            items.append(ListedItem(title, year, line.span()))
-    return items
+    return [ListedItem(*_title_and_year(line), chars) for line, chars in visible_lines(text)]
 
 
 def visible_lines(text: str) -> Iterator[tuple[str, tuple[int, int]]]:
     """The lines that have a rank, in order, each with its [start, end) in the text."""
-    return ((line[0], line.span()) for line in _LINE.finditer(text) if _VISIBLE.search(line[0]))
+    return ((line[0], line.span()) for line in _LINE.finditer(text, list_start(text)) if _VISIBLE.search(line[0]))
 
 
 def bare_title(line: str) -> str:
@@ -181,14 +179,16 @@ class RankSegmenter:
     A token belongs to the line of its first visible character; the lines that open later in the same token still
     count for the tokens after it. A token without a visible character (line breaks, spaces, special tokens, ids the
     tokenizer does not know) belongs to the line before it, and before the first line to the first. EOS thus belongs
-    to the last item, as in the paper ("Rank-GRPO", arXiv 2510.20150, Section 2).
+    to the last item, as in the paper ("Rank-GRPO", arXiv 2510.20150, Section 2). Tokens of thoughts, the marks around
+    them included, have rank -1, and so have all where a thought never ends.
 
     Agreement with the reward, for any ids of one list: the token whose first visible character lies in item k of
     ``parse_list(segmenter.text(ids))`` has rank k, so there are ``max(rank) + 1`` items. Two cases differ: a list
     without a visible character has no item, and its tokens rank 0; the lines that open inside a token after its first
     visible character are items, but have tokens only if more follow on them (possible where tokens cross line breaks).
     For byte-level tokenizers `text` is ``tokenizer.decode(ids, skip_special_tokens=True,
-    clean_up_tokenization_spaces=False)``, whatever the ids, cut or invalid UTF-8 included.
+    clean_up_tokenization_spaces=False)``, whatever the ids, cut or invalid UTF-8 included; special tokens that mark
+    thoughts stand in it, as in `rankgrpo.thoughts.list_decoder`.
 
     Example::
 
@@ -215,7 +215,11 @@ class RankSegmenter:
         self._token_bytes = token_bytes
         # One row more than there are ids: the row of everything that has no text.
         traits_V4 = torch.tensor([_line_traits(piece) for piece in [*token_bytes, b""]], dtype=torch.int32)
-        self._traits_V4 = {traits_V4.device: traits_V4}
+        thoughts = ThoughtTable(token_bytes)
+        # What a token brings of the list after the mark in it: the first line of all begins there, whatever was before.
+        after_R4 = torch.tensor([(*_line_traits(rest), True) for rest in thoughts.rests], dtype=torch.int32)
+        after_R4 = after_R4[:, [0, 4, 2, 4]] * torch.tensor([1, 0, 1, 1], dtype=torch.int32)
+        self._tables = {traits_V4.device: (traits_V4, thoughts, after_R4)}
 
     def text(self, token_ids: Sequence[int]) -> str:
         """The text the ranks refer to: the bytes of the tokens, UTF-8 decoded, malformed sequences replaced by U+FFFD.
@@ -248,7 +252,15 @@ class RankSegmenter:
         no_text = len(self._token_bytes)
         known_BT = mask_BT & (token_ids_BT >= 0) & (token_ids_BT < no_text)
         row_BT = torch.where(known_BT, token_ids_BT, no_text)
-        num_lines_BT, head_BT, tail_BT, decides_BT = self._traits_on(row_BT.device)[row_BT].unbind(-1)
+        traits_V4, thoughts, after_R4 = self._tables_on(row_BT.device)
+        traits_BT4 = traits_V4[row_BT]
+        if row_BT.shape[-1] and (found := thoughts(row_BT)) is not None:
+            last_B1, begins_B1, rest_B1 = found
+            place_T = torch.arange(1, row_BT.shape[-1] + 1, device=row_BT.device)
+            traits_BT4 = torch.where((place_T == last_B1)[..., None], after_R4[rest_B1], traits_BT4)
+            traits_BT4 = torch.where((place_T < last_B1)[..., None], 0, traits_BT4)
+            mask_BT = mask_BT & (place_T > last_B1) & ~begins_B1
+        num_lines_BT, head_BT, tail_BT, decides_BT = traits_BT4.unbind(-1)
 
         position_T = torch.arange(1, row_BT.shape[-1] + 1, device=row_BT.device)
         decision_BT = torch.where(decides_BT > 0, 2 * position_T + tail_BT, 0).cummax(-1).values
@@ -261,10 +273,11 @@ class RankSegmenter:
         rank_BT = (num_before_BT - 1 + starts_line_BT).clamp(min=0)
         return torch.where(mask_BT, rank_BT, -1)
 
-    def _traits_on(self, device: torch.device) -> Tensor:
-        if device not in self._traits_V4:
-            self._traits_V4[device] = next(iter(self._traits_V4.values())).to(device)
-        return self._traits_V4[device]
+    def _tables_on(self, device: torch.device) -> tuple[Tensor, ThoughtTable, Tensor]:
+        if device not in self._tables:
+            traits_V4, thoughts, after_R4 = next(iter(self._tables.values()))
+            self._tables[device] = traits_V4.to(device), thoughts.to(device), after_R4.to(device)
+        return self._tables[device]
 
 
 def _check_inputs(token_ids_BT: Tensor, mask_BT: Tensor) -> None:
@@ -300,6 +313,7 @@ def _vocabulary_bytes(tokenizer: PreTrainedTokenizerBase) -> list[bytes]:
     backend = tokenizer.backend_tokenizer
     to_bytes = _token_decoder(backend)
     special = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
+    special -= mark_tokens(special)
     num_ids = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
     tokens = (backend.id_to_token(token_id) for token_id in range(num_ids))  # None for a hole in the ids
     return [b"" if token is None or token in special else to_bytes(token) for token in tokens]

@@ -252,3 +252,30 @@ def test_both_stages_train_resume_bit_for_bit_and_keep_only_adapters(start, tmp_
     final = dict(AutoModelForCausalLM.from_pretrained(out / "rl" / "final").named_parameters())
     changed = {name for name, parameter in final.items() if not torch.equal(parameter, frozen[name])}
     assert changed == {name for name in final if name.endswith("_proj.weight")}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Mixtures of experts
+
+
+@pytest.mark.parametrize("name", ["glm4_moe", "dots1", "ernie4_5_moe"])
+def test_a_shared_expert_is_adapted_and_routed_ones_are_left_out_with_a_word(name, tmp_path, capsys):
+    from model_families import make_model, make_tokenizer
+
+    from rankgrpo.sampler.verify import verify_policy
+
+    make_model(name).save_pretrained(tmp_path / "model")
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    plain = open_policy(tmp_path / "model", tiny_config().model, ALONE.device, trainable=False)
+    policy = opened(tmp_path / "model", "lora")
+    adapted = {n.partition(".lora_A")[0] for n, _ in policy.model.named_parameters() if ".lora_A" in n}
+    assert adapted == set(target_names(plain.model, KINDS["lora"]))
+    assert any("shared_expert" in n for n in adapted) and not any(".experts" in n for n in adapted)
+
+    policy = verify_policy(policy, tiny_config())  # the sampler, too, computes what is trained
+    assert "without adapters, so not trained: model.layers.mlp.experts" in capsys.readouterr().out
+    logp_BT = policy.logprobs(GROUPS)[1]
+    assert (logp_BT - plain.logprobs(GROUPS)[1]).abs().max() > 0.01
+    policy.export(tmp_path / "export", ALONE)
+    exported = open_policy(tmp_path / "export", tiny_config().model, ALONE.device, trainable=False)
+    torch.testing.assert_close(exported.logprobs(GROUPS)[1], logp_BT, atol=1e-4, rtol=0)

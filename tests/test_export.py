@@ -73,7 +73,9 @@ def test_the_request_asks_what_the_model_was_trained_on(out):
     assert [ids] == encode_prompts(tokenizer, [sample], 10_000, 5)
     assert request["messages"][0]["content"] == settings["prompt"].replace("{context}", f"USER: {EXAMPLE}\n")
     assert request["vllm_xargs"] == {SEEN: []} and request["max_tokens"] == read_constraint(out).max_tokens
-    assert request["chat_template_kwargs"] == {"date_string": TEMPLATE_DATE} and request["model"] == str(out)
+    assert request["chat_template_kwargs"] == {"date_string": TEMPLATE_DATE, "enable_thinking": False} and request[
+        "model"
+    ] == str(out)
 
 
 def test_a_free_run_asks_for_free_lists(tmp_path):

@@ -12,7 +12,7 @@ PACKAGE = ROOT / "rankgrpo"
 # From the floor up; a module imports its own level and those before it.
 LEVELS = [
     {"errors", "files"},
-    {"loss", "units", "advantage", "parse", "reward", "metrics", "logprob"},
+    {"loss", "units", "advantage", "thoughts", "parse", "reward", "metrics", "logprob"},
     {"config", "config_file"},
     {"items"},
     {"data"},

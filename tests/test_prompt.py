@@ -132,22 +132,3 @@ def test_the_prompt_asks_for_as_many_items_as_the_list_has_ranks():
     assert "reply with 10 recommendations." in ten and ten == twenty.replace("with 20 ", "with 10 ")
     (ids,) = prompt.encode_prompts(TOKENIZER, [Sample("a", CONVERSATION, (), ())], 4096, 10)
     assert "reply with 10 recommendations." in TOKENIZER.decode(ids)
-
-
-THINKING = (
-    "{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}{{ strftime_now('%Y-%m-%d') }}"
-    "{% if enable_thinking is defined and not enable_thinking and closes %}<think>\n\n</think>\n\n"
-    "{% else %}<think>\n{% endif %}{% endif %}"
-)
-
-
-@pytest.mark.parametrize("closes", [True, False])
-def test_a_thought_is_closed_and_the_clock_stands_still(closes):
-    from model_families import make_tokenizer
-
-    tokenizer = make_tokenizer()
-    tokenizer.chat_template = THINKING
-    sample = Sample("a", (Turn("user", "Something like Heat?"),), (), ())
-    form = prompt.PromptFormat(chat_kwargs={"closes": closes})
-    (ids,) = prompt.encode_prompts(tokenizer, [sample], 2000, 20, prompt=form)
-    assert tokenizer.decode(ids).endswith("2024-07-26<think>\n\n</think>\n\n")

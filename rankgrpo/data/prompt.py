@@ -16,6 +16,7 @@ from datetime import datetime
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from jinja2 import TemplateError
 from tqdm import tqdm
 
 from rankgrpo.config import DataConfig
@@ -23,6 +24,7 @@ from rankgrpo.data.samples import Sample, Turn
 from rankgrpo.errors import ConfigError
 from rankgrpo.files.template import PLACEHOLDER, placeholders, prompt_text
 from rankgrpo.items.format import FILM_TEMPLATE, ItemFormat
+from rankgrpo.thoughts import MARKS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -55,7 +57,11 @@ OWN_PLACEHOLDERS = ("context", "num_ranks", "seen", "candidates", "noun", "nouns
 # Llama 3's chat template writes today's date into the prompt unless told one; a prompt must not change overnight.
 TEMPLATE_DATE = "26 Jul 2024"
 TEMPLATE_DAY = datetime(2024, 7, 26)  # for templates that ask the clock themselves, as gpt-oss's does
-OPEN_THOUGHT = re.compile(r"<think>\s*$")
+OPEN_THOUGHT = re.compile(rf"({'|'.join(map(re.escape, MARKS))})\s*$")
+THINKING_KEYS = ("enable_thinking", "thinking")
+"""Keys by which templates are told that the model thinks first."""
+HARMONY_HEADER, HARMONY_ANSWER = "<|start|>assistant", "<|channel|>final<|message|>"
+"""How gpt-oss's prompt ends, which leaves the channel to the model, and the channel of its answers."""
 
 LENGTHS_FILE = "lengths.json"  # of a run folder: how long its prompts and lists are, and what is cut
 ENCODED_AT_ONCE = 512  # prompts a call of the tokenizer, which spreads them over the cores
@@ -207,25 +213,50 @@ def encode_prompts(
 def _encode(
     tokenizer: PreTrainedTokenizerBase, samples: Sequence[Sample], num_ranks: int, prompt: PromptFormat
 ) -> list[list[int]]:
-    pinned = {"date_string": TEMPLATE_DATE, "strftime_now": TEMPLATE_DAY.strftime, "enable_thinking": False}
-    encoded = tokenizer.apply_chat_template(
-        [prompt.messages(sample, num_ranks) for sample in samples],
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=False,
-        **pinned | dict(prompt.chat_kwargs),
-    )
-    closing = _close_thought(tokenizer, encoded[0]) if encoded else []
-    return [ids + closing for ids in encoded] if closing else encoded
-
-
-def _close_thought(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
-    """What closes the block that a thinking model's prompt leaves open: a list is the answer, and not a thought."""
-    end = tokenizer.decode(ids[-8:], skip_special_tokens=False)
-    if OPEN_THOUGHT.search(end) is None:
+    """Special tokens are those that the template writes: none is added to them, and so no second BOS."""
+    if not samples:
         return []
-    (closing,) = tokenizer(["\n</think>\n\n"], add_special_tokens=False)["input_ids"]
-    return closing
+    pinned = {"date_string": TEMPLATE_DATE, "strftime_now": TEMPLATE_DAY.strftime, "enable_thinking": False}
+    chats = [prompt.messages(sample, num_ranks) for sample in samples]
+    try:
+        texts = tokenizer.apply_chat_template(
+            chats, add_generation_prompt=True, tokenize=False, **pinned | dict(prompt.chat_kwargs)
+        )
+    except TemplateError as error:
+        system = "it may take no system message: leave data.system_prompt empty; or " if prompt.system else ""
+        raise ConfigError(
+            f"data.prompt: the model's chat template refuses the prompt ({error}); {system}see "
+            "data.chat_template_kwargs for what the template is given"
+        ) from None
+    if prompt.system and prompt.system.strip() not in texts[0]:
+        raise ConfigError(
+            "data.system_prompt: the model's chat template leaves the system message out; put the text into "
+            "data.prompt, before {context}"
+        )
+    closing = _closing(texts[0], prompt)
+    return tokenizer([text + closing for text in texts], add_special_tokens=False)["input_ids"]
+
+
+def _closing(text: str, prompt: PromptFormat) -> str:
+    """What is put behind a prompt that leaves a thought, or the choice to think, open: a list is the answer.
+
+    Raises ConfigError where the settings ask for a thought in the prompt.
+    """
+    if text.endswith(HARMONY_HEADER):
+        return HARMONY_ANSWER
+    if (begins := OPEN_THOUGHT.search(text)) is None:
+        return ""
+    if asked := [key for key in THINKING_KEYS if prompt.chat_kwargs.get(key)]:
+        raise ConfigError(
+            f"data.chat_template_kwargs: with {asked[0]} the prompt ends inside a thought ({begins[1]}), where a list "
+            f"would be no answer; set data.chat_template_kwargs='{{\"{asked[0]}\": false}}'"
+        )
+    return ("" if begins[0].endswith("\n") else "\n") + f"\n{MARKS[begins[1]]}\n\n"
+
+
+def thinking_asked(chat_kwargs: Mapping[str, Any]) -> str | None:
+    """The key by which the chat template is told that the model thinks first, if it is."""
+    return next((key for key in THINKING_KEYS if chat_kwargs.get(key)), None)
 
 
 def _shorten(

@@ -6,8 +6,9 @@
 
 B starts at 0 and m at ||W||, so training starts from the model as it was; with the adapters off it is that model again,
 to which the KL term of reinforcement learning refers. What samples and what is exported has the merged W' under the
-names of the model without adapters. Head and embeddings have no adapter, for the streamed head reads
-their weight itself; of them the rows of added tokens are trained (`model.new_tokens`).
+names of the model without adapters. Routed experts have no adapter where one parameter holds them all (`not_adapted`).
+Head and embeddings have none, for the streamed head reads their weight itself; of them the rows of added tokens are
+trained (`model.new_tokens`).
 """
 
 # Shape letters: O outputs, I inputs of a Linear layer; R rank of its adapter.
@@ -46,15 +47,31 @@ def add_adapters(model: PreTrainedModel, config: AdapterConfig, *, seed: int) ->
         lora_alpha=config.alpha,
         use_rslora=config.rslora,
         use_dora=config.kind == "dora",
-        target_modules=target_names(model, config),
+        target_modules=[f"model.{name}" for name in target_names(model, config)],
         lora_dropout=0.0,  # old and new log-probs must differ by the update alone
         bias="none",
     )
     model.requires_grad_(False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        inject_adapter_in_model(settings, model, NAME)
+        inject_adapter_in_model(settings, _Nameless(model), NAME)
     train_new_rows(model)
+
+
+class _Nameless(nn.Module):
+    """A model without its configuration: by the type in it peft takes the Linear layers of a shared expert for those
+    of the routed ones, whose weights are one parameter in transformers 5, and puts the adapters there."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+
+def not_adapted(model: nn.Module) -> list[str]:
+    """Kinds of modules with matrices that have no adapter because they are no Linear layers: routed experts."""
+    stacked = (name.rpartition(".")[0] for name, p in model.named_parameters() if p.ndim == 3 and not p.requires_grad)
+    kinds = (".".join(part for part in name.split(".") if not part.isdigit()) for name in stacked)
+    return sorted({kind for kind in kinds if "expert" in kind})
 
 
 def target_names(model: PreTrainedModel, config: AdapterConfig) -> list[str]:

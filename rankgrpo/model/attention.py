@@ -10,7 +10,7 @@ Backward calls the two backward kernels with the merged o and log Z, which makes
 gradients. No mask is built and keys are copied neither per list nor per head. The layout arrives as a keyword argument,
 so a layer recomputed by activation checkpointing sees the layout of its own forward.
 
-Registered with transformers under the name in SHARED_PREFIX; Qwen2, Llama and SmolLM2 run unmodified. A call without a
+Registered with transformers under the name in SHARED_PREFIX; decoders of transformers run unmodified. A call without a
 layout raises: ordinary attention (decoding with a KV cache, the dense oracle) has to be asked for by
 `ordinary_attention`. Layers with sliding windows shorter than a sequence, soft caps or sinks take `by_sequence`;
 attention dropout and position biases are refused.

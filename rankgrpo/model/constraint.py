@@ -8,6 +8,7 @@ agree without handing anything over. A token beside which nothing was allowed ha
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeVar
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 
 from rankgrpo.data.candidates import excluded_items
+from rankgrpo.data.prompt import thinking_asked
 from rankgrpo.data.samples import Sample
 from rankgrpo.errors import ConfigError
 from rankgrpo.items.catalog import Catalog
@@ -88,6 +90,11 @@ def hold_to_catalog(policy: PolicyT, config: Config, catalog: Catalog, *, shown:
     """
     if (config.shown_constrain if shown else config.rl.constrain) == "none":
         return policy
+    if asked := thinking_asked(json.loads(config.data.chat_template_kwargs)):
+        raise ConfigError(
+            f"data.chat_template_kwargs: {asked} asks for a thought before the list, and a list held to the catalog "
+            "has none; leave it out, or decode freely, rl.constrain=none eval.constrain=run"
+        )
     constraint = open_constraint(catalog, policy.tokenizer, num_ranks=config.data.num_ranks, forbid=config.rl.forbid)
     return replace(policy, constraint=constraint)
 

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateError
+from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
@@ -18,18 +20,25 @@ KNOWN_KEYS = frozenset(
 )
 
 
+def _refuse(message: str) -> None:
+    raise TemplateError(message)
+
+
 class PlainTokenizer:
     """`tokenizer.json` with a chat template and the names of its special tokens."""
 
     is_fast = True
 
-    def __init__(self, backend: Tokenizer, chat_template: str, *, eos_token: str, pad_token: str):
+    def __init__(self, backend: Tokenizer, chat_template: str, *, eos_token: str, pad_token: str, **special: str):
         self.backend_tokenizer, self.chat_template = backend, chat_template
         self.eos_token, self.pad_token = eos_token, pad_token
+        self._special = {"eos_token": eos_token, "pad_token": pad_token, **special}
         self.eos_token_id, self.pad_token_id = backend.token_to_id(eos_token), backend.token_to_id(pad_token)
         backend.no_padding()
         backend.no_truncation()
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        # As transformers compiles templates; `strftime_now` comes with every prompt, for it must not be the clock's.
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+        environment.globals["raise_exception"] = _refuse
         self._template = environment.from_string(chat_template)
 
     def __len__(self) -> int:
@@ -46,14 +55,18 @@ class PlainTokenizer:
         return self.backend_tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
     def apply_chat_template(
-        self, chats: Sequence[Sequence[Mapping[str, str]]], *, add_generation_prompt: bool, **options: Any
-    ) -> list[list[int]]:
-        """Token ids of every chat, special tokens where the template writes them and nowhere else."""
-        texts = [
-            self._template.render(messages=chat, add_generation_prompt=add_generation_prompt, **options)
-            for chat in chats
-        ]
-        return self(texts, add_special_tokens=False)["input_ids"]
+        self,
+        chats: Sequence[Sequence[Mapping[str, str]]],
+        *,
+        add_generation_prompt: bool,
+        tokenize: bool = False,
+        **options: Any,
+    ) -> list[str]:
+        """The text of every chat, special tokens where the template writes them. Raises ValueError to tokenize."""
+        if tokenize:
+            raise ValueError("a PlainTokenizer writes the text of a chat; its ids are those of calling it with that")
+        known = self._special | {"add_generation_prompt": add_generation_prompt} | options
+        return [self._template.render(messages=chat, **known) for chat in chats]
 
 
 def open_plain_tokenizer(folder: Path) -> PlainTokenizer | None:
@@ -71,4 +84,7 @@ def open_plain_tokenizer(folder: Path) -> PlainTokenizer | None:
     backend = Tokenizer.from_str(tokenizer)
     if any(backend.token_to_id(name) is None for name in names):
         return None
-    return PlainTokenizer(backend, template, eos_token=names[0], pad_token=names[1])
+    others = {key: config[key] for key in ("bos_token", "unk_token") if config.get(key) is not None}
+    if not all(isinstance(name, str) for name in others.values()):
+        return None
+    return PlainTokenizer(backend, template, eos_token=names[0], pad_token=names[1], **others)

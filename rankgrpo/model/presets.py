@@ -46,6 +46,7 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
 HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
 HUB_IGNORED = ["original/*", "onnx/*", "consolidated*"]  # the same weights in other formats
 # A padding token other than EOS, in order of preference; the first is Llama 3's, the second Qwen's and SmolLM2's.
+HARMONY_ENDS = ("<|return|>", "<|call|>", "<|end|>")
 PAD_TOKENS = ("<|finetune_right_pad_id|>", "<|endoftext|>", "<pad>", "[PAD]", "<unk>")
 
 
@@ -165,6 +166,7 @@ def load_policy(
     try:
         with _no_progress_bars():
             tokenizer = _read_tokenizer(folder)
+            check_round_trip(tokenizer, preset.location)
             model = model_class(folder).from_pretrained(
                 folder,
                 dtype=torch.float32,
@@ -174,7 +176,6 @@ def load_policy(
             )
     except (OSError, SafetensorError) as error:
         raise ModelError(f"{folder}: the model cannot be read ({_first_line(error)})") from error
-    check_round_trip(tokenizer, preset.location)
     untie_differing_head(model)
     num_rows = model.get_output_embeddings().weight.shape[0]
     if len(tokenizer) > num_rows:
@@ -224,6 +225,7 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
         tokenizer = _read_tokenizer(source)
     except (OSError, ValueError) as error:
         raise ModelError(f"{source}: no tokenizer can be read there ({_first_line(error)})") from error
+    check_round_trip(tokenizer, source)
     if tokenizer.chat_template:
         tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end_of_turn_id(tokenizer))
     return tokenizer
@@ -279,6 +281,9 @@ def _set_stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
         tokenizer.pad_token = others[0] if others else tokenizer.eos_token
     published = model.generation_config.eos_token_id if model.generation_config is not None else None
     others = published if isinstance(published, list) else [published]
+    ids = tokenizer.get_vocab()
+    # A list in the final channel ends with any message's end; a published file names those of an answer alone.
+    others = [*others, *(ids[end] for end in HARMONY_ENDS if "<|channel|>" in ids and end in ids)]
     eos_ids = list(dict.fromkeys(i for i in (tokenizer.eos_token_id, *others) if i is not None))
     for config in (model.config, model.config.get_text_config()):
         config.eos_token_id = tokenizer.eos_token_id

@@ -89,7 +89,7 @@ def example_request(config: Config, model: str, max_tokens: int) -> dict[str, An
         "messages": prompt.messages(_EXAMPLE, config.data.num_ranks),
         "temperature": config.eval.temperature,
         "max_tokens": max_tokens,
-        "chat_template_kwargs": {"date_string": TEMPLATE_DATE, **prompt.chat_kwargs},
+        "chat_template_kwargs": {"date_string": TEMPLATE_DATE, "enable_thinking": False, **prompt.chat_kwargs},
     }
     if config.shown_constrain == "catalog":
         request["vllm_xargs"] = request_arguments([])

@@ -25,6 +25,7 @@ from rankgrpo.model.by_sequence import Scores, attend, read_scores, softmax
 from rankgrpo.model.decoder import Decoder
 from rankgrpo.model.head import PLAIN, LogitMap, forward_replaced, output_head
 from rankgrpo.sampler.base import Rollout, check_prompts, eos_token_ids
+from rankgrpo.thoughts import list_decoder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -193,7 +194,7 @@ class HFSampler:
         logit_map: LogitMap | None = None,
     ):
         self.model, self.tokenizer = model, tokenizer
-        self.eos_ids = eos_token_ids(model, tokenizer)
+        self.eos_ids, self.decode = eos_token_ids(model, tokenizer), list_decoder(tokenizer)
         self.banned_V = None if allowed_V is None or bool(allowed_V.all()) else ~allowed_V.to(model.device)
         self.rows, self.autocast, self.weights = rows, autocast, weights
         self.logit_map = logit_map or PLAIN
@@ -362,7 +363,7 @@ class HFSampler:
         return token_B, logits_BV.gather(1, token_B[:, None]).squeeze(1) - lse_B
 
     def _rollout(self, ids: list[int], logp: list[float]) -> Rollout:
-        text = self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        text = self.decode(ids)
         return Rollout(ids, logp, text, finished=bool(ids) and ids[-1] in self.eos_ids)
 
 

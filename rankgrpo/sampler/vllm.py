@@ -30,6 +30,7 @@ from rankgrpo.runtime.distributed import Parallel
 from rankgrpo.sampler.base import Rollout, check_prompts, eos_token_ids, fingerprint
 from rankgrpo.sampler.vllm_shards import share_requests, sum_of_shards
 from rankgrpo.sampler.vllm_trie import PINNED, check_ids, check_lists, check_seen, processor_class, request_arguments
+from rankgrpo.thoughts import list_decoder
 
 OLDEST, NEWEST = (0, 25), (0, 33)
 KV_BLOCK = 128  # tokens a block of the key-value cache on CPUs
@@ -69,7 +70,7 @@ class VLLMSampler:
         constraint: Constraint | None = None,
     ):
         self.tokenizer, self.config, self.parallel, self.constraint = tokenizer, config, parallel, constraint
-        self.eos_ids = eos_token_ids(model, tokenizer)
+        self.eos_ids, self.decode = eos_token_ids(model, tokenizer), list_decoder(tokenizer)
         self.dtype = config.dtype
         self.on_gpu = parallel.device.type == "cuda"
         self.asleep = self.holds_weights = False
@@ -172,7 +173,7 @@ class VLLMSampler:
         logp = [entry[token].logprob for token, entry in zip(ids, completion.logprobs, strict=True)]
         if not all(map(math.isfinite, logp)):
             raise SamplingError("vLLM's logits are not finite: its weights are broken or training has diverged")
-        text = self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        text = self.decode(ids)
         return Rollout(ids, logp, text, finished=ids[-1] in self.eos_ids)
 
 
