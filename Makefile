@@ -143,6 +143,7 @@ bench: $(BENCH_READY) bench-sync
 	$(ENV) $(PYTHON) experiments/bench/update.py --shape $(SHAPE) --case p300 p700 p2048 mix --out $(BENCH)/update-$(SHAPE).json
 	$(ENV) $(PYTHON) experiments/bench/short_spans.py --device cpu --out $(BENCH)/short_spans.json
 	$(ENV) $(PYTHON) experiments/bench/families.py --device cpu --budget 1 --out $(BENCH)/families.json
+	$(ENV) $(PYTHON) experiments/bench/verify.py --device cpu --model tiny --out $(BENCH)/verify.json
 	$(ENV) $(PYTHON) experiments/bench/threads.py --out $(BENCH)/threads.json
 	$(ENV) $(PYTHON) experiments/bench/overlap.py --lengths 40 --out $(BENCH)/overlap.json
 	$(ENV) $(PYTHON) experiments/bench/constrained_sampling.py --prompts 4 --trials 2 --out $(BENCH)/constrained_sampling.json

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-from model_families import VARIANTS
+import torch
+from model_families import COMPOSED, VARIANTS, make_config
 from test_families import DENSE, OWN_CACHE, REFUSED, ROW_BY_ROW, UNCACHED
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+from rankgrpo.config import AdapterConfig
+from rankgrpo.model.adapter import not_adapted, target_names
 
 TRIED_WITH = "transformers 5.19.0 and torch 2.13.0"
 ABOUT = f"""# Models
@@ -20,6 +25,8 @@ its windows, and the fastest way that is exact is taken; what nothing computes e
 - **grouped**: our sampler, each prompt read once. **own cache**: transformers' generate with the model's own
   cache, which reads a prompt once a list. **no cache**: the list is read anew for every token, for models whose
   cache does not give their own forward.
+- **Adapters**: the Linear layers that `adapter.targets=linear` reaches, by the ends of their names. Routed experts
+  that are one parameter have none, which a run says; a shared expert has.
 
 The table is of small random models, with {TRIED_WITH} on a CPU in float32: log-probs within 1e-4 (Qwen3.5 with
 experts or as a multimodal checkpoint 2e-4, which is what its scan differs by between chunk sizes), gradients
@@ -30,17 +37,26 @@ comp_ is the multimodal checkpoint, whose text model is trained.
 
 
 def page() -> str:
-    rows = ["| Model | Training | Sampler |", "|---|---|---|"]
+    rows = ["| Model | Training | Sampler | Adapters |", "|---|---|---|---|"]
     for name in VARIANTS:
         if name in REFUSED:
-            rows.append(f"| {name} | refused | |")
+            rows.append(f"| {name} | refused | | |")
             continue
         training = "dense" if name in DENSE else "dense, a row at a time" if name in ROW_BY_ROW else "packed"
         sampler = "no cache" if name in UNCACHED else "own cache" if name in OWN_CACHE else "grouped"
-        rows.append(f"| {name} | {training} | {sampler} |")
+        rows.append(f"| {name} | {training} | {sampler} | {adapted(name)} |")
     packed = len(VARIANTS) - len(DENSE | ROW_BY_ROW | REFUSED)
     count = f"{len(VARIANTS)} variants: {packed} packed, {len(DENSE | ROW_BY_ROW)} dense, {len(REFUSED)} refused.\n"
     return "\n".join([ABOUT, count, *rows]) + "\n"
+
+
+def adapted(name: str) -> str:
+    """What adapters reach in a variant, from its configuration."""
+    kind = AutoModelForImageTextToText if VARIANTS[name][0] in COMPOSED else AutoModelForCausalLM
+    with torch.device("meta"):
+        model = kind.from_config(make_config(name))
+    ends = dict.fromkeys(layer.rpartition(".")[2] for layer in target_names(model, AdapterConfig("lora")))
+    return ", ".join(ends) + ("; not the routed experts" if not_adapted(model) else "")
 
 
 if __name__ == "__main__":

@@ -2,15 +2,18 @@ from dataclasses import replace
 
 import pytest
 import torch
+from model_families import FAST, LAYERS, VARIANTS, make_model
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rankgrpo.config import AdapterConfig, Config, ModelConfig, ParallelConfig, RlConfig
 from rankgrpo.config_file import load_config, presets_dir
 from rankgrpo.errors import ConfigError
+from rankgrpo.model.adapter import target_names
 from rankgrpo.model.attention import use_shared_prefix
 from rankgrpo.model.forward import pack_logprobs
 from rankgrpo.model.packing import Group, build_pack
+from rankgrpo.model.presets import count_parameters
 from rankgrpo.sizing.architecture import PRESETS, Architecture, find_architecture
 from rankgrpo.sizing.cli import parse_rates, with_longest_list
 from rankgrpo.sizing.overlap import overlap_bytes, overlap_lines
@@ -88,6 +91,28 @@ def test_a_folder_is_read_as_transformers_reads_it(tmp_path, kind, tied):
     assert find_architecture(str(tmp_path), ModelConfig()).num_parameters == model.num_parameters()
 
 
+@pytest.mark.parametrize("name", [n if n in FAST else pytest.param(n, marks=pytest.mark.families) for n in VARIANTS])
+def test_any_family_is_counted(tmp_path, name):
+    model = make_model(name)
+    model.config.save_pretrained(tmp_path)
+    arch = find_architecture(str(tmp_path), ModelConfig())
+    assert arch.num_parameters == count_parameters(model)
+    assert arch.layers == LAYERS and 0 < arch.block_matrix_parameters <= arch.block_parameters
+    lora = AdapterConfig("lora", rank=3, alpha=6.0)
+    linear = [model.get_submodule(layer) for layer in target_names(model, lora)]
+    assert arch.adapter_parameters(lora) == sum(3 * sum(layer.weight.shape) for layer in linear)
+
+
+def test_of_experts_a_tokens_share_is_computed_with(tmp_path):
+    model = make_model("glm4_moe")
+    model.config.save_pretrained(tmp_path)
+    arch = find_architecture(str(tmp_path), ModelConfig())
+    routed = sum(p.numel() for n, p in model.model.layers.named_parameters() if ".experts." in n)
+    matrices = sum(p.numel() for p in model.model.layers.parameters() if p.ndim > 1)
+    assert routed > 0 and arch.block_matrix_parameters == (matrices - routed // 2) // LAYERS  # two of four experts
+    assert "weights counted; activations" in render(make_plan("m", arch, preset("qwen2.5-0.5b"), Machine(1, 80)))
+
+
 def test_tiny_takes_its_sizes_from_the_settings():
     sizes = ModelConfig(hidden=64, layers=3, ffn=160, heads=4, kv_heads=2, vocab=2048)
     assert find_architecture("tiny", sizes) == replace(SMALL, vocab=2048)
@@ -103,8 +128,9 @@ def test_adapters_of_layers_that_there_are_not():
     [
         (None, "no preset .* and no folder with a config.json"),
         ("{", "config.json: not valid JSON"),
-        ("[]", "cannot count a model of type 'list'"),
-        ('{"model_type": "mamba"}', "cannot count a model of type 'mamba'; known are llama"),
+        ("[]", "holds list, no configuration of a model"),
+        ('{"model_type": "no-such"}', "transformers builds no language model from it"),
+        ('{"model_type": "vit"}', "transformers builds no language model from it .*vit is no model"),
         ('{"model_type": "llama", "hidden_size": "64"}', "hidden_size, num_hidden_layers, .* must be there"),
     ],
 )

@@ -169,7 +169,7 @@ def test_the_marks_of_gpt_oss_are_special_tokens_and_its_end_is_none_of_them():
     text = f"{BLOCKS[4]}Heat (1995)\nRonin (1998)\n"
     ids = [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.convert_tokens_to_ids("<|end|>")]
     assert tokenizer.convert_tokens_to_ids("<|channel|>") in ids
-    assert "<|" not in tokenizer.decode(ids, skip_special_tokens=True)
+    assert "channel" not in tokenizer.decode(ids, skip_special_tokens=True)
     assert [item.title for item in parse_list(list_decoder(tokenizer)(ids))] == ["Heat", "Ronin"]
     ranks = ranks_of(RankSegmenter(tokenizer), ids)
     assert ranks[0] == -1 and ranks[-1] == 1 and set(ranks) == {-1, 0, 1}

@@ -68,8 +68,8 @@ class _Nameless(nn.Module):
 
 
 def not_adapted(model: nn.Module) -> list[str]:
-    """Kinds of modules with matrices that have no adapter because they are no Linear layers: routed experts."""
-    stacked = (name.rpartition(".")[0] for name, p in model.named_parameters() if p.ndim == 3 and not p.requires_grad)
+    """Kinds of modules with matrices that no adapter reaches because they are no Linear layers: routed experts."""
+    stacked = (name.rpartition(".")[0] for name, parameter in model.named_parameters() if parameter.ndim == 3)
     kinds = (".".join(part for part in name.split(".") if not part.isdigit()) for name in stacked)
     return sorted({kind for kind in kinds if "expert" in kind})
 

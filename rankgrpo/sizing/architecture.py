@@ -30,6 +30,8 @@ class Architecture:
     qkv_bias: bool = False
     output_bias: bool = False
     qk_norm: bool = False
+    is_counted = False
+    """Whether a model was built to be counted (`rankgrpo.sizing.counted`), rather than worked out from its sizes."""
 
     @property
     def query_size(self) -> int:
@@ -116,9 +118,12 @@ def find_architecture(name: str, config: ModelConfig) -> Architecture:
 
 
 def _from_json(raw: Mapping[str, Any], path: Path) -> Architecture:
-    if not isinstance(raw, dict) or raw.get("model_type") not in KNOWN_TYPES:
-        kind = raw.get("model_type") if isinstance(raw, dict) else type(raw).__name__
-        raise ConfigError(f"{path}: cannot count a model of type {kind!r}; known are {', '.join(KNOWN_TYPES)}")
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path}: holds {type(raw).__name__}, no configuration of a model")
+    if raw.get("model_type") not in KNOWN_TYPES:
+        from rankgrpo.sizing.counted import count_architecture  # transformers, which the presets need not wait for
+
+        return count_architecture(path)
     kind = raw["model_type"]
     names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
     if missing := [name for name in names if not isinstance(raw.get(name), int) or raw[name] < 1]:

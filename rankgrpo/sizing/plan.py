@@ -356,6 +356,7 @@ def render(plan: Plan) -> str:
     lines = [
         f"{plan.model}: {arch.num_parameters / 1e6:,.1f}M parameters on {machine.gpus} x {machine.gpu_memory:g} GB, "
         f"{split}",
+        *(["weights counted; activations and seconds as of a dense decoder of its sizes"] if arch.is_counted else []),
         f"{rl.prompts_per_step} prompts x {rl.group_size} lists a step, up to {plan.config.data.max_prompt_tokens} + "
         f"{rl.max_new_tokens} tokens; {micro_batch_tokens(plan.config)} tokens a forward pass",
         "",
