@@ -8,6 +8,7 @@ from test_families import DENSE, OWN_CACHE, REFUSED, ROW_BY_ROW, UNCACHED
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from rankgrpo.config import AdapterConfig
+from rankgrpo.errors import ConfigError
 from rankgrpo.model.adapter import not_adapted, target_names
 
 TRIED_WITH = "transformers 5.19.0 and torch 2.13.0"
@@ -55,7 +56,10 @@ def adapted(name: str) -> str:
     kind = AutoModelForImageTextToText if VARIANTS[name][0] in COMPOSED else AutoModelForCausalLM
     with torch.device("meta"):
         model = kind.from_config(make_config(name))
-    ends = dict.fromkeys(layer.rpartition(".")[2] for layer in target_names(model, AdapterConfig("lora")))
+    try:
+        ends = dict.fromkeys(layer.rpartition(".")[2] for layer in target_names(model, AdapterConfig("lora")))
+    except ConfigError:
+        return "none, no Linear layer"
     return ", ".join(ends) + ("; not the routed experts" if not_adapted(model) else "")
 
 

@@ -87,10 +87,11 @@ def loop_ranks_after_thoughts(pieces):
 
 @functools.cache
 def marked_tokenizer(name):
-    """A tokenizer with marks among its tokens, those of gpt-oss special, others not, and the bytes of its ids."""
+    """A tokenizer with marks among its tokens, those of gpt-oss special, others not; its segmenter; its ids' bytes."""
     if name in REAL_NAMES:
         tokenizer = real_tokenizer(name)
-        return tokenizer, RankSegmenter(tokenizer)._token_bytes  # vocabulary bytes are tested in test_parse
+        segmenter = RankSegmenter(tokenizer)
+        return tokenizer, segmenter, segmenter._token_bytes  # vocabulary bytes are tested in test_parse
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(tokenizer_named(name).backend_tokenizer.to_str()),
         eos_token=EOS,
@@ -104,7 +105,7 @@ def marked_tokenizer(name):
     tokenizer.add_tokens([AddedToken(token, special=True) for token in special], special_tokens=True)
     pieces = [*token_bytes_of(name), *(token.encode() for token in [*plain, *special[:2]]), b""]
     assert len(pieces) == len(tokenizer)
-    return tokenizer, pieces
+    return tokenizer, RankSegmenter(tokenizer), pieces
 
 
 def answers(pieces):
@@ -127,10 +128,10 @@ def answers(pieces):
 
 @pytest.mark.parametrize("name", [*NAMES, *REAL_NAMES])
 def test_text_and_tokens_agree(name):
-    tokenizer, pieces = marked_tokenizer(name)
-    segmenter, decode = RankSegmenter(tokenizer), list_decoder(tokenizer)
+    tokenizer, segmenter, pieces = marked_tokenizer(name)
+    decode = list_decoder(tokenizer)
 
-    @settings(max_examples=150, deadline=None)
+    @settings(max_examples=100, deadline=None)
     @given(answers(pieces))
     def check(ids):
         own = [pieces[i] for i in ids]
@@ -152,9 +153,8 @@ def test_text_and_tokens_agree(name):
     check()
 
 
-def test_rows_of_a_batch_have_thoughts_of_their_own_also_on_a_device_that_is_not_asked():
-    tokenizer, pieces = marked_tokenizer("qwen")
-    segmenter = RankSegmenter(tokenizer)
+def test_rows_of_a_batch_have_thoughts_of_their_own():
+    tokenizer, segmenter, pieces = marked_tokenizer("qwen")
     texts = ["<think>Heat</think>Ronin\nHeat", "Heat\nRonin", "<think>Heat", "</think>", "a</think>\n\nRonin\nHeat"]
     rows = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
     longest = max(map(len, rows)) + 2
@@ -165,11 +165,11 @@ def test_rows_of_a_batch_have_thoughts_of_their_own_also_on_a_device_that_is_not
 
 
 def test_the_marks_of_gpt_oss_are_special_tokens_and_its_end_is_none_of_them():
-    tokenizer, pieces = marked_tokenizer("gpt2")
+    tokenizer, segmenter, _ = marked_tokenizer("gpt2")
     text = f"{BLOCKS[4]}Heat (1995)\nRonin (1998)\n"
     ids = [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.convert_tokens_to_ids("<|end|>")]
     assert tokenizer.convert_tokens_to_ids("<|channel|>") in ids
     assert "channel" not in tokenizer.decode(ids, skip_special_tokens=True)
     assert [item.title for item in parse_list(list_decoder(tokenizer)(ids))] == ["Heat", "Ronin"]
-    ranks = ranks_of(RankSegmenter(tokenizer), ids)
+    ranks = ranks_of(segmenter, ids)
     assert ranks[0] == -1 and ranks[-1] == 1 and set(ranks) == {-1, 0, 1}

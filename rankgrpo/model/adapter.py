@@ -75,9 +75,21 @@ def not_adapted(model: nn.Module) -> list[str]:
 
 
 def target_names(model: PreTrainedModel, config: AdapterConfig) -> list[str]:
-    """Full names of the Linear layers that adapter.targets means: all of them but the head, or those that end so."""
+    """Full names of the Linear layers that adapter.targets means: all of the text model but the head, or those that
+    end so."""
     head = model.get_output_embeddings()
-    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head]
+    composed = model.config.get_text_config() is not model.config
+    text = set((model.get_decoder() if composed else model).modules())  # images are not trained
+    linear = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module is not head and module in text
+    ]
+    if not linear:
+        raise ConfigError(
+            f"adapter.kind: {type(model).__name__} has no Linear layer that an adapter could stand beside; set "
+            "adapter.kind=none"
+        )
     if config.targets == "linear":
         return linear
     wanted = config.target_list
