@@ -259,11 +259,12 @@ def test_both_stages_train_resume_bit_for_bit_and_keep_only_adapters(start, tmp_
 
 
 @pytest.mark.parametrize("name", ["glm4_moe", "dots1", "ernie4_5_moe"])
-def test_a_shared_expert_is_adapted_and_routed_ones_are_left_out_with_a_word(name, tmp_path, capsys):
+def test_a_shared_expert_is_adapted_and_routed_ones_are_left_out_with_a_word(name, tmp_path, capsys, monkeypatch):
     from model_families import make_model, make_tokenizer
 
-    from rankgrpo.sampler.verify import verify_policy
+    from rankgrpo.sampler import verify
 
+    monkeypatch.setattr(verify, "_said", set())  # a line is said once in a process
     make_model(name).save_pretrained(tmp_path / "model")
     make_tokenizer().save_pretrained(tmp_path / "model")
     plain = open_policy(tmp_path / "model", tiny_config().model, ALONE.device, trainable=False)
@@ -272,7 +273,7 @@ def test_a_shared_expert_is_adapted_and_routed_ones_are_left_out_with_a_word(nam
     assert adapted == set(target_names(plain.model, KINDS["lora"]))
     assert any("shared_expert" in n for n in adapted) and not any(".experts" in n for n in adapted)
 
-    policy = verify_policy(policy, tiny_config())  # the sampler, too, computes what is trained
+    policy = verify.verify_policy(policy, tiny_config())  # the sampler, too, computes what is trained
     assert "without adapters, so not trained: model.layers.mlp.experts" in capsys.readouterr().out
     logp_BT = policy.logprobs(GROUPS)[1]
     assert (logp_BT - plain.logprobs(GROUPS)[1]).abs().max() > 0.01
