@@ -1,17 +1,27 @@
-"""The sizes of a model, known without its weights: the presets', or a config.json's."""
+"""The sizes of a model, known without its weights: the presets', or a config.json's.
+
+Of a few types they are worked out from the sizes in the file. Any other model is built from it on torch's meta device,
+without weights, and counted.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rankgrpo.config import AdapterConfig, ModelConfig
-from rankgrpo.errors import ConfigError
+from rankgrpo.errors import ConfigError, ModelError
+
+if TYPE_CHECKING:
+    from torch.nn import ModuleList
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 KNOWN_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+EXPERTS_A_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "top_k_experts")
 
 
 @dataclass(frozen=True)
@@ -31,7 +41,7 @@ class Architecture:
     output_bias: bool = False
     qk_norm: bool = False
     is_counted = False
-    """Whether a model was built to be counted (`rankgrpo.sizing.counted`), rather than worked out from its sizes."""
+    """Whether the model was built to be counted, rather than worked out from its sizes."""
 
     @property
     def query_size(self) -> int:
@@ -82,6 +92,43 @@ class Architecture:
         return self.layers * (config.rank * sum(map(sum, sizes)) + magnitudes)
 
 
+@dataclass(frozen=True)
+class CountedArchitecture(Architecture):
+    """A model whose weights are counted, and whose activations are taken for those of a dense decoder of its sizes.
+
+    Its blocks stand for their mean, and of its experts a token's share is computed with.
+    """
+
+    is_counted = True
+    model: PreTrainedModel | None = None
+    parameters: int = 0
+    parameters_a_block: int = 0
+    matrices_a_block: int = 0
+    """Weights of a block that a token is multiplied with."""
+
+    @property
+    def num_parameters(self) -> int:
+        return self.parameters
+
+    @property
+    def block_parameters(self) -> int:
+        return self.parameters_a_block
+
+    @property
+    def block_matrix_parameters(self) -> int:
+        return self.matrices_a_block
+
+    def adapter_parameters(self, config: AdapterConfig) -> int:
+        """Weights that the adapters add to the Linear layers there are; 0 for kind = none."""
+        if config.kind == "none":
+            return 0
+        from rankgrpo.model.adapter import target_names
+
+        layers = [self.model.get_submodule(name) for name in target_names(self.model, config)]
+        magnitudes = sum(layer.out_features for layer in layers) if config.kind == "dora" else 0
+        return magnitudes + sum(config.rank * (layer.in_features + layer.out_features) for layer in layers)
+
+
 PRESETS = {
     "smollm2-135m": Architecture(576, 30, 9, 3, 64, 1536, 49152),
     "qwen2.5-0.5b": Architecture(896, 24, 14, 2, 64, 4864, 151936, qkv_bias=True),
@@ -121,8 +168,6 @@ def _from_json(raw: Mapping[str, Any], path: Path) -> Architecture:
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: holds {type(raw).__name__}, no configuration of a model")
     if raw.get("model_type") not in KNOWN_TYPES:
-        from rankgrpo.sizing.counted import count_architecture  # transformers, which the presets need not wait for
-
         return count_architecture(path)
     kind = raw["model_type"]
     names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
@@ -144,3 +189,74 @@ def _from_json(raw: Mapping[str, Any], path: Path) -> Architecture:
         output_bias=kind != "qwen2" and bias,
         qk_norm=kind == "qwen3",
     )
+
+
+def count_architecture(path: Path) -> CountedArchitecture:
+    """The architecture of a config.json. Raises ConfigError where transformers builds no language model from it."""
+    import torch  # seconds, with transformers, which the presets need not wait for
+    from transformers import AutoConfig
+
+    from rankgrpo.model.export import model_class
+    from rankgrpo.model.presets import count_parameters
+
+    try:
+        config = AutoConfig.from_pretrained(path.parent, trust_remote_code=False)
+        with torch.device("meta"):
+            model = model_class(str(path.parent)).from_config(config)
+    except (ValueError, KeyError, ModelError) as error:
+        line = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ConfigError(f"{path}: transformers builds no language model from it ({line})") from None
+    model.tie_weights()
+    text = config.get_text_config()
+    blocks = _blocks(model)
+    heads = _first(text, "num_attention_heads", "n_head", "num_heads") or 1
+    head_dim = _first(text, "head_dim") or text.hidden_size // heads
+    kv_heads = _first(text, "num_key_value_heads") or heads
+    matrices = round(sum(_used(blocks, text)) / len(blocks))
+    attention = text.hidden_size * head_dim * 2 * (heads + kv_heads)
+    return CountedArchitecture(
+        hidden=text.hidden_size,
+        layers=len(blocks),
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        ffn=max((matrices - attention) // (3 * text.hidden_size), 0),
+        vocab=text.vocab_size,
+        tied=model.get_output_embeddings().weight is model.get_input_embeddings().weight,
+        model=model,
+        parameters=count_parameters(model),
+        parameters_a_block=round(count_parameters(blocks) / len(blocks)),
+        matrices_a_block=matrices,
+    )
+
+
+def _blocks(model: PreTrainedModel) -> ModuleList:
+    """The decoder's blocks: of the lists of modules that lie in no other list, the one with the most weights."""
+    from torch.nn import ModuleList
+
+    names = [name for name, module in model.named_modules() if isinstance(module, ModuleList)]
+    outer = [name for name in names if not any(name.startswith(f"{other}.") for other in names)]
+    return max(
+        (model.get_submodule(name) for name in outer), key=lambda blocks: sum(p.numel() for p in blocks.parameters())
+    )
+
+
+def _used(blocks: ModuleList, config: PreTrainedConfig) -> Iterator[float]:
+    """Weights of every matrix of the blocks, of a routed expert's the share of the experts that a token goes to."""
+    a_token = _first(config, *EXPERTS_A_TOKEN)
+    lists = Counter(name.rpartition(".")[0] for name, m in blocks.named_modules() if name.endswith(tuple("0123456789")))
+    for name, parameter in blocks.named_parameters():
+        if parameter.ndim < 2:
+            continue
+        share = 1.0
+        if a_token and ".experts." in name and parameter.ndim == 3:
+            share = a_token / parameter.shape[0]
+        elif a_token and ".experts." in name:
+            share = a_token / max(lists[name.partition(".experts.")[0] + ".experts"], 1)
+        yield share * parameter.numel()
+
+
+def _first(config: PreTrainedConfig, *names: str) -> int | None:
+    """The first of these keys that the configuration has as a number."""
+    values = config.to_dict()
+    return next((values[name] for name in names if isinstance(values.get(name), int) and values[name] > 0), None)
