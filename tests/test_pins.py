@@ -41,6 +41,12 @@ def test_the_sets_that_are_installed_lie_between_them(variable):
         assert versions("OLDEST")[package] <= version <= versions("NEWEST")[package]
 
 
+def test_ci_runs_the_newest_on_the_torch_of_cpus():
+    (words,) = re.findall(r'make test-newest VERSIONS="(.*)"', (ROOT / ".ci" / "run").read_text())
+    expected = versions("NEWEST") | {"torch": versions("CPU_SET")["torch"]}
+    assert {name: Version(version) for name, version in (word.split("==") for word in words.split())} == expected
+
+
 def test_vllm_of_the_extra_is_the_one_that_messages_name():
     (pinned,) = (r for line in EXTRAS["vllm"] if (r := Requirement(line)).name == "vllm")
     assert str(pinned.specifier) == f"=={PINNED}"
