@@ -35,7 +35,7 @@ PINNED := $(if $(GPUS),$(GPU_SET),$(CPU_SET))
 # The ends of what pyproject.toml allows; `make test-oldest` and `make test-newest` run the tests below on them.
 OLDEST := torch==2.11.0 transformers==5.16.1 peft==0.21.0
 NEWEST := torch==2.15.0 transformers==5.24.0 peft==0.21.2
-ENDS_TESTS := $(patsubst %,tests/test_%.py,adapter attention export logprob loss model optim packing recurrent sampler)
+ENDS_TESTS := $(patsubst %,tests/test_%.py,adapter attention export logprob loss model optim packing prompt prompt_formats recurrent sampler)
 
 ifdef PYTHON
 # `kernels` and `experiments` are packages under other names; without an installation a link gives them those names.

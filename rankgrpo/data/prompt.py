@@ -57,6 +57,7 @@ OWN_PLACEHOLDERS = ("context", "num_ranks", "seen", "candidates", "noun", "nouns
 # Llama 3's chat template writes today's date into the prompt unless told one; a prompt must not change overnight.
 TEMPLATE_DATE = "26 Jul 2024"
 TEMPLATE_DAY = datetime(2024, 7, 26)  # for templates that ask the clock themselves, as gpt-oss's does
+CLOCK = re.compile(r"""\bstrftime_now\(\s*(["'])(.*?)\1\s*\)""")
 OPEN_THOUGHT = re.compile(rf"({'|'.join(map(re.escape, MARKS))})\s*$")
 THINKING_KEYS = ("enable_thinking", "thinking")
 """Keys by which templates are told that the model thinks first."""
@@ -216,7 +217,10 @@ def _encode(
     """Special tokens are those that the template writes: none is added to them, and so no second BOS."""
     if not samples:
         return []
-    pinned = {"date_string": TEMPLATE_DATE, "strftime_now": TEMPLATE_DAY.strftime, "enable_thinking": False}
+    # In the template's text, for transformers 5.24 makes a string of a function that is passed to a template.
+    template = CLOCK.sub(lambda call: repr(TEMPLATE_DAY.strftime(call[2])), tokenizer.get_chat_template())
+    pinned = {"chat_template": template, "date_string": TEMPLATE_DATE, "enable_thinking": False}
+    pinned["strftime_now"] = TEMPLATE_DAY.strftime  # for a format that is no literal; there 5.24 ends in an error
     chats = [prompt.messages(sample, num_ranks) for sample in samples]
     try:
         texts = tokenizer.apply_chat_template(
