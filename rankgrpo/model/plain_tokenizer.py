@@ -39,7 +39,7 @@ class PlainTokenizer:
         # As transformers compiles templates; `strftime_now` comes with every prompt, for it must not be the clock's.
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
         environment.globals["raise_exception"] = _refuse
-        self._template = environment.from_string(chat_template)
+        self._environment = environment
 
     def __len__(self) -> int:
         return self.backend_tokenizer.get_vocab_size(with_added_tokens=True)
@@ -54,19 +54,24 @@ class PlainTokenizer:
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False, **_: Any) -> str:
         return self.backend_tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
+    def get_chat_template(self) -> str:
+        return self.chat_template
+
     def apply_chat_template(
         self,
         chats: Sequence[Sequence[Mapping[str, str]]],
         *,
         add_generation_prompt: bool,
         tokenize: bool = False,
+        chat_template: str | None = None,
         **options: Any,
     ) -> list[str]:
         """The text of every chat, special tokens where the template writes them. Raises ValueError to tokenize."""
         if tokenize:
             raise ValueError("a PlainTokenizer writes the text of a chat; its ids are those of calling it with that")
         known = self._special | {"add_generation_prompt": add_generation_prompt} | options
-        return [self._template.render(messages=chat, **known) for chat in chats]
+        template = self._environment.from_string(chat_template or self.chat_template)
+        return [template.render(messages=chat, **known) for chat in chats]
 
 
 def open_plain_tokenizer(folder: Path) -> PlainTokenizer | None:
