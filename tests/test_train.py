@@ -302,7 +302,6 @@ def test_sampled_lists_are_kept_with_their_ratios(warm, tmp_path):
         ("rl.updates_per_batch=3",),
         ("rl.returns=log",),
         ("rl.constrain=catalog",),
-        ("rl.unit=token", "rl.updates_per_batch=2"),
         ("rl.surrogate=cispo", "rl.mismatch_correction=truncate", "rl.mismatch_cap=2", "rl.updates_per_batch=2"),
     ],
 )
