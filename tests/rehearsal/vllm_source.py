@@ -16,10 +16,10 @@ import enum
 import importlib
 import importlib.abc
 import importlib.machinery
-import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -45,8 +45,8 @@ def folder() -> Path:
     target = fake_gpu.BUILD / f"vllm-{PINNED}"
     if target.is_dir():
         return target
-    part = target.with_name(f"{target.name}.{os.getpid()}")
-    part.mkdir(parents=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    part = Path(tempfile.mkdtemp(prefix=f"{target.name}.", dir=target.parent))
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
     try:
         command += ["--only-binary=:all:", "--dest", str(part), f"vllm=={PINNED}"]
