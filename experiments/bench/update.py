@@ -40,7 +40,6 @@ from statistics import median
 import torch
 from torch import Tensor
 from transformers import Qwen2Config, Qwen2ForCausalLM
-from update_held import make_trie
 
 from rankgrpo.files.malloc import keep_freed_memory
 from rankgrpo.items.trie import CatalogTrie
@@ -381,7 +380,11 @@ def main() -> None:
     keep_freed_memory()
     device, shape = torch.device(args.device), SHAPES[args.shape]
     model = make_model(shape, device, getattr(torch, args.dtype))
-    trie = make_trie(args.held, args.tokenizer, shape.vocab) if args.held is not None else None
+    trie = None
+    if args.held is not None:
+        from update_held import make_trie  # a data set needs more than a bare GPU machine has
+
+        trie = make_trie(args.held, args.tokenizer, shape.vocab)
     results = []
     for case in args.case:
         result = measure_case(args, case, model, trie)
