@@ -72,7 +72,7 @@ def make_office_bm25(source: Path, out: Path, item: str) -> str:
     options: dict[str, Any] = {"show_progress": False}
     searcher = bm25s.BM25()
     searcher.index(bm25s.tokenize(titles, stopwords="en", **options), **options)
-    counts = []
+    splits: dict[str, list[Sample]] = {}
     for split in ("train", "validation", "test"):
         samples = getattr(dataset, split)
         queries = [" ".join(sample.seen_titles[-4:]) for sample in samples]
@@ -85,10 +85,12 @@ def make_office_bm25(source: Path, out: Path, item: str) -> str:
                 labelled = tuple(Candidate(f"[{i}]", None, text) for i, text in enumerate(candidates, 1))
                 right = ((f"[{1 + candidates.index(wanted)}]", None),)
                 kept.append(replace(sample, seen_titles=(), candidates=labelled, groundtruth=right))
-        out.mkdir(parents=True, exist_ok=True)
-        write_samples(out / f"{split}.jsonl", kept)
-        counts.append(f"{len(kept)} of {len(samples)} {split}")
-    return f"histories whose next purchase is among the {NUM_FOUND} that BM25 finds: {', '.join(counts)}"
+        splits[split] = kept
+    with atomic_folder(out) as folder:
+        for split, samples in splits.items():
+            write_samples(folder / f"{split}.jsonl", samples)
+    counts = ", ".join(f"{len(kept)} of {len(getattr(dataset, split))} {split}" for split, kept in splits.items())
+    return f"histories whose next purchase is among the {NUM_FOUND} that BM25 finds: {counts}"
 
 
 def make_music(source: Path, out: Path, item: str) -> str:

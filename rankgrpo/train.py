@@ -99,19 +99,18 @@ def make_micro_batches(
     whole = [len(rollout.token_ids) for lists in rollouts for rollout in lists]
     kept = whole if rl.kl_coef > 0 else live_lengths(units).clamp(min=1).tolist()
     cut = [
-        replace(group, completion_ids=[ids[: kept[p * G + g]] for g, ids in enumerate(group.completion_ids)])
-        for p, group in enumerate(groups)
+        replace(groups[p], completion_ids=[ids[: kept[p * G + g]] for g, ids in enumerate(groups[p].completion_ids)])
+        for p in chosen
     ]
     batch = []
-    for micro in plan_micro_batches([cut[p] for p in chosen], rl.token_budget, dense=dense):
-        places = [chosen[i] for i in micro]
-        lists = [p * G + g for p in places for g in range(G)]
+    for micro in plan_micro_batches(cut, rl.token_budget, dense=dense):
+        lists = [chosen[i] * G + g for i in micro for g in range(G)]
         length = [kept[b] for b in lists]
         logp = [torch.tensor(rollouts[b // G][b % G].logp[: kept[b]]) for b in lists]
         of_lists = take_lists(units, lists, length, at_least=num_ranks + 1)
         allowed = None if choices is None else choices.of_lists(lists, length).for_head()
         num_cut = sum(whole[b] for b in lists) - sum(length)
-        own = [cut[p] for p in places]
+        own = [cut[i] for i in micro]
         batch.append(MicroBatch(own, of_lists, pad_sequence(logp, batch_first=True), lists, num_cut, allowed))
     return batch
 

@@ -55,16 +55,8 @@ EXAMPLE = """examples:
   python experiments/bench/update.py --shape qwen2.5-0.5b --case p700 --providers shared held trl_head \\
     --held path/to/redial --tokenizer build/tokenizers/qwen2_5"""
 PROVIDERS = (
-    "shared",
-    "held",
-    "dense_packed",
-    "dense_rows",
-    "dense_model",
-    "dense_padded",
-    "trl",
-    "trl_head",
-    "trl_trimmed",
-)
+    "shared", "held", "dense_packed", "dense_rows", "dense_model", "dense_padded", "trl", "trl_head", "trl_trimmed",
+)  # fmt: skip
 COLUMNS = {
     "provider": "", "best_s": ".3g", "median_s": ".3g", "time_ratio": ".2f", "cpu_s": ".3g", "cpu_ratio": ".2f",
     "peak_mib": ".0f", "memory_ratio": ".2f", "gradient_error": ".1e",

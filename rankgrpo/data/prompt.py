@@ -250,10 +250,10 @@ def _closing(text: str, prompt: PromptFormat) -> str:
         return HARMONY_ANSWER
     if (begins := OPEN_THOUGHT.search(text)) is None:
         return ""
-    if asked := [key for key in THINKING_KEYS if prompt.chat_kwargs.get(key)]:
+    if asked := thinking_asked(prompt.chat_kwargs):
         raise ConfigError(
-            f"data.chat_template_kwargs: with {asked[0]} the prompt ends inside a thought ({begins[1]}), where a list "
-            f"would be no answer; set data.chat_template_kwargs='{{\"{asked[0]}\": false}}'"
+            f"data.chat_template_kwargs: with {asked} the prompt ends inside a thought ({begins[1]}), where a list "
+            f"would be no answer; set data.chat_template_kwargs='{{\"{asked}\": false}}'"
         )
     return ("" if begins[0].endswith("\n") else "\n") + f"\n{MARKS[begins[1]]}\n\n"
 
