@@ -235,6 +235,9 @@ def start_engine(
     else:
         keep_weights_plain()
         options |= {"enforce_eager": True, "kv_cache_memory_bytes": cpu_cache_bytes(model_config, config)}
+        # A prompt with a seed that is read in two pieces ends the engine: vLLM then takes back what the generator drew,
+        # which torch's generators on CPUs cannot (vLLM 0.32, `GPUModelRunner._bookkeeping_sync`).
+        options["enable_chunked_prefill"] = False
     if parallel.dp_world > 1:
         options["distributed_executor_backend"] = "external_launcher"  # processes are torchrun's, not vLLM's
     with tempfile.TemporaryDirectory() as folder:

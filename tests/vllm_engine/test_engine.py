@@ -74,6 +74,20 @@ def test_greedy_lists_are_those_of_transformers(world):
         torch.testing.assert_close(sampled_logp(ours), sampled_logp(theirs), atol=2e-5, rtol=0)
 
 
+def test_prompts_of_more_tokens_than_the_engine_reads_at_once():
+    """It reads 4,096 tokens at once on CPUs; a prompt that lies across the border waits instead of being cut in two."""
+    model, tokenizer = make_model(tied=True)
+    sampler = engine(model, tokenizer, rows=128)
+    sync_weights(sampler, model)
+    ids = tokenizer("I loved Alien (1979) and Stalker (1979). " * 20)["input_ids"]
+    prompts = [[*ids[i : i + 90], i] for i in range(100)]
+    groups = sampler.sample(prompts, group_size=1, seeds=list(range(100)), max_new_tokens=4)
+    assert [len(rollouts) for rollouts in groups] == [1] * 100
+    for i in (0, 45, 46, 99):
+        expected = trainer_logp(model, tokenizer, prompts[i], groups[i])
+        torch.testing.assert_close(sampled_logp(groups[i]), expected, atol=1e-4, rtol=0)
+
+
 def test_a_list_ends_with_its_end_token(world):
     model, tokenizer, sampler = world
     likely = copy.deepcopy(model)
