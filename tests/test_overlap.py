@@ -111,11 +111,13 @@ def assert_by_hand(folder, rows, warm, *words):  # noqa: F811
     assert all(row["ratio/mean"] != pytest.approx(1, abs=1e-4) for row in rows[2:])
 
 
+@pytest.mark.slow
 def test_it_is_a_loop_that_samples_from_weights_one_step_old(warm, tmp_path):  # noqa: F811
     words = (*OVERLAP, "rl.num_steps=3", "rl.updates_per_batch=2")
     assert_by_hand(tmp_path / "rl", run(warm, tmp_path / "rl", *words), warm, *words)
 
 
+@pytest.mark.slow
 def test_it_is_that_loop_with_further_rounds_and_lists_held_to_the_catalog(with_rounds, warm):  # noqa: F811
     folder, rows = with_rounds
     assert max(row["groups/rounds"] for row in rows[1:]) > 1
@@ -123,6 +125,7 @@ def test_it_is_that_loop_with_further_rounds_and_lists_held_to_the_catalog(with_
     assert_by_hand(folder, rows, warm, *OVERLAP, *ROUNDS)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_holds_the_batch_that_was_sampled_ahead(with_rounds, warm, tmp_path):  # noqa: F811
     folder, rows = with_rounds
     shutil.copytree(folder, tmp_path / "rl", symlinks=True)
@@ -163,6 +166,7 @@ def opening_of(policy, source, config):
     return Opening.of(policy, source, config.model, tiny_dataset().catalog.lines, rows=256, threads=1)
 
 
+@pytest.mark.slow
 def test_a_sampler_in_a_process_of_its_own(warm):  # noqa: F811
     config = tiny_config("model.verify=false")
     policy = opened(warm, config)
@@ -197,6 +201,7 @@ def test_a_sampler_in_a_process_of_its_own(warm):  # noqa: F811
             process.sample(prompts, **terms)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_whatever_ends_the_trainer_ends_the_process_that_samples(number, warm):  # noqa: F811
     config = tiny_config()
@@ -222,6 +227,7 @@ def test_whatever_ends_the_trainer_ends_the_process_that_samples(number, warm): 
 # What is refused, and what is said
 
 
+@pytest.mark.slow
 def test_a_step_that_moves_too_far_stops_the_run(warm, tmp_path):  # noqa: F811
     words = ("rl.num_steps=2", "rl.lr=1e-2", "rl.mismatch_alarm=1.01")
     with pytest.raises(TrainingError, match="RL step 2.*above rl.mismatch_alarm = 1.01. With rl.overlap.*lower rl.lr"):

@@ -141,6 +141,7 @@ runner.run_missing([run], num_jobs=1, num_processes=1)
 """
 
 
+@pytest.mark.slow
 def test_runs_end_with_a_suite_that_is_terminated(toy, tmp_path):
     noted = tmp_path / "pid"
     suite = subprocess.Popen([sys.executable, "-c", TERMINATED, str(toy), str(tmp_path / "runs"), str(noted)])

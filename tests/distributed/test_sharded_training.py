@@ -14,6 +14,7 @@ from rankgrpo.model.presets import load_policy, make_init
 from rankgrpo.model.tiny import TinyConfig
 from rankgrpo.sft import demonstration_groups
 
+pytestmark = pytest.mark.slow
 NUM_GROUPS, GROUP_SIZE, NUM_RANKS, NUM_STEPS = 5, 3, 5, 5
 EVERYTHING = list(range(NUM_GROUPS))
 UNEVEN = [[0, 1, 2, 3], [4]]
