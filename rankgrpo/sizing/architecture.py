@@ -167,7 +167,7 @@ def find_architecture(name: str, config: ModelConfig) -> Architecture:
 def _from_json(raw: Mapping[str, Any], path: Path) -> Architecture:
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: holds {type(raw).__name__}, no configuration of a model")
-    if raw.get("model_type") not in KNOWN_TYPES:
+    if raw.get("model_type") not in KNOWN_TYPES or raw.get("mlp_bias"):
         return count_architecture(path)
     kind = raw["model_type"]
     names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
