@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from rankgrpo.config import AdapterConfig
 from rankgrpo.errors import ConfigError
-from rankgrpo.model.adapter import not_adapted, target_names
+from rankgrpo.model.adapter import kinds_of, left_out, not_adapted, target_names
 
 TRIED_WITH = "transformers 5.19.0 and torch 2.13.0"
 ABOUT = f"""# Models
@@ -27,7 +27,8 @@ its windows, and the fastest way that is exact is taken; what nothing computes e
   cache, which reads a prompt once a list. **no cache**: the list is read anew for every token, for models whose
   cache does not give their own forward.
 - **Adapters**: the Linear layers that `adapter.targets=linear` reaches, by the ends of their names. Routed experts
-  that are one parameter have none, which a run says; a shared expert has.
+  that are one parameter have none, nor has a layer whose weight belongs to several layers, or is read by the code
+  around it: with adapters merged that would be another model than the one that was trained. A run names them.
 
 The table is of small random models, with {TRIED_WITH} on a CPU in float32: log-probs within 1e-4 (Qwen3.5 with
 experts or as a multimodal checkpoint 2e-4, which is what its scan differs by between chunk sizes), gradients
@@ -60,7 +61,9 @@ def adapted(name: str) -> str:
         ends = dict.fromkeys(layer.rpartition(".")[2] for layer in target_names(model, AdapterConfig("lora")))
     except ConfigError:
         return "none, no Linear layer"
-    return ", ".join(ends) + ("; not the routed experts" if not_adapted(model) else "")
+    without = ["the routed experts"] if not_adapted(model) else []
+    without += dict.fromkeys(".".join(kind.split(".")[-2:]) for kind in kinds_of(left_out(model)))
+    return ", ".join(ends) + (f"; not {', '.join(without)}" if without else "")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,14 @@ import rankgrpo.model.policy
 from rankgrpo.config import AdapterConfig
 from rankgrpo.config_file import load_config
 from rankgrpo.errors import ConfigError
-from rankgrpo.model.adapter import adapters_off, has_adapters, merged_parameters, merged_weight, target_names
+from rankgrpo.model.adapter import (
+    adapters_off,
+    has_adapters,
+    left_out,
+    merged_parameters,
+    merged_weight,
+    target_names,
+)
 from rankgrpo.model.packing import Group
 from rankgrpo.model.policy import open_policy, open_reference
 from rankgrpo.model.presets import load_policy, make_init
@@ -182,7 +189,7 @@ def test_targets(start):
     assert target_names(model, AdapterConfig(targets="q_proj")) == [
         f"model.layers.{n}.self_attn.q_proj" for n in range(2)
     ]
-    with pytest.raises(ConfigError, match="'query' is no Linear layer of LlamaForCausalLM; it has down_proj"):
+    with pytest.raises(ConfigError, match="'query' is no Linear layer of LlamaForCausalLM that .*; it has down_proj"):
         target_names(model, AdapterConfig(targets="q_proj,query"))
     for word, message in (
         ("adapter.rank=0", "adapter.rank"),
@@ -280,3 +287,31 @@ def test_a_shared_expert_is_adapted_and_routed_ones_are_left_out_with_a_word(nam
     policy.export(tmp_path / "export", ALONE)
     exported = open_policy(tmp_path / "export", tiny_config().model, ALONE.device, trainable=False)
     torch.testing.assert_close(exported.logprobs(GROUPS)[1], logp_BT, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "kinds", "why"),
+    [
+        (
+            "zamba2",
+            {"q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj"},
+            "its weight is that of other",
+        ),
+        ("jamba", {"dt_proj"}, "its weight is read without it"),
+        ("llama4", {"router"}, "it returns more than its product"),
+    ],
+)
+def test_layers_whose_merged_weight_would_mean_something_else_are_left_out(name, kinds, why):
+    from model_families import make_model
+
+    model = make_model(name)
+    reasons = left_out(model)
+    assert {layer.rpartition(".")[2] for layer, reason in reasons.items() if reason.startswith(why)} - {
+        "0",
+        "1",
+    } == kinds
+    assert reasons.keys().isdisjoint(target_names(model, AdapterConfig("lora")))
+    with pytest.raises(
+        ConfigError, match=f"'{min(kinds)}' is no Linear layer of {type(model).__name__} that an adapter"
+    ):
+        target_names(model, AdapterConfig("lora", targets=min(kinds)))

@@ -3,16 +3,19 @@
 A handful runs with every `make test`, all variants with `pytest -m "families or not families" tests/test_families.py`.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 from model_families import FAST, VARIANTS, make_model, make_tokenizer
 from tiny_world import ALONE, tiny_config
 from transformers import AutoModelForCausalLM
 
+from rankgrpo.config import AdapterConfig
 from rankgrpo.errors import ModelError
 from rankgrpo.model.export import model_class
 from rankgrpo.model.packing import Group
-from rankgrpo.model.policy import open_policy
+from rankgrpo.model.policy import open_policy, with_paths
 from rankgrpo.sampler import verify
 from rankgrpo.sampler.choose import hf_sampler
 from rankgrpo.sampler.verify import switches, verify_policy
@@ -31,6 +34,7 @@ OWN_CACHE = DENSE | RECURRENT | ROW_BY_ROW | {"diffllama", "hrm_text"}
 COARSE = {"comp_qwen3_5", "qwen3_5_moe"}
 REFUSED = {"deepseek_v32", "phimoe"}
 UNCACHED = {"nemotron_h", "zamba2"}
+NO_LINEAR = {"gpt2", "gpt2_attn0", "gpt2_nodrop"}
 
 
 @pytest.fixture(autouse=True)
@@ -139,6 +143,31 @@ def test_family(name, tmp_path, capsys):
             m(input_ids=sequence, use_cache=False).logits for m in (reload(tmp_path / "export"), plain)
         )
     torch.testing.assert_close(exported, original, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", [case for case, name in zip(NAMES, VARIANTS, strict=True) if name not in REFUSED])
+def test_family_with_adapters_and_recomputed_layers(name, tmp_path):
+    """Log-probs are those of the exported model's own forward, gradients those of one row at a time."""
+    save(name, tmp_path / "model")
+    config = tiny_config("data.max_prompt_tokens=60", "model.gradient_checkpointing=true")
+    kind = AdapterConfig("lora", rank=2, alpha=4.0) if name not in NO_LINEAR else AdapterConfig()
+    policy = verify_policy(open_policy(tmp_path / "model", config.model, ALONE.device, adapter=kind), config)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for key, parameter in policy.model.named_parameters():
+            if "lora_B" in key:
+                parameter += 0.02 * torch.randn(parameter.shape, generator=generator)
+    policy.export(tmp_path / "export", ALONE)
+    groups = example_groups()
+    _, logp_BT = policy.logprobs(groups)
+    want_BT = eager_logprobs(reload(tmp_path / "export"), groups, policy.allowed_V).detach()
+    torch.testing.assert_close(logp_BT, want_BT, rtol=0, atol=2e-4 if name in COARSE else 1e-4)
+    weight_BT = torch.randn(logp_BT.shape, generator=generator)
+    got = gradients(policy.model, (logp_BT * weight_BT).sum())
+    rows = with_paths(policy, replace(policy.paths, packing="alone", attention="eager"))
+    want = gradients(rows.model, (rows.logprobs(groups)[1] * weight_BT).sum())
+    assert any("lora_A" in key for key in got) == (name not in NO_LINEAR)
+    assert_same_gradients(got, want)
 
 
 def test_a_family_nobody_knows_is_caught(tmp_path, monkeypatch):

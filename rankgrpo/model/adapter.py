@@ -6,7 +6,8 @@
 
 B starts at 0 and m at ||W||, so training starts from the model as it was; with the adapters off it is that model again,
 to which the KL term of reinforcement learning refers. What samples and what is exported has the merged W' under the
-names of the model without adapters. Routed experts have no adapter where one parameter holds them all (`not_adapted`).
+names of the model without adapters. Routed experts have no adapter where one parameter holds them all (`not_adapted`),
+nor have layers to which W' would mean something else than to the model without adapters (`left_out`).
 Head and embeddings have none, for the streamed head reads their weight itself; of them the rows of added tokens are
 trained (`model.new_tokens`).
 """
@@ -14,8 +15,12 @@ trained (`model.new_tokens`).
 # Shape letters: O outputs, I inputs of a Linear layer; R rank of its adapter.
 from __future__ import annotations
 
-from collections.abc import Iterator
+import inspect
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -35,19 +40,22 @@ MATRICES = {
 """How the names end that peft gives what it stores beside a layer, and which argument of `merged_weight` each is."""
 
 
-def add_adapters(model: PreTrainedModel, config: AdapterConfig, *, seed: int) -> None:
+def add_adapters(model: PreTrainedModel, config: AdapterConfig, *, seed: int) -> list[str]:
     """Freeze `model` and put trained adapters into its layers, in place; with one seed every process makes the same.
 
+    Returns the kinds of modules that none reaches, of those that adapter.targets may mean.
     Raises ConfigError when adapter.targets names no layer.
     """
     from peft import LoraConfig, inject_adapter_in_model  # takes seconds, which runs without adapters need not wait
 
+    names = target_names(model, config)
+    without = not_adapted(model) + kinds_of(left_out(model))
     settings = LoraConfig(
         r=config.rank,
         lora_alpha=config.alpha,
         use_rslora=config.rslora,
         use_dora=config.kind == "dora",
-        target_modules=[f"model.{name}" for name in target_names(model, config)],
+        target_modules=[f"model.{name}" for name in names],
         lora_dropout=0.0,  # old and new log-probs must differ by the update alone
         bias="none",
     )
@@ -56,6 +64,7 @@ def add_adapters(model: PreTrainedModel, config: AdapterConfig, *, seed: int) ->
         torch.manual_seed(seed)
         inject_adapter_in_model(settings, _Nameless(model), NAME)
     train_new_rows(model)
+    return without
 
 
 class _Nameless(nn.Module):
@@ -69,22 +78,61 @@ class _Nameless(nn.Module):
 
 def not_adapted(model: nn.Module) -> list[str]:
     """Kinds of modules with matrices that no adapter reaches because they are no Linear layers: routed experts."""
-    stacked = (name.rpartition(".")[0] for name, parameter in model.named_parameters() if parameter.ndim == 3)
-    kinds = (".".join(part for part in name.split(".") if not part.isdigit()) for name in stacked)
-    return sorted({kind for kind in kinds if "expert" in kind})
+    stacked = [name.rpartition(".")[0] for name, parameter in model.named_parameters() if parameter.ndim == 3]
+    return [kind for kind in kinds_of(stacked) if "expert" in kind]
 
 
-def target_names(model: PreTrainedModel, config: AdapterConfig) -> list[str]:
-    """Full names of the Linear layers that adapter.targets means: all of the text model but the head, or those that
-    end so."""
+def kinds_of(names: Iterable[str]) -> list[str]:
+    """Names of modules without the numbers of their layers."""
+    return sorted({".".join(part for part in name.split(".") if not part.isdigit()) for name in names})
+
+
+def left_out(model: PreTrainedModel) -> dict[str, str]:
+    """Linear layers of the text model that have no adapter, by their full names, and why: the model with adapters would
+    compute something else than the model that has the merged weights."""
+    layers = dict(_linear_layers(model))
+    uses = Counter(id(layer.weight) for layer in layers.values())
+    reasons = {}
+    for name, layer in layers.items():
+        parent, _, own = name.rpartition(".")
+        if uses[id(layer.weight)] > 1:
+            reasons[name] = "its weight is that of other layers too"
+        elif type(layer).forward is not nn.Linear.forward and not _is_a_product(layer):
+            reasons[name] = "it returns more than its product"
+        elif re.search(rf"\bself\.{own}\.weight\b", _source(type(model.get_submodule(parent)))):
+            reasons[name] = "its weight is read without it"
+    return reasons
+
+
+def _linear_layers(model: PreTrainedModel) -> Iterator[tuple[str, nn.Linear]]:
+    """Those of the text model but the head, by all of their names."""
     head = model.get_output_embeddings()
     composed = model.config.get_text_config() is not model.config
     text = set((model.get_decoder() if composed else model).modules())  # images are not trained
-    linear = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and module is not head and module in text
-    ]
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, nn.Linear) and module is not head and module in text:
+            yield name, module
+
+
+@torch.no_grad()
+def _is_a_product(layer: nn.Linear) -> bool:
+    rows = layer(layer.weight.new_zeros(2, layer.in_features))
+    return isinstance(rows, Tensor) and rows.shape == (2, layer.out_features)
+
+
+@cache
+def _source(kind: type) -> str:
+    try:
+        return inspect.getsource(kind)
+    except (OSError, TypeError):  # a class that was made at run time has none
+        return ""
+
+
+def target_names(model: PreTrainedModel, config: AdapterConfig) -> list[str]:
+    """Full names of the Linear layers that adapter.targets means: all of the text model but the head and those that are
+    `left_out`, or those that end so."""
+    without = left_out(model)
+    linear = [name for name, _ in _linear_layers(model) if name not in without]
     if not linear:
         raise ConfigError(
             f"adapter.kind: {type(model).__name__} has no Linear layer that an adapter could stand beside; set "
@@ -96,8 +144,8 @@ def target_names(model: PreTrainedModel, config: AdapterConfig) -> list[str]:
     kinds = sorted({name.rpartition(".")[2] for name in linear})
     if unknown := [word for word in wanted if word not in kinds]:
         raise ConfigError(
-            f"adapter.targets: {unknown[0]!r} is no Linear layer of {type(model).__name__}; it has {', '.join(kinds)}. "
-            "Name some of them with commas between, or `linear` for all"
+            f"adapter.targets: {unknown[0]!r} is no Linear layer of {type(model).__name__} that an adapter could stand "
+            f"beside; it has {', '.join(kinds)}. Name some of them with commas between, or `linear` for all"
         )
     return [name for name in linear if name.rpartition(".")[2] in wanted]
 

@@ -76,6 +76,8 @@ class Policy:
     paths: Paths = Paths()
     dropout: tuple[str, ...] = ()
     """Rates of dropout that were switched off for training, as key = rate."""
+    not_adapted: tuple[str, ...] = ()
+    """Kinds of modules that no adapter reaches, where there are adapters."""
 
     @property
     def device(self) -> torch.device:
@@ -183,11 +185,21 @@ def open_policy(
             "adapter.kind with model.new_tokens trains a few rows of the embeddings, which a split model cannot; set "
             "parallel.shard=none, or adapter.kind=none"
         )
-    if adapted:
-        add_adapters(model, adapter, seed=seed)
+    not_adapted = tuple(add_adapters(model, adapter, seed=seed)) if adapted else ()
     if sharding is not None:
         shard_model(model, sharding, bfloat16=bfloat16)
-    return Policy(model, tokenizer, allowed_V, bfloat16, impl, sharding, skeleton, paths=paths, dropout=dropout)
+    return Policy(
+        model,
+        tokenizer,
+        allowed_V,
+        bfloat16,
+        impl,
+        sharding,
+        skeleton,
+        paths=paths,
+        dropout=dropout,
+        not_adapted=not_adapted,
+    )
 
 
 def open_reference(

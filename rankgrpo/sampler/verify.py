@@ -18,7 +18,6 @@ from torch import Tensor
 
 from rankgrpo.config import Config
 from rankgrpo.errors import ModelError, SamplingError, UserError
-from rankgrpo.model.adapter import has_adapters, not_adapted
 from rankgrpo.model.attention import set_attention
 from rankgrpo.model.head import forward_replaced, output_head
 from rankgrpo.model.packing import Group
@@ -64,8 +63,8 @@ class _Guard:
     def run(self, sampled: bool) -> Policy:
         if self.policy.dropout:
             self._say(f"set to 0 while training: {', '.join(self.policy.dropout)}")
-        if has_adapters(self.policy.model) and (kinds := not_adapted(self.policy.model)):
-            self._say(f"without adapters, so not trained: {', '.join(kinds)}")
+        if self.policy.not_adapted:
+            self._say(f"without adapters, so not trained: {', '.join(self.policy.not_adapted)}")
         policy = self._first_exact(self._packings(), self._scoring_gap, "model.attention")
         self._say_packing(policy)
         if sampled and choose_sampler(self.config.rl.sampler, policy.device) == "hf":
