@@ -43,8 +43,10 @@ from rankgrpo.runtime.distributed import Parallel, make_sharding, start_parallel
 from rankgrpo.runtime.optim import rl_learning_rate
 from rankgrpo.runtime.tracker import read_metrics
 from rankgrpo.runtime.trackers import check_tracker, open_tracker
+from rankgrpo.sampler.choose import choose_sampler
 from rankgrpo.sampler.verify import verify_policy
 from rankgrpo.sampler.vllm import require_vllm
+from rankgrpo.sampler.vllm_models import check_architecture
 from rankgrpo.sft import train_sft
 from rankgrpo.sizing.disk import check_run_disk
 from rankgrpo.train import train
@@ -186,7 +188,7 @@ def check_run(config: Config, run_dir: Path) -> None:
     """Raise what a run would raise later: about data, reward, sampler, and a run folder of another configuration."""
     if config.rl.sampler == "vllm":
         require_vllm()
-    check_overlap(config, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    check_overlap(config, device_here())
     check_tracker(config.track)
     dataset = load_config_dataset(config)
     check_catalog(config, dataset)
@@ -197,9 +199,17 @@ def check_run(config: Config, run_dir: Path) -> None:
 
 
 def check_model(config: Config, source: str, device: torch.device) -> None:
-    """Open the model `source` as training would, and raise ModelError where that could not be right."""
+    """Open the model `source` as training would, and raise ModelError where that could not be right, or SamplingError
+    where the run samples with vLLM and vLLM does not have the model."""
     policy = open_policy(source, config.model, device, adapter=config.adapter, seed=config.seed)
     verify_policy(policy, config)
+    if choose_sampler(config.rl.sampler, device_here()) == "vllm":
+        check_architecture(policy.model, device_here())
+
+
+def device_here() -> torch.device:
+    """Where a run's sampler would be, also while its model is only looked at on the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def try_model(config: Config, run_dir: Path, rl_start: str | None, parallel: Parallel) -> None:

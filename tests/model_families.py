@@ -242,26 +242,28 @@ FAST = ("llama", "qwen2_swa16", "granite", "gemma2", "gpt_oss_swa16", "deepseek_
 """Variants of the fast tests; `-m families` runs all."""
 
 
-def make_config(name: str):
-    """The small configuration of a variant."""
+def make_config(name: str, sizes: dict | None = None):
+    """The small configuration of a variant; `sizes` replace those of SMALL."""
     model_type, changes = VARIANTS[name]
+    sizes = SMALL | (sizes or {})
     if model_type in COMPOSED:
         text_type = {"mistral3": "ministral3"}.get(model_type, f"{model_type}_text")
-        text = _small(text_type, changes).to_dict()
+        text = _small(text_type, changes, sizes).to_dict()
         default = AutoConfig.for_model(model_type)
-        vision = {**_vision(model_type, default).to_dict(), **VISION, "depth": 1, "num_heads": 2, "out_hidden_size": 64}
+        vision = {**_vision(model_type, default).to_dict(), **VISION, "depth": 1, "num_heads": 2}
+        vision["out_hidden_size"] = sizes["hidden_size"]
         tokens = {key: 270 + i for i, key in enumerate(sorted(default.to_dict())) if key.endswith("token_id")}
         return AutoConfig.for_model(model_type, text_config=text, vision_config=vision, **tokens)
-    return _small(model_type, changes)
+    return _small(model_type, changes, sizes)
 
 
 def _vision(model_type: str, default):
     return default.vision_config or AutoConfig.for_model(f"{model_type}_vision")
 
 
-def _small(model_type: str, changes: dict):
+def _small(model_type: str, changes: dict, sizes: dict):
     known = AutoConfig.for_model(model_type).to_dict()
-    settings = {key: value for key, value in SMALL.items() if key in known} | changes
+    settings = {key: value for key, value in sizes.items() if key in known} | changes
     return AutoConfig.for_model(model_type, **settings)
 
 
@@ -282,10 +284,10 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 @torch.no_grad()
-def make_model(name: str, seed: int = 0) -> PreTrainedModel:
+def make_model(name: str, seed: int = 0, sizes: dict | None = None) -> PreTrainedModel:
     """A random float32 model of a variant, in evaluation mode, with eager attention."""
     torch.manual_seed(seed)
-    config = make_config(name)
+    config = make_config(name, sizes)
     kind = AutoModelForImageTextToText if VARIANTS[name][0] in COMPOSED else AutoModelForCausalLM
     model = kind.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
     for parameter in model.parameters():

@@ -6,11 +6,13 @@ import torch
 from model_families import COMPOSED, VARIANTS, make_config
 from test_families import DENSE, OWN_CACHE, REFUSED, ROW_BY_ROW, UNCACHED
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+from vllm_families import ALIKE, BOUND, PACKED_EXPERTS
 
 from rankgrpo.config import AdapterConfig
 from rankgrpo.errors import ConfigError
 from rankgrpo.model.adapter import kinds_of, left_out, not_adapted, target_names
 
+VLLM_TRIED_WITH = "vLLM 0.32.0 on a CPU"
 TRIED_WITH = "transformers 5.19.0 and torch 2.13.0"
 ABOUT = f"""# Models
 
@@ -36,6 +38,19 @@ within 1e-3, and an export that transformers reads back to the same logits. `pyt
 tests/test_families.py` repeats it; `python tests/models_page.py` writes this page. swa16 and 512 are windows,
 comp_ is the multimodal checkpoint, whose text model is trained.
 """
+VLLM = f"""
+## vLLM
+
+An export is a folder that vLLM reads as it is. `pytest -m families tests/vllm_engine/test_exports.py`, in the
+environment of `make test-vllm`, starts an engine on the export of each of these, with {VLLM_TRIED_WITH} in float32, and
+compares the log-probs of lists that it samples with those that training computes: they are within {BOUND:g}.
+
+- Read, and sampled from again after an update was sent to the engine: {", ".join(sorted(ALIKE))}.
+- Read: {", ".join(sorted(PACKED_EXPERTS))}. vLLM's kernels for CPUs pack routed experts, so an engine there takes no
+  update of them, and `rl.sampler=vllm` is refused before the run.
+
+Whether vLLM has a model at all, `rankgrpo run --check` asks it where the run samples with it.
+"""
 
 
 def page() -> str:
@@ -49,7 +64,7 @@ def page() -> str:
         rows.append(f"| {name} | {training} | {sampler} | {adapted(name)} |")
     packed = len(VARIANTS) - len(DENSE | ROW_BY_ROW | REFUSED)
     count = f"{len(VARIANTS)} variants: {packed} packed, {len(DENSE | ROW_BY_ROW)} dense, {len(REFUSED)} refused.\n"
-    return "\n".join([ABOUT, count, *rows]) + "\n"
+    return "\n".join([ABOUT, count, *rows]) + "\n" + VLLM
 
 
 def adapted(name: str) -> str:

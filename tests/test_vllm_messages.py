@@ -1,17 +1,23 @@
 """What users meet before vLLM runs, without vLLM."""
 
+import json
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
-from transformers import Qwen2Config
+from model_families import make_model, make_tokenizer
+from tiny_world import tiny_config
+from transformers import Gemma3Config, GPT2Config, Qwen2Config, Qwen2Model
 
 import rankgrpo.sampler.vllm as vllm_module
 from rankgrpo.cli import main
 from rankgrpo.errors import SamplingError
+from rankgrpo.pipeline import check_run
 from rankgrpo.sampler.choose import choose_sampler
 from rankgrpo.sampler.vllm import GIB, EngineConfig, cache_bytes_a_list, explain_start, import_vllm, vllm_installed
+from rankgrpo.sampler.vllm_classes import shared_classes
 from rankgrpo.sampler.vllm_trie import PINNED
 
 # Qwen2.5-0.5B: 24 layers, 2 key-value heads of 64.
@@ -21,7 +27,7 @@ MODEL = Qwen2Config(
 ENGINE = EngineConfig(max_tokens=3072, dtype=torch.bfloat16)
 
 
-def pretend(monkeypatch, version: str | None) -> None:
+def pretend(monkeypatch, version: str | None) -> types.ModuleType | None:
     """A package vllm of this version, or one that cannot be imported."""
     monkeypatch.setattr(vllm_module, "vllm_installed", lambda: True)
     package = None
@@ -29,6 +35,7 @@ def pretend(monkeypatch, version: str | None) -> None:
         package = types.ModuleType("vllm")
         package.__version__ = version
     monkeypatch.setitem(sys.modules, "vllm", package)
+    return package
 
 
 @pytest.fixture(autouse=True)
@@ -49,6 +56,69 @@ def test_a_run_that_asks_for_it_fails_before_it_starts(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", command)
     with pytest.raises(SystemExit, match="rl.sampler = vllm, and vLLM is not installed"):
         main()
+
+
+def check_of(name, folder):
+    """`run --check` of a small model of a family, with vLLM."""
+    make_model(name).save_pretrained(folder / "model")
+    make_tokenizer().save_pretrained(folder / "model")
+    check_run(tiny_config(f"model.name={folder / 'model'}", "rl.sampler=vllm"), folder / "run")
+    assert not (folder / "run").exists()
+
+
+def test_a_check_asks_vllm_about_the_model(monkeypatch, tmp_path):
+    refusal = "Model architectures ['LlamaForCausalLM'] are not supported for now. Supported architectures: ..."
+    asked = []
+
+    class Args:
+        def __init__(self, *, model, **options):
+            asked.append(json.loads((Path(model) / "config.json").read_text())["architectures"])
+
+        def create_model_config(self):
+            if refuses:
+                raise ValueError(refusal)
+
+    package = pretend(monkeypatch, "0.33.0")
+    package.EngineArgs = Args
+    refuses = False
+    check_of("llama", tmp_path)
+    refuses = True
+    with pytest.raises(SamplingError, match="does not know the model architecture LlamaForCausalLM; set rl.sampler"):
+        check_of("llama", tmp_path)
+    assert asked == [["LlamaForCausalLM"]] * 2
+
+
+def test_a_check_refuses_routed_experts_on_a_cpu(monkeypatch, tmp_path):
+    pretend(monkeypatch, "0.33.0")
+    with pytest.raises(SamplingError, match=r"packs routed experts \(model.layers.mlp.experts\).*set rl.sampler=hf"):
+        check_of("gpt_oss_swa16", tmp_path)
+
+
+def test_a_class_that_vllm_rewrites_serves_it_and_the_trainer(monkeypatch):
+    """As vLLM's decorator does: models that it builds run its call, the trainer's, older and newer, their own."""
+    package = pretend(monkeypatch, "0.33.0")
+    package.config = types.ModuleType("vllm.config")
+    package.config.get_current_vllm_config_or_none = lambda: building
+    monkeypatch.setitem(sys.modules, "vllm.config", package.config)
+    kind = type("Decoder", (Qwen2Model,), {})
+    config = Qwen2Config(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
+    older, init = kind(config), kind.__init__
+    ids = torch.tensor([[1, 2]])
+
+    def engine_init(self, *args, **kwargs):
+        init(self, *args, **kwargs)
+        self.do_not_compile = building
+
+    building = "vLLM"
+    with shared_classes(torch.nn.ModuleList([older])):
+        kind.__init__, kind.__call__ = engine_init, lambda self, *_, **__: self.do_not_compile
+        engines = kind(config)
+    building = None
+    for trainers in (older, kind(config)):
+        assert trainers(ids).last_hidden_state.shape == (1, 2, 8)
+    assert engines(ids) == "vLLM"
+    building = "vLLM again"
+    assert kind(config)(ids) == "vLLM again"
 
 
 def test_a_folder_named_vllm_is_no_package(monkeypatch, tmp_path):
@@ -83,6 +153,9 @@ def test_a_broken_installation_names_both_versions_of_torch(monkeypatch):
 def test_cache_of_a_list_by_hand():
     # keys and values x 24 layers x 2 heads x 64 x 2 bytes = 12,288 bytes a token
     assert cache_bytes_a_list(MODEL, ENGINE) == 12_288 * 3072
+    # the text model of a multimodal one; GPT-2 has as many key heads as heads, 12 of 64 in 12 layers
+    assert cache_bytes_a_list(Gemma3Config(text_config={"num_hidden_layers": 2}), ENGINE) == 2 * 2 * 4 * 256 * 2 * 3072
+    assert cache_bytes_a_list(GPT2Config(), ENGINE) == 2 * 12 * 12 * 64 * 2 * 3072
 
 
 def test_messages_say_what_to_change(monkeypatch):

@@ -28,6 +28,7 @@ from rankgrpo.errors import SamplingError
 from rankgrpo.model.constraint import Constraint
 from rankgrpo.runtime.distributed import Parallel
 from rankgrpo.sampler.base import Rollout, check_prompts, eos_token_ids, fingerprint
+from rankgrpo.sampler.vllm_classes import check_replaceable, shared_classes
 from rankgrpo.sampler.vllm_shards import share_requests, sum_of_shards
 from rankgrpo.sampler.vllm_trie import PINNED, check_ids, check_lists, check_seen, processor_class, request_arguments
 from rankgrpo.thoughts import list_decoder
@@ -77,7 +78,9 @@ class VLLMSampler:
         self.vllm = import_vllm()
         if constraint is not None:
             check_ids(constraint, allowed_V)
-        self.llm = start_engine(self.vllm, model.config, config, parallel, constraint)
+        check_replaceable(model, parallel.device)
+        with shared_classes(model):
+            self.llm = start_engine(self.vllm, model.config, config, parallel, constraint)
         (self.engine_model,) = self.llm.apply_model(lambda engine_model: engine_model)
         check_plain_weights(self.engine_model)
         if not bool(allowed_V.all()):
@@ -297,9 +300,12 @@ def explain_start(text: str, version: str, model_config: PreTrainedConfig, confi
 
 def cache_bytes_a_list(model_config: PreTrainedConfig, config: EngineConfig) -> int:
     """Key-value cache of one list of the longest length and its prompt."""
-    heads = model_config.num_attention_heads
-    head_size = getattr(model_config, "head_dim", None) or model_config.hidden_size // heads
-    a_token = 2 * model_config.num_hidden_layers * model_config.num_key_value_heads * head_size * config.dtype.itemsize
+    text = model_config.get_text_config()
+    heads, values = text.num_attention_heads, text.to_dict()  # plain values, where layers may differ in a key
+    sizes = [values.get(key) for key in ("head_dim", "global_head_dim")]  # Gemma 4 has two
+    head_size = max((size for size in sizes if size), default=text.hidden_size // heads)
+    shared = values.get("num_key_value_heads") or heads  # GPT-2 and its like have no such key
+    a_token = 2 * text.num_hidden_layers * shared * head_size * config.dtype.itemsize
     return a_token * math.ceil(config.max_tokens / KV_BLOCK) * KV_BLOCK
 
 

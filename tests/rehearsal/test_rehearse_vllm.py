@@ -24,6 +24,8 @@ from rankgrpo.model.constraint import open_constraint
 from rankgrpo.runtime.distributed import Parallel
 from rankgrpo.sampler.sync import sync_weights
 from rankgrpo.sampler.vllm import EngineConfig, VLLMSampler, explain_start, start_engine
+from rankgrpo.sampler.vllm_classes import check_replaceable, shared_classes
+from rankgrpo.sampler.vllm_models import check_architecture
 from rankgrpo.sampler.vllm_serve import __getattr__ as served
 from rankgrpo.sampler.vllm_trie import SlotLists, processor_class, request_arguments
 
@@ -47,7 +49,7 @@ class Engine:
     """What vLLM's engine answers; it remembers what it was started with and told."""
 
     def __init__(self):
-        self.options, self.told = {}, []
+        self.options, self.told, self.refusal = {}, [], None
         self.model = fake_model("engine", device=GPU)[0]
         self.model.load_weights = lambda weights: [name for name, _ in weights]
         self.model.compute_logits = lambda hidden: torch.zeros(len(hidden), 4, device=GPU)
@@ -81,10 +83,16 @@ class Engine:
             assert isinstance(inspect.getattr_static(VllmConfig, "use_v2_model_runner"), property)
             return SimpleNamespace(use_v2_model_runner=True)
 
+        def asked(self):
+            if engine.refusal:
+                raise ValueError(engine.refusal)
+
         engine = self
         return {
             "LLM.__init__": start,
             "EngineArgs.create_engine_config": config,
+            "EngineArgs.create_model_config": asked,
+            "get_current_vllm_config_or_none": lambda: None,
             "RLOfflineMixin.apply_model": lambda self, func: [func(engine.model)],
             "LLM.apply_model": lambda self, func: [func(engine.model)],
             "LLM.generate": generate,
@@ -166,6 +174,35 @@ def test_what_the_sampler_reads_of_an_answer():
             assert f"self.{mode} =" in vllm_source.text_of("vllm.model_executor.layers.linear")
         assert "device_group: ProcessGroup" in vllm_source.text_of("vllm.distributed.parallel_state")
         assert "packed_modules_mapping" in vllm_source.text_of("vllm.model_executor.models.qwen2")
+
+
+def test_the_model_is_asked_about_before_a_run():
+    model, _ = fake_model("policy", device=GPU)
+    with engine() as one:
+        check_architecture(model, GPU)
+        one.refusal = "Model architectures ['LlamaForCausalLM'] are not supported for now."
+        with pytest.raises(SamplingError, match="does not know the model architecture"):
+            check_architecture(model, GPU)
+
+
+def test_weights_that_an_engine_keeps_in_another_form():
+    for names, device, message in ((("A_log", "D"), GPU, "Mamba"), (("experts",), torch.device("cpu"), "experts")):
+        layer = torch.nn.Module()
+        for name in names:
+            setattr(layer, name, torch.nn.Parameter(torch.zeros(1, 1, 1)))
+        with pytest.raises(SamplingError, match=message):
+            check_replaceable(torch.nn.ModuleDict({"experts": layer}), device)
+
+
+def test_a_class_that_vllm_rewrites_goes_on_serving_the_trainer():
+    model, _ = fake_model("policy", device=GPU)
+    kind = type(model.model)
+    model.model.__class__ = rewritten = type(kind.__name__, (kind,), {})
+    with engine():
+        with shared_classes(model):
+            rewritten.__init__ = rewritten.__call__ = None
+        assert isinstance(rewritten(model.config), kind)
+        model(torch.zeros(1, 2, dtype=torch.long, device=GPU))
 
 
 def test_the_run_chooses_it():
