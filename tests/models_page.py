@@ -6,13 +6,13 @@ import torch
 from model_families import COMPOSED, VARIANTS, make_config
 from test_families import DENSE, OWN_CACHE, REFUSED, ROW_BY_ROW, UNCACHED
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
-from vllm_families import ALIKE, BOUND, PACKED_EXPERTS
+from vllm_families import ALIKE, BOUND, NOT_STARTED, READ_ONLY, UNLIKE
+from vllm_families import TRIED_WITH as VLLM_TRIED_WITH
 
 from rankgrpo.config import AdapterConfig
 from rankgrpo.errors import ConfigError
 from rankgrpo.model.adapter import kinds_of, left_out, not_adapted, target_names
 
-VLLM_TRIED_WITH = "vLLM 0.32.0 on a CPU"
 TRIED_WITH = "transformers 5.19.0 and torch 2.13.0"
 ABOUT = f"""# Models
 
@@ -41,15 +41,20 @@ comp_ is the multimodal checkpoint, whose text model is trained.
 VLLM = f"""
 ## vLLM
 
-An export is a folder that vLLM reads as it is. `pytest -m families tests/vllm_engine/test_exports.py`, in the
-environment of `make test-vllm`, starts an engine on the export of each of these, with {VLLM_TRIED_WITH} in float32, and
-compares the log-probs of lists that it samples with those that training computes: they are within {BOUND:g}.
+An export is a folder that vLLM reads as it is. With {VLLM_TRIED_WITH}, an engine was started on the export of each of
+these, and the log-probs of lists that it samples compared with those that training computes:
 
-- Read, and sampled from again after an update was sent to the engine: {", ".join(sorted(ALIKE))}.
-- Read: {", ".join(sorted(PACKED_EXPERTS))}. vLLM's kernels for CPUs pack routed experts, so an engine there takes no
-  update of them, and `rl.sampler=vllm` is refused before the run.
+- **Within {BOUND:g}, and again after an update was sent to the engine**: {", ".join(ALIKE)}.
+- **Within {BOUND:g}, but no update can be sent**: {", ".join(READ_ONLY)}. vLLM keeps the decay of Mamba layers in
+  another form, and on a CPU a packed copy of routed experts. Such models train with `rl.sampler=hf`; with vLLM
+  `rankgrpo run --check` refuses Mamba layers everywhere and routed experts on a CPU.
+- **Otherwise than transformers**: {"; ".join(f"{name}, {why}" for name, why in UNLIKE.items())}.
+- **Not started**: {"; ".join(f"{name} ({why})" for name, why in NOT_STARTED.items())}.
+- **Open**: lfm2, which vLLM computes up to 0.7 nats otherwise from the first token on; why is not known.
+- **Not tried**: Qwen3.5 and the multimodal checkpoints, for which vLLM imports torchvision, and all others.
 
-Whether vLLM has a model at all, `rankgrpo run --check` asks it where the run samples with it.
+`pytest -m "families or not families" tests/vllm_engine/test_exports.py`, in the environment of `make test-vllm`,
+repeats it. Whether vLLM knows a model at all, `rankgrpo run --check` asks vLLM itself.
 """
 
 
