@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from model_families import make_model, make_tokenizer
-from tiny_world import tiny_config
 from transformers import Gemma3Config, GPT2Config, Qwen2Config, Qwen2Model
 
 import rankgrpo.sampler.vllm as vllm_module
 from rankgrpo.cli import main
+from rankgrpo.config_file import load_config
 from rankgrpo.errors import SamplingError
 from rankgrpo.pipeline import check_run
 from rankgrpo.sampler.choose import choose_sampler
@@ -62,7 +62,8 @@ def check_of(name, folder):
     """`run --check` of a small model of a family, with vLLM."""
     make_model(name).save_pretrained(folder / "model")
     make_tokenizer().save_pretrained(folder / "model")
-    check_run(tiny_config(f"model.name={folder / 'model'}", "rl.sampler=vllm"), folder / "run")
+    words = ["data.num_train=48", f"model.name={folder / 'model'}", "rl.sampler=vllm"]
+    check_run(load_config(None, words), folder / "run")
     assert not (folder / "run").exists()
 
 
@@ -101,7 +102,8 @@ def test_a_class_that_vllm_rewrites_serves_it_and_the_trainer(monkeypatch):
     package.config.get_current_vllm_config_or_none = lambda: building
     monkeypatch.setitem(sys.modules, "vllm.config", package.config)
     kind = type("Decoder", (Qwen2Model,), {})
-    config = Qwen2Config(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
+    sizes = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    config = Qwen2Config(**sizes, num_attention_heads=2, num_key_value_heads=2)
     older, init = kind(config), kind.__init__
     ids = torch.tensor([[1, 2]])
 
