@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from rankgrpo.errors import SamplingError
 from rankgrpo.model.adapter import not_adapted
+
+
+def carries_states(config: PreTrainedConfig) -> bool:
+    """Whether layers keep a state or their last inputs beside keys and values, by the names of the sizes of these."""
+    keys = config.get_text_config().to_dict()
+    return any(re.match(r"mamba_|ssm_|conv_|linear_(conv|key|num|value)_", key) for key in keys)
 
 
 def check_replaceable(model: nn.Module, device: torch.device) -> None:
