@@ -15,6 +15,7 @@ import torch
 import vllm_source
 from test_rehearse_training import GPU, PROMPT, fake_model, on_gpus, tokenizer
 from tiny_world import tiny_config, tiny_dataset
+from transformers import Qwen2Config
 
 import rankgrpo.sampler.choose as choose
 import rankgrpo.sampler.vllm as vllm_module
@@ -177,8 +178,8 @@ def test_what_the_sampler_reads_of_an_answer():
 
 
 def test_the_model_is_asked_about_before_a_run():
-    model, _ = fake_model("policy", device=GPU)
     with engine() as one:
+        model, _ = fake_model("policy", device=GPU)
         check_architecture(model, GPU)
         one.refusal = "Model architectures ['LlamaForCausalLM'] are not supported for now."
         with pytest.raises(SamplingError, match="does not know the model architecture"):
@@ -195,10 +196,10 @@ def test_weights_that_an_engine_keeps_in_another_form():
 
 
 def test_a_class_that_vllm_rewrites_goes_on_serving_the_trainer():
-    model, _ = fake_model("policy", device=GPU)
-    kind = type(model.model)
-    model.model.__class__ = rewritten = type(kind.__name__, (kind,), {})
     with engine():
+        model, _ = fake_model("policy", device=GPU)
+        kind = type(model.model)
+        model.model.__class__ = rewritten = type(kind.__name__, (kind,), {})
         with shared_classes(model):
             rewritten.__init__ = rewritten.__call__ = None
         assert isinstance(rewritten(model.config), kind)
@@ -338,10 +339,9 @@ def test_an_interface_that_is_another():
 
 def test_why_it_did_not_start():
     """What a GPU's engine says when memory is short, in its own words, becomes the setting to change."""
-    model_config = SimpleNamespace(
-        num_attention_heads=14, hidden_size=896, num_hidden_layers=24, num_key_value_heads=2, architectures=["A"],
-        save_pretrained=lambda folder: None,
-    )  # fmt: skip
+    model_config = Qwen2Config(
+        num_attention_heads=14, hidden_size=896, num_hidden_layers=24, num_key_value_heads=2, architectures=["A"]
+    )
     texts = {
         "Free memory on device": ("v1/worker", "rl.vllm_memory=0.84"),
         "No available memory for the cache blocks": ("v1/core", "rl.vllm_memory=0.45"),
