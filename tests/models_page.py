@@ -26,8 +26,9 @@ its windows, and the fastest way that is exact is taken; what nothing computes e
 - **dense**: every list with its prompt, through the model's own forward; **a row at a time** where rows of a
   batch change each other.
 - **grouped**: our sampler, each prompt read once. **own cache**: transformers' generate with the model's own
-  cache, which reads a prompt once a list. **no cache**: the list is read anew for every token, for models whose
-  cache does not give their own forward
+  cache, which reads a prompt once a list, and with positions that generate counts, for Bamba's own start at 0 again
+  after a cache ([finding](../findings/bamba_counts_from_zero.sh)). **no cache**: the list is read anew for every
+  token, for models whose cache does not give their own forward
   ([finding](../findings/cached_steps_without_the_floor.sh)).
 - **Adapters**: the Linear layers that `adapter.targets=linear` reaches, by the ends of their names. Routed experts
   that are one parameter have none, nor has a layer whose weight belongs to several layers, or is read by the code
