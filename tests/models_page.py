@@ -32,7 +32,9 @@ its windows, and the fastest way that is exact is taken; what nothing computes e
   ([finding](../findings/cached_steps_without_the_floor.sh)).
 - **Adapters**: the Linear layers that `adapter.targets=linear` reaches, by the ends of their names. Routed experts
   that are one parameter have none, nor has a layer whose weight belongs to several layers, or is read by the code
-  around it: with adapters merged that would be another model than the one that was trained. A run names them.
+  around it: with adapters merged that would be another model than the one that was trained. A run names them. A shared
+  expert has adapters, where peft by itself may leave it without
+  ([finding](../findings/all_linear_leaves_the_shared_expert.sh)).
 
 The table is of small random models, with {TRIED_WITH} on a CPU in float32: log-probs within 1e-4 (Qwen3.5 with
 experts or as a multimodal checkpoint 2e-4, which is what its scan differs by between chunk sizes), gradients
