@@ -101,10 +101,10 @@ test-slow: $(TESTS_READY)
 	$(ENV) TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PYTHON) -m pytest --numprocesses auto --dist loadfile -m "slow and not families"
 
 # The whole loop with the real engine on a CPU, in an environment of its own.
-VLLM_THREADS ?= $(shell nproc)
+ENGINE_THREADS ?= $(shell nproc)
 test-vllm: .venv-vllm/.installed
 	.venv-vllm/bin/python -c 'import vllm'
-	OMP_NUM_THREADS=$(VLLM_THREADS) .venv-vllm/bin/python -m pytest tests/vllm_engine
+	OMP_NUM_THREADS=$(ENGINE_THREADS) .venv-vllm/bin/python -m pytest tests/vllm_engine
 
 # The loss in TRL's trainer. No folder on the path may be called vllm: TRL would take it for an installed vLLM.
 test-trl: .venv-trl/.installed

@@ -61,7 +61,7 @@ def run(
         Literal["sft", "rl"], arg(help="last stage of training: sft evaluates the warm start and stops there")
     ] = "rl",
     overrides: Overrides = [],  # noqa: B006  (tyro reads the default, nothing writes to it)
-    check: Annotated[bool, arg(help="only check the settings, the model's name, the data and the run folder")] = False,
+    check: Annotated[bool, arg(help="only check settings, data, run folder, and a model that is a folder")] = False,
 ) -> None:
     """The whole pipeline: demonstrations, warm start, Rank-GRPO, evaluation, report. Finished stages are not repeated.
 

@@ -26,14 +26,14 @@ its windows, and the fastest way that is exact is taken; what nothing computes e
 - **dense**: every list with its prompt, through the model's own forward; **a row at a time** where rows of a
   batch change each other.
 - **grouped**: our sampler, each prompt read once. **own cache**: transformers' generate with the model's own
-  cache, which reads a prompt once a list, and with positions that generate counts, for Bamba's own start at 0 again
-  after a cache ([finding](../findings/bamba_counts_from_zero.sh)). **no cache**: the list is read anew for every
-  token, for models whose cache does not give their own forward
-  ([finding](../findings/cached_steps_without_the_floor.sh)).
+  cache, which reads a prompt once a list. generate hands over positions, for Bamba by itself counts from 0 after a
+  cache ([finding](../findings/bamba_counts_from_zero.sh)). **no cache**: the list is read anew for every token, for
+  models whose cache does not give their own forward ([finding](../findings/cached_steps_without_the_floor.sh)).
 - **Adapters**: the Linear layers that `adapter.targets=linear` reaches, by the ends of their names. Routed experts
   that are one parameter have none, nor has a layer whose weight belongs to several layers, or is read by the code
-  around it: with adapters merged that would be another model than the one that was trained. A run names them. A shared
-  expert has adapters, where peft by itself may leave it without
+  around it, or that returns something else than its product (Llama 4's router): with adapters merged that would be
+  another model than the one that was trained. A run names them. A shared expert has adapters, where peft by itself may
+  leave it without
   ([finding](../findings/all_linear_leaves_the_shared_expert.sh)).
 
 The table is of small random models, with {TRIED_WITH} on a CPU in float32: log-probs within 1e-4 (Qwen3.5 with
@@ -50,15 +50,17 @@ these, and the log-probs of lists that it samples compared with those that train
 
 - **Within {BOUND:g}, and again after an update was sent to the engine**: {", ".join(ALIKE)}.
 - **Within {BOUND:g}, but no update can be sent**: {", ".join(READ_ONLY)}. vLLM keeps the decay of Mamba layers in
-  another form, and on a CPU a packed copy of routed experts. Such models train with `rl.sampler=hf`; with vLLM
-  `rankgrpo run --check` refuses Mamba layers everywhere and routed experts on a CPU.
+  another form, and on a CPU a packed copy of routed experts. Such models train with `rl.sampler=hf`; with vLLM a run
+  refuses Mamba layers everywhere and routed experts on a CPU. On a GPU routed experts are held to vLLM's Triton
+  kernels, for others rearrange them.
 - **Otherwise than transformers**: {"; ".join(f"{name}, {why}" for name, why in UNLIKE.items())}.
 - **Not started**: {"; ".join(f"{name} ({why})" for name, why in NOT_STARTED.items())}.
 - **Open**: lfm2, which vLLM computes up to 0.7 nats otherwise from the first token on; why is not known.
 - **Not tried**: Qwen3.5 and the multimodal checkpoints, for which vLLM imports torchvision, and all others.
 
 `pytest -m "families or not families" tests/vllm_engine/test_exports.py`, in the environment of `make test-vllm`,
-repeats it. Whether vLLM knows a model at all, `rankgrpo run --check` asks vLLM itself.
+repeats it. Whether vLLM knows a model at all, vLLM itself is asked: of a folder by `rankgrpo run --check`, of a hub id
+when the run begins.
 """
 
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from model_families import FAST, VARIANTS, make_model, make_tokenizer
+from safetensors import safe_open
 from tiny_world import ALONE, tiny_config
 from transformers import AutoModelForCausalLM
 
@@ -90,6 +91,12 @@ def save(name, folder):
     make_tokenizer().save_pretrained(folder)
 
 
+def tensors_of(folder):
+    """Names and shapes of what a folder's file holds."""
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}
+
+
 def reload(folder):
     kind = model_class(str(folder))
     return kind.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
@@ -137,6 +144,11 @@ def test_family(name, tmp_path, capsys):
             torch.testing.assert_close(row[: len(each.logp)], torch.tensor(each.logp), rtol=0, atol=1e-4)
 
     policy.export(tmp_path / "export", ALONE)
+    assert tensors_of(tmp_path / "export") == {
+        key: shape
+        for key, shape in tensors_of(tmp_path / "model").items()
+        if ".visual." not in key or name != "comp_qwen3_5"
+    }
     sequence = torch.tensor([groups[0].prompt_ids])
     with torch.no_grad():
         exported, original = (

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from model_families import make_model, make_tokenizer
+from model_families import make_config, make_model, make_tokenizer
 from transformers import Gemma3Config, GPT2Config, Qwen2Config, Qwen2Model
 
 import rankgrpo.sampler.vllm as vllm_module
@@ -17,7 +17,7 @@ from rankgrpo.errors import SamplingError
 from rankgrpo.pipeline import check_run
 from rankgrpo.sampler.choose import choose_sampler
 from rankgrpo.sampler.vllm import GIB, EngineConfig, cache_bytes_a_list, explain_start, import_vllm, vllm_installed
-from rankgrpo.sampler.vllm_classes import shared_classes
+from rankgrpo.sampler.vllm_classes import plain_options, shared_classes
 from rankgrpo.sampler.vllm_trie import PINNED
 
 # Qwen2.5-0.5B: 24 layers, 2 key-value heads of 64.
@@ -58,8 +58,9 @@ def test_a_run_that_asks_for_it_fails_before_it_starts(monkeypatch, tmp_path):
         main()
 
 
-def check_of(name, folder):
-    """`run --check` of a small model of a family, with vLLM."""
+def check_of(name, folder, monkeypatch):
+    """`run --check` of a small model of a family, with vLLM, on a machine without a GPU."""
+    monkeypatch.setattr("rankgrpo.pipeline.device_here", lambda: torch.device("cpu"))
     make_model(name).save_pretrained(folder / "model")
     make_tokenizer().save_pretrained(folder / "model")
     words = ["data.num_train=48", f"model.name={folder / 'model'}", "rl.sampler=vllm"]
@@ -82,17 +83,25 @@ def test_a_check_asks_vllm_about_the_model(monkeypatch, tmp_path):
     package = pretend(monkeypatch, "0.33.0")
     package.EngineArgs = Args
     refuses = False
-    check_of("llama", tmp_path)
+    check_of("llama", tmp_path, monkeypatch)
     refuses = True
     with pytest.raises(SamplingError, match="does not know the model architecture LlamaForCausalLM; set rl.sampler"):
-        check_of("llama", tmp_path)
+        check_of("llama", tmp_path, monkeypatch)
     assert asked == [["LlamaForCausalLM"]] * 2
 
 
 def test_a_check_refuses_routed_experts_on_a_cpu(monkeypatch, tmp_path):
     pretend(monkeypatch, "0.33.0")
     with pytest.raises(SamplingError, match=r"packs routed experts \(model.layers.mlp.experts\).*set rl.sampler=hf"):
-        check_of("gpt_oss_swa16", tmp_path)
+        check_of("gpt_oss_swa16", tmp_path, monkeypatch)
+
+
+def test_an_engine_is_held_to_the_plainer_of_its_ways():
+    options = {name: plain_options(make_config(name), on_gpu=True) for name in ("llama", "gpt_oss_swa16", "mixtral")}
+    assert options == {"llama": {}} | dict.fromkeys(("gpt_oss_swa16", "mixtral"), {"moe_backend": "triton"})
+    whole = {name: plain_options(make_config(name), on_gpu=False) for name in ("llama", "gemma2", "mixtral")}
+    assert whole == dict.fromkeys(whole, {"enable_chunked_prefill": False})
+    assert not any(plain_options(make_config(name), on_gpu=False) for name in ("lfm2", "bamba", "qwen3_5", "falcon_h1"))
 
 
 def test_a_class_that_vllm_rewrites_serves_it_and_the_trainer(monkeypatch):

@@ -24,6 +24,7 @@ from functools import cache
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import is_fake
 from transformers import PreTrainedModel
 
 from rankgrpo.config import AdapterConfig
@@ -98,8 +99,10 @@ def left_out(model: PreTrainedModel) -> dict[str, str]:
         if uses[id(layer.weight)] > 1:
             reasons[name] = "its weight is that of other layers too"
         elif type(layer).forward is not nn.Linear.forward and not _is_a_product(layer):
-            reasons[name] = "it returns more than its product"
-        elif re.search(rf"\bself\.{own}\.weight\b", _source(type(model.get_submodule(parent)))):
+            reasons[name] = "it returns something else than its product"
+        elif (source := _source(type(model.get_submodule(parent)))) is None:
+            reasons[name] = "the code around it cannot be read"
+        elif re.search(rf"\bself\.{own}\.weight\b(?!\.(dtype|device)\b)", source):
             reasons[name] = "its weight is read without it"
     return reasons
 
@@ -116,16 +119,26 @@ def _linear_layers(model: PreTrainedModel) -> Iterator[tuple[str, nn.Linear]]:
 
 @torch.no_grad()
 def _is_a_product(layer: nn.Linear) -> bool:
-    rows = layer(layer.weight.new_zeros(2, layer.in_features))
-    return isinstance(rows, Tensor) and rows.shape == (2, layer.out_features)
+    """Whether a layer with a forward of its own returns x W^T + b and nothing else; plan's layers have no values."""
+    inputs = torch.linspace(-1, 1, 2 * layer.in_features).to(layer.weight).view(2, -1)
+    try:
+        rows = layer(inputs)
+    except (RuntimeError, TypeError, ValueError):  # it takes inputs of another shape
+        return False
+    expected = nn.functional.linear(inputs, layer.weight, layer.bias)
+    if not isinstance(rows, Tensor) or rows.shape != expected.shape:
+        return False
+    return rows.is_meta or is_fake(rows) or torch.allclose(rows, expected, rtol=0.02, atol=1e-3)
 
 
 @cache
-def _source(kind: type) -> str:
+def _source(kind: type) -> str | None:
+    if kind.__module__.startswith("torch."):
+        return ""
     try:
         return inspect.getsource(kind)
     except (OSError, TypeError):  # a class that was made at run time has none
-        return ""
+        return None
 
 
 def target_names(model: PreTrainedModel, config: AdapterConfig) -> list[str]:

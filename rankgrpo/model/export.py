@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import stat
 from collections.abc import Iterable, Iterator
-from itertools import chain
+from itertools import chain, groupby
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.core_model_loading import revert_weight_conversion
 
 from rankgrpo.errors import ModelError
 
@@ -45,9 +47,9 @@ def save_policy(
 ) -> None:
     """Write config, tokenizer and safetensors weights into `folder`, for `from_pretrained` to read.
 
-    The weights are the parameters, tied ones once, and the buffers that a file of the model has. `parameters` are
-    written in place of the model's own, and read one at a time. Not atomic: wrap it in `files.atomic_folder` where a
-    reader must never see half of it.
+    The weights are the parameters, tied ones once, and the buffers that a file of the model has, in the form of the
+    family's published files. `parameters` are written in place of the model's own, and read a layer at a time. Not
+    atomic: wrap it in `files.atomic_folder` where a reader must never see half of it.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -55,7 +57,8 @@ def save_policy(
     model.config.dtype = str(model.dtype).removeprefix("torch.")
     model.config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
-    _write_weights(folder, chain(model.named_parameters() if parameters is None else parameters, stored_buffers(model)))
+    own = model.named_parameters() if parameters is None else parameters
+    _write_weights(folder, as_published(model, chain(own, stored_buffers(model))))
     tokenizer.save_pretrained(folder)
 
 
@@ -65,6 +68,15 @@ def stored_buffers(model: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
         for name, buffer in module.named_buffers(prefix, recurse=False):
             if name.rpartition(".")[2] not in module._non_persistent_buffers_set:
                 yield name, buffer
+
+
+def as_published(model: PreTrainedModel, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """The tensors under the names and in the pieces of the family's published files, as transformers' own
+    `save_pretrained` has them: its Mixtral, for one, holds in one parameter what files hold expert by expert, and vLLM
+    reads files. What is made of several tensors is made of one layer's, so memory holds a layer at a time.
+    """
+    for _, layer in groupby(tensors, key=lambda named: re.match(r"(.*?\.\d+\.)?", named[0])[0] or named[0]):
+        yield from revert_weight_conversion(model, dict(layer)).items()
 
 
 def _write_weights(folder: Path, parameters: Iterable[tuple[str, Tensor]]) -> None:
@@ -87,7 +99,10 @@ def _write_weights(folder: Path, parameters: Iterable[tuple[str, Tensor]]) -> No
         if held and size + num_bytes > FILE_BYTES:
             write()
             size = 0
-        held[name] = tensor.detach().cpu().contiguous()
+        own = tensor.detach().cpu().contiguous()
+        held[name] = (
+            own if own.untyped_storage().nbytes() == num_bytes else own.clone()
+        )  # not the tensor it is a part of
         size, total = size + num_bytes, total + num_bytes
     write()
     if len(files) == 1:

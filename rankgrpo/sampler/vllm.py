@@ -28,7 +28,7 @@ from rankgrpo.errors import SamplingError
 from rankgrpo.model.constraint import Constraint
 from rankgrpo.runtime.distributed import Parallel
 from rankgrpo.sampler.base import Rollout, check_prompts, eos_token_ids, fingerprint
-from rankgrpo.sampler.vllm_classes import carries_states, check_replaceable, shared_classes
+from rankgrpo.sampler.vllm_classes import check_replaceable, plain_options, shared_classes
 from rankgrpo.sampler.vllm_shards import share_requests, sum_of_shards
 from rankgrpo.sampler.vllm_trie import PINNED, check_ids, check_lists, check_seen, processor_class, request_arguments
 from rankgrpo.thoughts import list_decoder
@@ -238,11 +238,7 @@ def start_engine(
     else:
         keep_weights_plain()
         options |= {"enforce_eager": True, "kv_cache_memory_bytes": cpu_cache_bytes(model_config, config)}
-        # A prompt with a seed that is read in two pieces ends the engine: vLLM then takes back what the generator drew,
-        # which torch's generators on CPUs cannot (vLLM 0.32, `GPUModelRunner._bookkeeping_sync`).
-        # Models whose layers carry states need such pieces.
-        if not carries_states(model_config):
-            options["enable_chunked_prefill"] = False
+    options |= plain_options(model_config, on_gpu)
     if parallel.dp_world > 1:
         options["distributed_executor_backend"] = "external_launcher"  # processes are torchrun's, not vLLM's
     with tempfile.TemporaryDirectory() as folder:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,16 +16,24 @@ from rankgrpo.errors import SamplingError
 from rankgrpo.model.adapter import not_adapted
 
 
-def carries_states(config: PreTrainedConfig) -> bool:
-    """Whether layers keep a state or their last inputs beside keys and values, by the names of the sizes of these."""
+def plain_options(config: PreTrainedConfig, on_gpu: bool) -> dict[str, Any]:
+    """Options of an engine that hold it to the plainer of its ways."""
     keys = config.get_text_config().to_dict()
-    return any(re.match(r"mamba_|ssm_|conv_|linear_(conv|key|num|value)_", key) for key in keys)
+    if on_gpu:
+        # Others rearrange routed experts when they are read (vLLM 0.33 on Blackwell), and an update would be written in
+        # their plain order over that.
+        return {"moe_backend": "triton"} if any("experts" in key for key in keys) else {}
+    # A prompt with a seed that is read in two pieces ends the engine: vLLM then takes back what the generator drew,
+    # which torch's generators on CPUs cannot (vLLM 0.32, `GPUModelRunner._bookkeeping_sync`). Layers that carry states,
+    # which show in the names of their sizes, need such pieces, so there long prompts can still end it.
+    carries_states = any(re.match(r"mamba_|ssm_|conv_|linear_(conv|key|num|value)_", key) for key in keys)
+    return {} if carries_states else {"enable_chunked_prefill": False}
 
 
 def check_replaceable(model: nn.Module, device: torch.device) -> None:
     """Raise SamplingError for weights that an engine keeps in another form than they have, so that after an update
     nobody could tell whether it has them."""
-    if any({"A_log", "D"} <= vars(module)["_parameters"].keys() for module in model.modules()):
+    if any({"A_log", "D"} <= module._parameters.keys() for module in model.modules()):
         raise SamplingError(
             "vLLM keeps the decay of this model's Mamba layers (A_log) in another form, so the weights it samples with "
             "cannot be compared with the trainer's; set rl.sampler=hf"

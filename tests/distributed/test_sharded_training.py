@@ -110,7 +110,6 @@ def two(world):
     return world
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in CASES if name != "bfloat16"])
 def test_two_processes_equal_one(two, name):
     words, _ = CASES[name]
@@ -151,7 +150,6 @@ def assert_equal(found, alone, rel=1e-6):
     assert values.get("sampled") == expected_values.get("sampled")
 
 
-@pytest.mark.slow
 def test_bfloat16_is_near(two):
     tensors, _ = results(two, "bfloat16")
     expected, _ = alone(two, "bfloat16", CASES["uneven"][0])
@@ -162,7 +160,6 @@ def test_bfloat16_is_near(two):
     assert 1e-4 * exact.norm() < (gradient - exact).norm() < 3e-2 * exact.norm()
 
 
-@pytest.mark.slow
 def test_exports_of_a_split_model_load_in_transformers(two):
     tensors, _ = results(two, "uneven")
     model = AutoModelForCausalLM.from_pretrained(two[0] / "uneven-export")
@@ -172,7 +169,6 @@ def test_exports_of_a_split_model_load_in_transformers(two):
     assert all(torch.equal(parameter, tensors[key]) for key, parameter in exported.items())
 
 
-@pytest.mark.slow
 def test_saved_by_two_resumed_by_one_and_by_three(two):
     folder, _ = two
     resume = {"first": 2, "last": NUM_STEPS, "resume": str(folder / "checkpoints" / "step-00000002")}

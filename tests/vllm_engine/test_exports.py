@@ -54,8 +54,9 @@ def reader(folder, policy, monkeypatch):
     """Our sampler over an engine whose weights vLLM itself has read from `folder`."""
     vllm = import_vllm()
     start = vllm.LLM
-    monkeypatch.setattr(vllm, "LLM", lambda **options: start(**options | {"model": str(folder), "load_format": "auto"}))
-    _kept.append(VLLMSampler(policy.model, policy.tokenizer, ENGINE, ALONE, allowed_V=policy.allowed_V))
+    with monkeypatch.context() as patch:
+        patch.setattr(vllm, "LLM", lambda **options: start(**options | {"model": str(folder), "load_format": "auto"}))
+        _kept.append(VLLMSampler(policy.model, policy.tokenizer, ENGINE, ALONE, allowed_V=policy.allowed_V))
     return _kept[-1]
 
 
