@@ -239,6 +239,7 @@ def test_switches_are_found_by_their_names():
     from model_families import make_config
 
     assert switches(make_config("phi3_longrope"))[-1] == 32
+    assert make_config("qwen3").max_window_layers > 0 and switches(make_config("qwen3")) == []
     assert switches(make_config("llama4"))[-1] == 16
     assert switches(make_config("comp_gemma3"))[-1] == 16
 

@@ -237,7 +237,8 @@ def switches(config) -> list[int]:
             if isinstance(value, dict):
                 visit(value)
             elif type(value) is int and value > 0 and any(word in str(name) for word in SWITCHES):
-                found.append(value)
+                if "layers" not in str(name):  # Qwen's max_window_layers counts layers
+                    found.append(value)
 
     visit(config.get_text_config().to_dict())
     return sorted(set(found))
