@@ -39,7 +39,7 @@ from rankgrpo.model.presets import make_init, resolve_model
 from rankgrpo.model.tiny import TinyConfig
 from rankgrpo.rollouts.ahead import check_overlap
 from rankgrpo.rollouts.parts import load_parts
-from rankgrpo.runtime.distributed import Parallel, make_sharding, start_parallel, wait_for_all
+from rankgrpo.runtime.distributed import Parallel, device_here, make_sharding, start_parallel, wait_for_all
 from rankgrpo.runtime.optim import rl_learning_rate
 from rankgrpo.runtime.tracker import read_metrics
 from rankgrpo.runtime.trackers import check_tracker, open_tracker
@@ -205,11 +205,6 @@ def check_model(config: Config, source: str, device: torch.device) -> None:
     verify_policy(policy, config)
     if choose_sampler(config.rl.sampler, device_here()) == "vllm":
         check_architecture(policy.model, device_here())
-
-
-def device_here() -> torch.device:
-    """Where a run's sampler would be, also while its model is only looked at on the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def try_model(config: Config, run_dir: Path, rl_start: str | None, parallel: Parallel) -> None:

@@ -51,6 +51,7 @@ from rankgrpo.files.atomic import only_one, write_lines
 from rankgrpo.items.catalog import Item
 from rankgrpo.items.format import ItemFormat
 from rankgrpo.items.match import open_matcher
+from rankgrpo.runtime.distributed import device_here
 
 HELD_BYTES = 2 << 30
 """Scores of the training conversations up to this size are kept in memory while w and b are fitted."""
@@ -359,8 +360,7 @@ def encode(
         rows_ND = encode_at_endpoint(config.encoder, config.encoder_model, everything)
     else:
         name = STELLA if config.encoder == "stella" else config.encoder
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        rows_ND = encode_with_transformer(name, everything, device)
+        rows_ND = encode_with_transformer(name, everything, device_here())
     return rows_ND[: len(texts)], rows_ND[len(texts) :]
 
 

@@ -100,9 +100,8 @@ def _write_weights(folder: Path, parameters: Iterable[tuple[str, Tensor]]) -> No
             write()
             size = 0
         own = tensor.detach().cpu().contiguous()
-        held[name] = (
-            own if own.untyped_storage().nbytes() == num_bytes else own.clone()
-        )  # not the tensor it is a part of
+        is_part = own.untyped_storage().nbytes() > num_bytes  # of a tensor that would be kept as long
+        held[name] = own.clone() if is_part else own
         size, total = size + num_bytes, total + num_bytes
     write()
     if len(files) == 1:

@@ -72,6 +72,11 @@ class Parallel:
         return [json.loads(bytes(part[: int(size)].tolist())) for part, size in zip(parts, sizes, strict=True)]
 
 
+def device_here() -> torch.device:
+    """The device that a single process of this machine would compute on."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def start_parallel() -> Parallel:
     """Join torchrun's process group (NCCL on GPUs, gloo on CPUs), or run alone when torchrun did not start us.
 
