@@ -25,6 +25,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from rankgrpo.data.importers.interactions import InteractionOptions, import_interactions
 from rankgrpo.data.load import load_dataset
 from rankgrpo.data.samples import Candidate, Sample, Turn, write_samples
@@ -76,9 +78,11 @@ def make_office_bm25(source: Path, out: Path, item: str) -> str:
     for split in ("train", "validation", "test"):
         samples = getattr(dataset, split)
         queries = [" ".join(sample.seen_titles[-4:]) for sample in samples]
-        found, _ = searcher.retrieve(bm25s.tokenize(queries, stopwords="en", **options), k=NUM_FOUND + 20, **options)
+        words = bm25s.tokenize(queries, stopwords="en", return_ids=False, **options)
         kept = []
-        for sample, places in zip(samples, found.tolist(), strict=True):
+        for sample, query in zip(samples, words, strict=True):
+            # Not its `retrieve`, whose order of equal scores, and so its last places, depend on the processor.
+            places = np.argsort(-searcher.get_scores(query), kind="stable").tolist()
             candidates = [titles[place] for place in places if titles[place] not in sample.seen_titles][:NUM_FOUND]
             ((wanted, _),) = sample.groundtruth
             if wanted in candidates:
