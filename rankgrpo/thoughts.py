@@ -53,6 +53,11 @@ def list_start(text: str) -> int:
     return start
 
 
+def find_mark(text: str) -> str | None:
+    """The first mark of thoughts in a text: an item whose line holds one can never be read out of a list."""
+    return found[0] if (found := _MARK.search(text)) else None
+
+
 def mark_tokens(special: Collection[str]) -> set[str]:
     """Those of a tokenizer's special tokens that a mark is made of."""
     found = {token for token in special if token.encode() in _ALL}

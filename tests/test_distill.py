@@ -226,6 +226,7 @@ def test_the_ground_truth_of_a_dialog_does_not_reach_its_own_demonstrations(worl
 # ------------------------------------------------------------------------------------------------------- with a server
 
 
+@pytest.mark.slow
 def test_all_stages_with_a_model(world, tmp_path, capsys):
     troubles = [429, 500, "empty", "nonsense"]
 

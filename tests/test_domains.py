@@ -49,6 +49,7 @@ def test_office_products(tmp_path, domains, name, num_items, counts):
     assert report.splits["test"].in_catalog_frac == 1 and report.splits["test"].known_seen_frac == 1
 
 
+@pytest.mark.slow
 def test_candidates_that_bm25_finds(tmp_path, domains):
     """On four histories, whose candidates are searched with a formula written out here, Lucene's BM25."""
     pytest.importorskip("bm25s")

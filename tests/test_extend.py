@@ -37,6 +37,7 @@ def test_a_finished_command_prints_its_result(finished, capsys):
     assert "> finished: 3 steps of rl; validation NDCG@5 0." in out and str(finished / "rl" / "best") in out
 
 
+@pytest.mark.slow
 def test_a_finished_run_goes_on_to_more_steps(finished, tmp_path, capsys):
     run = tmp_path / "run"
     shutil.copytree(finished, run, symlinks=True)

@@ -123,6 +123,7 @@ def test_a_report_without_problems_says_so():
     assert "Warnings\n========\nnone" in text and "test split, 2 conversations" in text
 
 
+@pytest.mark.slow
 def test_the_demos_oracle_ease_and_popularity_are_clearly_apart():
     for source in ("popularity", "ease", "oracle"):
         assert source in {s["name"] for s in DEMO().baselines["test"]}
@@ -137,6 +138,7 @@ def DEMO(_report=[]):  # noqa: B006
     return _report[0]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not REDIAL.is_dir(), reason=f"no ReDial data in {REDIAL}; set RANKGRPO_REDIAL to its folder")
 def test_redial_gives_the_published_baselines():
     # The figures of the data set's NOTICE.md, given there to three digits.

@@ -15,6 +15,7 @@ from rankgrpo.items.lines import LineCatalog, LineMatcher, make_catalog, make_it
 from rankgrpo.items.match import TitleMatcher, open_matcher
 from rankgrpo.parse import ListedItem, parse_list
 from rankgrpo.reward import relevance
+from rankgrpo.thoughts import find_mark
 
 BOOK = ItemFormat("{title} by {author}")
 BOOKS = [
@@ -209,10 +210,24 @@ TITLE = (
 )
 def test_every_item_is_read_back_from_its_own_line(names, template):
     item_format = ItemFormat(template)
+    names = [name for name in names if find_mark(name) is None]
     catalog = make_catalog([make_item({"title": name}, item_format) for name in names], item_format)
     assert [item.title for item in catalog.parse("\n".join(catalog.lines))] == catalog.lines
     for place, line in enumerate(catalog.lines):
         assert catalog.lookup(line) == place
+
+
+@pytest.mark.parametrize("row", ["Why <think> Matters", "[THINK]", "A <|channel|> B"])
+def test_a_line_that_would_be_taken_for_thoughts_is_refused_with_its_place(tmp_path, row):
+    """Of an answer such as "Up\nWhy <think> Matters\nEmma" only the first item would be read."""
+    (tmp_path / "catalog.csv").write_text(f"title,author,year\nEmma,Jane Austen,1815\n{row},Z,2001\n")
+    for item_format in (ItemFormat("{title}"), FILM):
+        with pytest.raises(DataError, match="catalog.csv:3: .* marks thoughts in an answer; write the item without it"):
+            open_catalog(tmp_path / "catalog.csv", item_format)
+    sample = {"id": "1", "conversation": [{"role": "user", "content": "Hi"}], "seen_titles": [], "groundtruth": [row]}
+    (tmp_path / "train.jsonl").write_text(json.dumps(sample | {"candidates": ["Emma", row]}) + "\n")
+    with pytest.raises(DataError, match="train.jsonl:1: .* marks thoughts in an answer"):
+        read_samples(tmp_path / "train.jsonl", item_format=ItemFormat("{title}"))
 
 
 # ---------------------------------------------------------------------------------------------------- catalogs, samples

@@ -322,6 +322,7 @@ def test_the_kernels_compile_for_hopper_and_use_its_tensor_cores(tmp_path):
     assert sum("wgmma" in line for line in lines) == 4 and len(lines) == 8  # bfloat16 does, exact float32 cannot
 
 
+@pytest.mark.slow
 def test_the_benchmark_runs_on_a_cpu_and_leaves_a_record(tmp_path):
     script, out = Path(__file__).parents[1] / "kernels" / "bench" / "linear_logprob.py", tmp_path / "record.json"
     options = ["--device", "cpu", "--budget", "0.01", "--out", out]

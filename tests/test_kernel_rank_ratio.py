@@ -334,6 +334,7 @@ def test_the_kernels_compile_for_hopper(tmp_path):
     assert done.stdout.count("forward_kernel") == 4 and done.stdout.count("backward_kernel") == 4
 
 
+@pytest.mark.slow
 def test_the_benchmark_runs_on_a_cpu_and_leaves_a_record(tmp_path):
     script, out = Path(__file__).parents[1] / "kernels" / "bench" / "rank_ratio.py", tmp_path / "record.json"
     options = ["--device", "cpu", "--budget", "0.01", "--out", out]

@@ -32,18 +32,21 @@ def page_faults(word: str, **environment: str) -> tuple[str, int]:
     return kept, int(faults)
 
 
+@pytest.mark.slow
 def test_freed_memory_is_kept():
     kept, faults = page_faults("keep")
     assert kept == "True"
     assert 10 * faults < page_faults("default")[1]
 
 
+@pytest.mark.slow
 def test_settings_of_the_user_stay():
     kept, faults = page_faults("keep", MALLOC_TRIM_THRESHOLD_="131072")
     assert kept == "False"
     assert 2 * faults > page_faults("default")[1]
 
 
+@pytest.mark.slow
 def test_a_run_on_a_cpu_does_it():
     script = "from rankgrpo.runtime import distributed; distributed.keep_freed_memory = lambda: print('kept')\n"
     script += "print(distributed.start_parallel().device)"

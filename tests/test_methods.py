@@ -309,6 +309,7 @@ def test_the_methods_differ():
     assert len(set(values.values())) == len(values), values
 
 
+@pytest.mark.slow
 def test_without_a_warm_start_the_untrained_model_is_where_rl_starts(tmp_path, capsys):
     words = [*WORDS, "rl.num_steps=1", "rl.eval_samples=1", "eval.num_samples=2"]
     config = load_config(None, words, method="r1-zero")

@@ -208,6 +208,7 @@ def test_wandb_offline_is_read_back(tmp_path, monkeypatch):
     assert len(json.loads(table.read_text())["data"]) == 6
 
 
+@pytest.mark.slow
 def test_trackio_is_read_back(tmp_path):
     pytest.importorskip("trackio", reason="needs trackio, of the extra dev")
     run = evaluated_run(tmp_path / "run")

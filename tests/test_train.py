@@ -203,6 +203,7 @@ def test_a_finished_run_is_not_repeated(warm, tmp_path):
     assert (tmp_path / "rl" / "metrics.jsonl").stat().st_mtime_ns == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", [(), ("adapter.kind=dora", "adapter.rslora=true")], ids=["whole", "adapters"])
 def test_rewards_rise_when_the_right_answer_is_one_film(warm, tmp_path, words):
     """The signal reaches the right tokens: with the same single film wanted by everybody, its rank-0 rate must rise."""
@@ -351,6 +352,7 @@ def test_ranks_of_the_tiny_tokenizer_are_the_parsers(warm):
             assert tokenizer.decode(of_rank, skip_special_tokens=True).strip() == text[slice(*item.chars)].strip()
 
 
+@pytest.mark.slow
 def test_training_with_the_kernels_is_training_without_them(warm, tmp_path):
     pytest.importorskip("triton")
     if os.environ.get("TRITON_INTERPRET") != "1":

@@ -23,6 +23,7 @@ from rankgrpo.files.rows import Problem, read_csv, read_jsonl, type_name
 from rankgrpo.items.format import FILM, ItemFormat, title_line
 from rankgrpo.items.titles import natural_order
 from rankgrpo.parse import ListedItem, parse_list
+from rankgrpo.thoughts import find_mark
 
 MIN_YEAR, MAX_YEAR = 1870, 2100  # first moving pictures; anything later is a typing error
 
@@ -292,7 +293,14 @@ def parse_title(value: object) -> str:
         raise DataError("title is empty")
     if len(title.splitlines()) > 1:
         raise DataError(f"title {title!r} holds a line break, but a list names one title a line")
+    refuse_mark(title)
     return title
+
+
+def refuse_mark(line: str) -> None:
+    """Raise DataError for an item's line that holds a mark of thoughts, behind which a list would be cut or begin."""
+    if mark := find_mark(line):
+        raise DataError(f"{line!r} holds {mark}, which marks thoughts in an answer; write the item without it")
 
 
 def parse_year(value: object) -> int:

@@ -35,6 +35,7 @@ from rankgrpo.items.catalog import (
     normalise_title,
     parse_item,
     read_catalog,
+    refuse_mark,
 )
 from rankgrpo.items.format import FILM, ItemFormat
 from rankgrpo.parse import ListedItem, bare_title, visible_lines
@@ -236,6 +237,7 @@ def make_item(row: Mapping[str, Any], item_format: ItemFormat) -> Item:
     line = item_format.write(row)
     if not normalise_title(line):
         raise DataError(f"data.item = {item_format.template!r} writes an empty line")
+    refuse_mark(line)
     named = {name.lower() for name in item_format.columns}
     fields = tuple(
         (key, str(value).strip())
