@@ -26,6 +26,7 @@ from rankgrpo.cli import app
 from rankgrpo.config import Config
 from rankgrpo.config_file import flatten, load_config
 from rankgrpo.data.demo import write_demo
+from rankgrpo.parse import parse_list
 
 ROOT = Path(__file__).parents[1]
 DOCS = sorted(ROOT.glob("docs/*.md")) + sorted(ROOT.glob("docs/integrations/*.md"))
@@ -266,6 +267,17 @@ def test_the_loss_of_the_readme_is_five_lines_that_move_the_policy(method_names)
     exec(block.text, dict(method_names))
     grad_BT = method_names["logp_BT"].grad
     assert (grad_BT != 0).any() and not (grad_BT[~method_names["mask_BT"]] != 0).any()
+
+
+@pytest.mark.parametrize("page", ["trl", "verl", "openrlhf", "areal"])
+def test_the_reward_of_an_integration_pays_an_item_once(page):
+    text = TEXTS[f"docs/integrations/{page}.md"]
+    names = {"parse_list": parse_list, "K": 4}
+    exec("def hits" + text.partition("\ndef hits")[2].partition("\n\n")[0].partition("```")[0], names)
+    answer, wanted = "Heat (1995)\nRonin (1998)\nHeat (1995)", ["Heat", "Up"]
+    given = {"trl": ([answer], [wanted]), "verl": ("", answer, wanted), "openrlhf": ([answer], ["Heat|Up"])}
+    made = names["hits"](*given.get(page, (answer, wanted)))
+    assert (made[0] if page in ("trl", "openrlhf") else made) == [1, 0, 0, 0]
 
 
 @pytest.mark.parametrize("block", [*blocks("json", ""), *blocks("toml", "")], ids=str)

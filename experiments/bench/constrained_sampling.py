@@ -21,12 +21,14 @@ from tempfile import TemporaryDirectory
 import torch
 from tqdm import tqdm
 
+from rankgrpo.config_file import load_config, preset_file
 from rankgrpo.data.load import load_dataset
 from rankgrpo.data.prompt import encode_prompts
 from rankgrpo.data.samples import Dataset
 from rankgrpo.files.malloc import keep_freed_memory
 from rankgrpo.model.constraint import open_constraint, seen_items
 from rankgrpo.model.presets import count_parameters, load_policy, make_init, valid_token_mask
+from rankgrpo.model.tiny import TinyConfig
 from rankgrpo.sampler.base import Rollout, prompt_seed
 from rankgrpo.sampler.constrained import ConstrainedSampler
 from rankgrpo.sampler.hf import HFSampler
@@ -78,7 +80,9 @@ class Passes:
 
 def make_samplers(dataset: Dataset, args: argparse.Namespace) -> tuple[HFSampler, ConstrainedSampler]:
     with TemporaryDirectory() as folder:
-        init = make_init(args.model, dataset, Path(folder) / "init", seed=0, num_ranks=args.num_ranks)
+        size = load_config(preset_file("tiny")).model
+        tiny = TinyConfig(size.hidden, size.layers, size.ffn, size.heads, size.kv_heads, size.vocab)
+        init = make_init(args.model, dataset, Path(folder) / "init", seed=0, tiny=tiny, num_ranks=args.num_ranks)
         model, tokenizer = load_policy(init)
     model.eval()
     constraint = open_constraint(dataset.catalog, tokenizer, num_ranks=args.num_ranks, forbid=args.forbid)

@@ -66,7 +66,7 @@ class Preset:
 PRESETS: dict[str, Preset] = {
     preset.name: preset
     for preset in (
-        Preset("tiny", "scratch", "", "Llama architecture, 5M parameters and a tokenizer made from the data; CPU"),
+        Preset("tiny", "scratch", "", "Llama architecture, 3 to 5M parameters and a tokenizer made from the data; CPU"),
         Preset("smollm2-135m", "package", PACKAGE, "SmolLM2-135M-Instruct out of a Python package; CPU or GPU"),
         Preset("qwen2.5-0.5b", "hub", "Qwen/Qwen2.5-0.5B-Instruct", "GPU"),
         Preset("llama3.2-1b", "hub", "meta-llama/Llama-3.2-1B-Instruct", "GPU; the hub asks to accept a licence"),
