@@ -7,7 +7,7 @@ import pytest
 from rankgrpo import cli
 from rankgrpo.cli import default_run_dir
 from rankgrpo.errors import ConfigError
-from rankgrpo.evaluation.compare import list_sources
+from rankgrpo.evaluation.compare import check_comparable, list_sources
 
 
 def command(*words, **settings):
@@ -96,3 +96,30 @@ def test_a_run_stands_for_its_models_on_one_data_set(tmp_path):
         list_sources([str(tmp_path / "empty")], None)
     with pytest.raises(ConfigError, match="nothing to evaluate"):
         list_sources([], None)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            '[data]\nitem = "{sid}"',
+            "data.item is '{title} .{year}.' of a/sft and '{sid}' of b/sft, .* evaluate them apart",
+        ),
+        ('[data]\ngain = "exp2"', "data.gain is 'linear' of a/sft and 'exp2' of b/sft, .* give --set data.gain=NAME"),
+        ("[rl]\nyear_tolerance = 1", "rl.year_tolerance is 0 of a/sft and 1 of b/sft"),
+    ],
+)
+def test_runs_of_different_tasks_are_not_put_in_one_table(tmp_path, settings, message):
+    for name, text in (("a", ""), ("b", settings)):
+        (tmp_path / name / "sft" / "final").mkdir(parents=True)
+        (tmp_path / name / "config.toml").write_text(text + "\n")
+        for file in ("meta.json", "sft/final/config.json"):
+            (tmp_path / name / file).write_text("{}")
+    runs = [str(tmp_path / "a"), "popularity", str(tmp_path / "b")]
+    with pytest.raises(ConfigError, match=message):
+        check_comparable(list_sources(runs, "demo"))
+    if "item" in settings:
+        with pytest.raises(ConfigError, match="of .*b/sft/final, which"):  # a model out of a run as well
+            check_comparable(list_sources([runs[0], f"{runs[2]}/sft/final"], "demo"))
+    else:
+        check_comparable(list_sources(runs, "demo", ["data.gain=linear", "rl.year_tolerance=1"]))

@@ -86,6 +86,18 @@ def test_what_weighs_nothing_is_not_there_to_find(tmp_path):
     assert dataset.train[0].gains == (3.0,) and load_dataset(tmp_path).train[0].gains == (2.0,)
 
 
+@pytest.mark.parametrize(("gain", "weight"), [("exp2", 2000), ("exp2", 200), ("linear", 1e31)])
+def test_a_weight_whose_gain_cannot_be_added_is_named(tmp_path, gain, weight):
+    (tmp_path / "catalog.csv").write_text("title,year\nA,2000\n")
+    for name in ("train", "validation", "test"):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row([["A", 2000, weight]], id=name)) + "\n")
+    with pytest.raises(
+        DataError,
+        match=rf"train.jsonl: sample 'train': weight {weight:g} is above .* data.gain={gain};".replace("+", "."),
+    ):
+        load_dataset(tmp_path, gain=gain)
+
+
 def test_ranks_earn_gains():
     def earned(letters, gains, kind="exp_inf", **more):
         rel_K = relevance(

@@ -217,6 +217,13 @@ def test_every_item_is_read_back_from_its_own_line(names, template):
         assert catalog.lookup(line) == place
 
 
+def test_an_unknown_line_that_goes_on_from_an_item_is_not_that_item():
+    """Where ids collide some catalogs give the later ones a further token."""
+    catalog = make_catalog(map(Item, ["<a_1><b_2>", "<a_1><b_2><c_1>", "<a_3><b_4>"]), ItemFormat("{sid}"))
+    lines = ["<a_1><b_2><c_9>", "<a_1><b_2><c_1><d_1>", "<a_1><b_2> a pen", "<a_1><b_2><c_1> ink", "<a_3><b_4><c_9>"]
+    assert [catalog.read(line)[1] for line in lines] == [None, 1, 0, 1, 2]
+
+
 @pytest.mark.parametrize("row", ["Why <think> Matters", "[THINK]", "A <|channel|> B"])
 def test_a_line_that_would_be_taken_for_thoughts_is_refused_with_its_place(tmp_path, row):
     """Of an answer such as "Up\nWhy <think> Matters\nEmma" only the first item would be read."""

@@ -20,6 +20,8 @@ from rankgrpo.items.lines import open_catalog
 
 DEMO = "demo"
 CATALOG_NAMES = ("catalog.jsonl", "catalog.csv")
+MAX_WEIGHT = {"linear": 1e30, "exp2": 100.0}
+"""By gain; float32 holds 3e38, and the gains of a list are added."""
 
 
 def load_catalog(source: str | os.PathLike[str], item_format: ItemFormat = FILM) -> Catalog:
@@ -73,6 +75,7 @@ def load_dataset(
     errors: list[str] = []
     for name in SPLITS:
         samples, split_errors, split_problems = scan_samples(folder / f"{name}.jsonl", catalog)
+        errors += [error for sample in samples if (error := _excess(sample, gain, folder / f"{name}.jsonl"))]
         splits[name] = [_with_gain(sample, gain) for sample in samples if sample.groundtruth]
         num_dropped[name] = len(samples) - len(splits[name])
         errors += split_errors
@@ -83,6 +86,16 @@ def load_dataset(
     if num_train is not None:
         splits["train"] = _subset(folder, splits["train"], num_train, seed)
     return Dataset(folder.resolve().name, **splits, catalog=catalog, problems=problems, num_dropped=num_dropped)
+
+
+def _excess(sample: Sample, gain: Literal["linear", "exp2"], path: Path) -> str:
+    """What is wrong with a weight whose gain the sums of a list's gains could not hold."""
+    weight = max(sample.weights, default=1.0)
+    if weight <= MAX_WEIGHT[gain]:
+        return ""
+    way_out = "set data.gain=linear, or use grades such as 1 to 5" if gain == "exp2" else "use smaller units"
+    limit = f"weight {weight:g} is above {MAX_WEIGHT[gain]:g}, with data.gain={gain}"
+    return f"{path}: sample {sample.id!r}: {limit}; {way_out}"
 
 
 def _with_gain(sample: Sample, gain: Literal["linear", "exp2"]) -> Sample:

@@ -214,6 +214,7 @@ def evaluate_models(
     sources = list_sources(models, data, overrides)
     if trec is not None and (num_lists > 1 or any(source.config.eval.draws > 1 for source in sources)):
         raise ConfigError("--export trec writes one list a conversation; add --set eval.draws=1 and leave out --lists")
+    check_comparable(sources)
     parallel = start_parallel()
     dataset = load_config_dataset(sources[0].config)
     samples = first_samples(dataset, split, num_samples)
@@ -241,6 +242,22 @@ def evaluate_models(
                     year_tolerance=source.config.rl.year_tolerance,
                 )
     return format_table(summaries, markdown=markdown)
+
+
+def check_comparable(sources: Sequence[Source]) -> None:
+    """Raise ConfigError where runs disagree on what an item is or what a hit is worth: one table would mix tasks."""
+    for section, key, way_out in (
+        ("data", "item", "evaluate them apart"),
+        ("data", "gain", "give --set data.gain=NAME, which counts for all"),
+        ("rl", "year_tolerance", "give --set rl.year_tolerance=YEARS, which counts for all"),
+    ):
+        first, *others = ((source.name, getattr(getattr(source.config, section), key)) for source in sources)
+        for name, value in others:
+            if value != first[1]:
+                raise ConfigError(
+                    f"{section}.{key} is {first[1]!r} of {first[0]} and {value!r} of {name}, which are scored "
+                    f"differently; {way_out}"
+                )
 
 
 def list_sources(models: list[str], data: str | None, overrides: Sequence[str] = ()) -> list[Source]:
@@ -273,10 +290,11 @@ def _settings_of(model: str, common: Config, overrides: Sequence[str]) -> Config
         return common
     resolve_model(model)
     data = common.data
-    shared = ("path", "num_train", "num_ranks", "item", "prompt", "item_noun", "item_nouns")
+    shared = ("path", "num_train", "num_ranks", "item", "prompt", "item_noun", "item_nouns", "gain")
     task = {f"data__{key}": getattr(data, key) for key in shared}
     if (run := run_of(model)) is not None:
-        own = load_config(run / "config.toml", list(overrides), saved=True, **task)
+        of_run = {key: value for key, value in task.items() if key not in ("data__item", "data__gain")}
+        own = load_config(run / "config.toml", list(overrides), saved=True, **of_run)
     else:
         own, lines = model_settings(model, None, overrides, **task)
         print("".join(f"> {line}\n" for line in lines), end="", flush=True)

@@ -143,7 +143,8 @@ class LineCatalog(Catalog):
         if self._closing:
             ends = [place + 1 for place, char in enumerate(folded) if char in self._closing][:MAX_ENDS]
             for end in reversed(ends):
-                yield folded[:end]
+                if folded[end : end + 1] not in self._goes_on.get(folded[:end], ()):
+                    yield folded[:end]
 
     def find_mentions(self, text: str) -> list[int]:
         """Indices of the items whose lines stand in free text, in order of first mention; the longest line wins.
@@ -209,6 +210,16 @@ class LineCatalog(Catalog):
         """The bracket with which all lines end, or nothing."""
         last = {key[-1:] for key in self._of_key}
         return last.pop() if len(last) == 1 and last <= set(CLOSING) else ""
+
+    @cached_property
+    def _goes_on(self) -> dict[str, set[str]]:
+        """By line that longer lines begin with, how they go on: what goes on so names one of those or nothing."""
+        goes_on: dict[str, set[str]] = {}
+        for key in [*self._of_key, *self._of_alias]:
+            for place, char in enumerate(key[:-1], 1):
+                if char in self._closing and (key[:place] in self._of_key or key[:place] in self._of_alias):
+                    goes_on.setdefault(key[:place], set()).add(key[place])
+        return goes_on
 
     @property
     def alike(self) -> list[tuple[int, ...]]:
