@@ -113,7 +113,7 @@ def test_runs_of_different_tasks_are_not_put_in_one_table(tmp_path, settings, me
     for name, text in (("a", ""), ("b", settings)):
         (tmp_path / name / "sft" / "final").mkdir(parents=True)
         (tmp_path / name / "config.toml").write_text(text + "\n")
-        for file in ("meta.json", "sft/final/config.json"):
+        for file in ("meta.json", *(f"sft/final/{n}" for n in ("config.json", "model.safetensors", "tokenizer.json"))):
             (tmp_path / name / file).write_text("{}")
     runs = [str(tmp_path / "a"), "popularity", str(tmp_path / "b")]
     with pytest.raises(ConfigError, match=message):
