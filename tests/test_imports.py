@@ -1,3 +1,6 @@
+import ast
+import importlib
+import importlib.util
 import re
 import subprocess
 import sys
@@ -32,6 +35,22 @@ def packages_after(statement):
     """Top-level packages that a statement loads, without those of the standard library."""
     loaded = {name.split(".")[0] for name in modules_after(statement)}
     return {name for name in loaded if not name.startswith("_")} - sys.stdlib_module_names
+
+
+SCRIPTS = [
+    path.relative_to(ROOT).as_posix() for top in ("experiments", "kernels") for path in (ROOT / top).rglob("*.py")
+]
+
+
+@pytest.mark.parametrize("script", sorted(SCRIPTS))
+def test_scripts_import_names_that_exist(script):
+    """Benchmarks run in no test: what they import of the package must still be where they look for it."""
+    for node in ast.walk(ast.parse((ROOT / script).read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in ("rankgrpo", "rankgrpo_kernels"):
+            module = importlib.import_module(node.module)
+            for name in node.names:
+                found = hasattr(module, name.name) or importlib.util.find_spec(f"{node.module}.{name.name}")
+                assert found, f"line {node.lineno}: {node.module} has no {name.name}"
 
 
 # What the base install has to serve: pyproject.toml asks for torch and nothing else.

@@ -27,7 +27,8 @@ from rankgrpo.data.prompt import encode_prompts
 from rankgrpo.data.samples import Dataset
 from rankgrpo.files.malloc import keep_freed_memory
 from rankgrpo.model.constraint import open_constraint, seen_items
-from rankgrpo.model.presets import count_parameters, load_policy, make_init, valid_token_mask
+from rankgrpo.model.head import valid_token_mask
+from rankgrpo.model.presets import count_parameters, load_policy, make_init
 from rankgrpo.model.tiny import TinyConfig
 from rankgrpo.sampler.base import Rollout, prompt_seed
 from rankgrpo.sampler.constrained import ConstrainedSampler
