@@ -402,8 +402,18 @@ def test_jsonl_in_chat_form_and_missing_splits(tmp_path):
         ),
         ({"conversation": [{"role": "user"}], "groundtruth": []}, r"conversation\[0\] must be an object with role"),
         ({"conversation": "hi", "groundtruth": 7}, "groundtruth must be a list, or one string"),
-        ({"conversation": "hi", "groundtruth": [7]}, "groundtruth holds 7, expected titles"),
-        ({"conversation": "hi", "groundtruth": [["Heat", 1995, 2]]}, "expected .title, year. or"),
+        ({"conversation": "hi", "groundtruth": [7]}, "groundtruth holds 7, expected .title, year. or"),
+        ({"conversation": "hi", "groundtruth": [["Heat", 1995, "2"]]}, "expected .title, year. or"),
+        ({"conversation": "hi", "groundtruth": [["Heat", 1995, -1]]}, "the weight must be a number of 0 or more"),
+        ({"conversation": "hi", "groundtruth": [["Heat", 1995, 2], "Heat (1995)"]}, "weighs 2 before and 1 here"),
+        (
+            {"conversation": "hi", "groundtruth": ["Heat (1995)"], "candidates": "Up (2009)|Ronin (1998)"},
+            "the ground truth Heat .1995. is not among the 2 candidates",
+        ),
+        (
+            {"conversation": "hi", "groundtruth": [], "candidates": [["Up", 2009], "Up (2009)"]},
+            "is a candidate already",
+        ),
         ({"conversation": "hi", "groundtruth": [], "split": "holdout"}, "split must be one of train"),
         ({"conversation": "hi", "groundtruth": [], "completion": 1}, "completion must be a string"),
         ({"conversation": "hi", "groundtruth": [], "seen_titles": [[]]}, r"seen_titles holds \[\], expected titles"),
@@ -459,7 +469,7 @@ def test_names_and_ground_truth():
     with pytest.raises(DataError, match="year 201 is impossible"):
         parse_name("The Wall (201)")
     notes = Notes()
-    assert parse_groundtruth("Heat (1995)\n| Heat (1995)|Up", None, notes, "row 1") == (("Heat", 1995),)
+    assert parse_groundtruth("Heat (1995)\n| Heat (1995)|Up", None, notes, "row 1") == ((("Heat", 1995),), ())
     assert str(notes) == "1 ground-truth entries without a year, left out; the first: row 1: 'Up'"
 
 

@@ -120,6 +120,11 @@ def parse_list_text(text: str) -> list[Any] | None:
     return None
 
 
+def is_missing(value: object) -> bool:
+    """Whether a cell holds nothing: null, or the NaN that pandas writes for it."""
+    return value is None or (isinstance(value, float) and value != value)
+
+
 def type_name(value: object) -> str:
     """The JSON name of a value's type, for messages."""
     names = {bool: "true/false", int: "a number", float: "a number", str: "a string", list: "a list", dict: "an object"}
