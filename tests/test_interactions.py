@@ -376,9 +376,49 @@ def test_lists_in_cells():
         and a_list('["a"]', "x") == ["a"]
         and a_list("a|b", "x") == ["a", "b"]
     )
-    for bad in (7, None, "[1, [2]]", [None]):
+    for bad in (7, None, "[1, [2]]", [None], "[(1, 2)]"):
         with pytest.raises(DataError, match="x must be a list of items"):
             a_list(bad, "x")
+
+
+@pytest.mark.parametrize(
+    ("text", "items"),
+    [
+        ("['Item 24' 'Item 26']", ["Item 24", "Item 26"]),
+        ("""["it's" 'say "x"'\n 'Am\u00e9lie, x']""", ["it's", 'say "x"', "Am\u00e9lie, x"]),
+        ("['a' 'b'\n 'c']", ["a", "b", "c"]),
+        ("[1 2 3]", [1, 2, 3]),
+        ("[ 1 -2]", [1, -2]),
+        ("[1. 2.]", [1.0, 2.0]),
+        ("['a']", ["a"]),
+        ("[]", []),
+        ("[REC]", ["[REC]"]),
+        ("[REC] (2007)|[12 Monkeys]|[2001 (1968)]", ["[REC] (2007)", "[12 Monkeys]", "[2001 (1968)]"]),
+        ('["[untitled, live]"]', ["[untitled, live]"]),
+    ],
+)
+def test_lists_as_numpy_prints_them(text, items):
+    assert a_list(text, "x") == items
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "['a' 'b', 'c']",  # Python would read 'ab' and 'c'
+        "['it''s' 'b']",
+        "[0 1 2 ... 97 98 99]",
+        "[np.str_('a'), np.str_('b')]",
+        "[array(['a', 'b'], dtype=object) array(['c'], dtype=object)]",
+        "[1. nan]",
+        "[Item 24, Item 26]",
+        "['a', 'b",
+        "[{'a': 'x' 'y'}]",
+    ],
+)
+def test_lists_that_cannot_be_read_are_refused(tmp_path, text):
+    source = write(tmp_path / "log.csv", 'user,history,item\na,1,2\nb,"' + text.replace('"', '""') + '",2\n')
+    with pytest.raises(DataError, match=r"(?s)log.csv:3: history .* cannot be read as one; write it as JSON: ..a., .b"):
+        import_interactions(source, tmp_path / "out", InteractionOptions(item=ItemFormat("{title}")))
 
 
 def test_rows_of_the_table_that_come_out_alike_are_one_item(tmp_path):

@@ -45,6 +45,12 @@ def only_split(imported):
         (["User: Hi, films like Heat?", "System: Slow or fast?", "User: Fast", "System:"], (HI, ASK, MORE)),
         ('["Hi, films like Heat?", "Slow or fast?", "Fast", ""]', (HI, ASK, MORE)),
         ("['Hi, films like Heat?', 'Slow or fast?']", (HI, ASK)),
+        ("['Hi, films like Heat?' 'Slow or fast?']", (HI, ASK)),
+        (
+            "[{'role': 'user', 'content': 'Hi, films like Heat?'}\n {'role': 'bot', 'content': 'Slow or fast?'}]",
+            (HI, ASK),
+        ),
+        ("['90s films, please]", (Turn("user", "['90s films, please]"),)),
         ([{"from": "human", "value": HI.content}, {"from": "gpt", "value": ASK.content}], (HI, ASK)),
         ([{"speaker": "Seeker", "text": HI.content}, {"speaker": "Recommender", "text": ""}], (HI,)),
         (
@@ -67,7 +73,19 @@ def test_conversations_in_every_shape(value, turns):
     assert read_turns(value) == turns
 
 
-@pytest.mark.parametrize("value", [7, None, {}, [], [["a"]], [{"role": "user"}], [{"role": "judge", "content": "x"}]])
+@pytest.mark.parametrize(
+    "value",
+    [
+        7,
+        None,
+        {},
+        [],
+        [["a"]],
+        "[array(['a', 'b']) array(['c'])]",
+        [{"role": "user"}],
+        [{"role": "judge", "content": "x"}],
+    ],
+)
 def test_what_is_no_conversation(value):
     with pytest.raises(DataError, match="conversation"):
         read_turns(value)

@@ -11,7 +11,7 @@ from rankgrpo.data.samples import Candidate, Sample, join_candidates, join_weigh
 from rankgrpo.errors import DataError
 from rankgrpo.files.rows import parse_list_text, type_name
 from rankgrpo.items.catalog import Catalog, Item, parse_title, parse_year
-from rankgrpo.items.format import FILM
+from rankgrpo.items.format import FILM, title_line
 from rankgrpo.items.titles import natural_order
 
 SPLIT_NAMES = {
@@ -22,6 +22,9 @@ SPLIT_NAMES = {
 MAX_PLACES = 3
 _ENTRIES = {"groundtruth": "ground-truth entries", "candidates": "candidates"}
 _TITLE_YEAR = re.compile(r"(?P<title>.*\S)\s*[(\[](?P<year>\d+(?:\s*[-–]\s*(?:\d{4})?)?)[)\]]", re.DOTALL)
+_YEAR = re.compile(r"[(\[]\d{4}[)\]]")
+# What separates films in a text, right behind the year of one.
+_BEHIND_FILM = re.compile(r"(?<=[(\[]\d{4}[)\]])\s*[,;/]\s*")
 
 
 class Notes:
@@ -92,7 +95,7 @@ def parse_groundtruth(
     """
     item_format = FILM if catalog is None else catalog.item_format
     weighted = []
-    for place, entry in enumerate(_entries(value, "groundtruth")):
+    for place, entry in enumerate(_entries(value, "groundtruth", catalog, notes, where)):
         entry, weight = split_weight(entry, f"groundtruth[{place}]", item_format)
         item = _parse_item(entry, "groundtruth", catalog, notes, where)
         if item is not None:
@@ -102,7 +105,8 @@ def parse_groundtruth(
 
 def parse_candidates(value: object, catalog: Catalog | None, notes: Notes, where: str) -> tuple[Candidate, ...]:
     """Candidates from items written as in `parse_groundtruth`; objects may have a `text` beside the item."""
-    read = ((_parse_item(entry, "candidates", catalog, notes, where), entry) for entry in _entries(value, "candidates"))
+    entries = _entries(value, "candidates", catalog, notes, where)
+    read = ((_parse_item(entry, "candidates", catalog, notes, where), entry) for entry in entries)
     return join_candidates((item, entry) for item, entry in read if item is not None)
 
 
@@ -134,6 +138,8 @@ def _parse_item(
     # An item has one name in a data set, the catalog's; other spellings of it stay as they are.
     if index is not None and not catalog.has_title(index, title):
         title = catalog.items[index].title
+    if index is None and _YEAR.search(title):
+        notes.add("films whose title holds a year, taken as one film each", f"{where}: {title_line(title, year)}")
     return title, year
 
 
@@ -162,36 +168,55 @@ def _title_and_year(title: str, year: object) -> tuple[str, int | None]:
     return parse_title(title), parse_year(year)
 
 
-def parse_seen(value: object, notes: Notes, where: str) -> tuple[str, ...]:
+def parse_seen(value: object, catalog: Catalog | None, notes: Notes, where: str) -> tuple[str, ...]:
     """Seen titles from a list of titles or [title, year], or one string; each once, what is no title noted.
 
-    A year is dropped: a seen film is never a hit, whatever its year.
+    A year that is given stays with its film: of several films of one title it says which was seen.
     """
+    is_film = catalog is None or catalog.item_format.is_film
     titles: dict[str, None] = {}
-    for entry in parse_names(value, "seen_titles"):
+    for entry in _entries(value, "seen_titles", catalog, notes, where):
+        if not isinstance(entry, str) and not (isinstance(entry, list) and entry):
+            raise DataError(f"seen_titles holds {entry!r}, expected titles")
         try:
-            titles.setdefault(parse_title(entry if isinstance(entry, str) else entry[0]))
+            titles.setdefault(parse_title(entry) if isinstance(entry, str) else _seen_line(*entry[:2], is_film=is_film))
         except DataError as error:
             notes.add("seen titles that are none, left out", f"{where}: {entry!r}: {error}")
     return tuple(titles)
 
 
-def parse_names(value: object, field: str) -> list[Any]:
-    """Titles, or lists that begin with one, from what `_entries` takes."""
-    entries = _entries(value, field)
-    if wrong := [entry for entry in entries if not isinstance(entry, str) and not (isinstance(entry, list) and entry)]:
-        raise DataError(f"{field} holds {wrong[0]!r}, expected titles")
-    return entries
+def _seen_line(title: object, year: object = None, *, is_film: bool) -> str:
+    """The line of a film of which the year is possible, else the title alone."""
+    title = parse_title(title)
+    try:
+        return title_line(*_title_and_year(title, year)) if is_film else title
+    except DataError:  # without a year all films of the title count as seen
+        return title
 
 
-def _entries(value: object, field: str) -> list[Any]:
-    """The entries of a list, or of one string that is a list or separates them by `|` or line breaks."""
-    if isinstance(value, str) and (listed := parse_list_text(value)) is not None:
+def _entries(value: object, field: str, catalog: Catalog | None, notes: Notes, where: str) -> list[Any]:
+    """The entries of a list, or of one string that is a list or separates them by `|` or line breaks.
+
+    Films that one text names with their years, a comma, semicolon or slash between, are several entries, unless the
+    catalog has a film of the whole text.
+    """
+    if isinstance(value, str) and (listed := parse_list_text(value, field, of_names=True)) is not None:
         value = listed
     if isinstance(value, str):
-        return [name.strip() for name in re.split(r"[|\n]", value) if name.strip()]
+        value = [name.strip() for name in re.split(r"[|\n]", value) if name.strip()]
     if isinstance(value, dict):
-        return [value]
+        value = [value]
     if not isinstance(value, list):
         raise DataError(f"{field} must be a list, or one string separated by |, got {type_name(value)}")
-    return value
+    if catalog is not None and not catalog.item_format.is_film:
+        return value
+    found: list[Any] = []
+    for entry in value:
+        films = [film for film in _BEHIND_FILM.split(entry) if film] if isinstance(entry, str) else [entry]
+        is_one = len(films) < 2 or not all(map(_TITLE_YEAR.fullmatch, films))
+        if is_one or (catalog is not None and catalog.title_indices(entry)):
+            found.append(entry)
+        else:
+            notes.add("texts that name several films, taken apart", f"{where}: {entry!r}")
+            found += films
+    return found

@@ -244,7 +244,7 @@ def _history_samples(
             where = f"{path}:{line}"
             try:
                 past = _known(a_list(before or [], history), table, options, notes, where)
-                listed = parse_list_text(after) if isinstance(after, str) else after
+                listed = parse_list_text(after, item) if isinstance(after, str) else after
                 following = a_list(listed if isinstance(listed, list) else [after], item)
                 wanted = _known(following, table, options, notes, where)[: options.num_next]
             except DataError as error:

@@ -138,7 +138,7 @@ def key_of(value: object) -> str:
 def a_list(value: object, name: str) -> list[Any]:
     """The entries of a list, or of a text that is one: JSON, a Python literal, or entries separated by `|`."""
     if isinstance(value, str):
-        listed = parse_list_text(value)
+        listed = parse_list_text(value, name, of_names=True)
         value = listed if listed is not None else [part for part in map(str.strip, value.split("|")) if part]
     if isinstance(value, tuple | np.ndarray):
         value = list(value)

@@ -138,7 +138,7 @@ def _to_sample(row: Mapping[str, Any], sample_id: str, catalog: Catalog | None, 
     return Sample(
         id=sample_id,
         conversation=said(parse_prompt(message_of(row["prompt"], "prompt", "user"))),
-        seen_titles=parse_seen(row["seen_titles"] or [], notes, where),
+        seen_titles=parse_seen(row["seen_titles"] or [], catalog, notes, where),
         groundtruth=groundtruth,
         weights=weights,
         completion=message_of(row["completion"], "completion", "assistant") if row.get("completion") else None,

@@ -180,7 +180,7 @@ def _to_sample(row: Mapping[str, Any], sample_id: str, catalog: Catalog | None, 
     sample = Sample(
         id=str(row.get("id", sample_id)),
         conversation=read_turns(row["conversation"]),
-        seen_titles=parse_seen(row.get("seen_titles", []), notes, where),
+        seen_titles=parse_seen(row.get("seen_titles", []), catalog, notes, where),
         groundtruth=groundtruth,
         completion=completion,
         dialog=None if dialog is None else str(dialog),
