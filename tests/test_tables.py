@@ -143,6 +143,19 @@ def test_an_id_that_rows_share_is_the_dialogs(tmp_path):
     assert only_split(read_tables(unique, columns={"conversation": "context"}))[3].id == "3"
 
 
+def test_files_numbered_from_0_each_share_no_dialog(tmp_path):
+    for split, films in (("train", ["Up", "Heat"]), ("validation", ["Heat", "Up"]), ("test", ["Up", "Up"])):
+        rows = [
+            {"id": n, "conversation": f"{split} {n}", "groundtruth": [[film, 2009]]} for n, film in enumerate(films)
+        ]
+        write(tmp_path / f"{split}.jsonl", rows)
+    done, dataset = import_dataset(tmp_path, tmp_path / "out", ImportOptions())
+    assert [sample.id for sample in dataset.test] == ["test-0", "test-1"] and "ids that several rows share" not in done
+    assert "6 ids that several splits have, the name of the split put before; the first: " in done
+    assert all(sample.dialog is None for sample in (*dataset.train, *dataset.validation, *dataset.test))
+    assert not any(w.startswith("leak:") for w in check_dataset(dataset, baselines=False).warnings)
+
+
 def test_a_column_of_a_usual_name_is_the_dialogs(tmp_path):
     rows = [{"conversation": f"User: film {n}", "groundtruth": ["Up (2009)"], "conv_id": n // 2} for n in range(4)]
     assert dialog_ids(only_split(read_tables(write(tmp_path / "a.jsonl", rows)))) == [0, 0, 1, 1]

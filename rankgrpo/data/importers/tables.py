@@ -110,24 +110,31 @@ def read_tables(path: Path, *, catalog: Catalog | None = None, columns: Mapping[
 def _with_ids(
     found: list[tuple[str, Sample, str | None, str]], notes: Notes, errors: list[str]
 ) -> Iterator[tuple[str, Sample]]:
-    """(split, sample), each under an id of its own; an id that several rows share is that of their dialog."""
-    counts = Counter(key for *_, key, _ in found if key is not None)
+    """(split, sample), each under an id of its own; an id that several rows of a split share is that of their dialog.
+
+    Files of splits are often numbered from 0 each: such an id says nothing of a dialog, and takes the split's name.
+    """
+    counts = Counter((split, key) for split, _, key, _ in found if key is not None)
+    num_splits = Counter(key for _, key in counts)
     shared = any(count > 1 for count in counts.values())
     by_dialog = any(sample.dialog is not None for _, sample, *_ in found)
-    number: Counter[str] = Counter()
+    number: Counter[tuple[str, str]] = Counter()
     for split, sample, key, where in found:
-        if not shared or key is None:
+        if key is None:
             yield split, sample
             continue
-        number[key] += 1
-        if by_dialog:
-            if number[key] > 1:
-                errors.append(f"{where}: id {key!r} is there before; with a column of dialogs, ids must be unique")
-            yield split, sample
+        number[split, key] += 1
+        if shared and not by_dialog:
+            if number[split, key] == 2:
+                notes.add("ids that several rows share, taken for those of their dialogs", f"{where}: {key}")
+            yield split, replace(sample, id=f"{key}-{number[split, key]}", dialog=key)
             continue
-        if number[key] == 2:
-            notes.add("ids that several rows share, taken for those of their dialogs", f"{where}: {key}")
-        yield split, replace(sample, id=f"{key}-{number[key]}", dialog=key)
+        if number[split, key] > 1:
+            errors.append(f"{where}: id {key!r} is there before; with a column of dialogs, ids must be unique")
+        if num_splits[key] > 1:
+            notes.add("ids that several splits have, the name of the split put before", f"{where}: {key}")
+            sample = replace(sample, id=f"{split}-{key}")
+        yield split, sample
 
 
 def _rows(file: Path, columns: Mapping[str, str]) -> Iterator[tuple[int, dict[str, Any] | str]]:
