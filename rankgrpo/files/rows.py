@@ -92,9 +92,34 @@ def read_parquet(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
     """Yield (row from 1, values by column, without those that are null) of a parquet file."""
     place = 0
     for batch in open_parquet(path).iter_batches():
-        for row in batch.to_pylist():
+        names = batch.schema.names
+        where = f"{path}: from row {place + 1} on, column"
+        columns = [plain_text(column, f"{where} {name}") for name, column in zip(names, batch.columns, strict=True)]
+        for row in zip(*columns, strict=True):
             place += 1
-            yield place, {name: value for name, value in row.items() if value is not None}
+            yield place, {name: value for name, value in zip(names, row, strict=True) if not is_missing(value)}
+
+
+def plain_text(column: Any, where: str) -> list[Any]:
+    """The values of an Arrow column; bytes, which is how some programs store text, as text.
+
+    Raises DataError, with the place, for bytes that are no UTF-8.
+    """
+    values = column.to_pylist()
+    if "binary" not in str(column.type):
+        return values
+    try:
+        return [_decoded(value) for value in values]
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where}: bytes that are no UTF-8 text ({error}); convert the column to text") from None
+
+
+def _decoded(value: Any) -> Any:
+    if isinstance(value, bytes):
+        return value.decode("utf-8")
+    if isinstance(value, list):
+        return [_decoded(entry) for entry in value]
+    return {name: _decoded(entry) for name, entry in value.items()} if isinstance(value, dict) else value
 
 
 def open_parquet(path: Path) -> Any:

@@ -19,7 +19,7 @@ from typing import Any
 
 from rankgrpo.errors import DataError
 from rankgrpo.files.atomic import write_lines
-from rankgrpo.files.rows import Problem, read_csv, read_jsonl, type_name
+from rankgrpo.files.rows import Problem, is_missing, read_csv, read_jsonl, type_name
 from rankgrpo.items.format import FILM, ItemFormat, title_line
 from rankgrpo.items.titles import natural_order
 from rankgrpo.parse import ListedItem, parse_list
@@ -335,7 +335,7 @@ _CATALOG_KEYS = {"title", "year", *FACT_KEYS}
 
 def parse_item(row: Mapping[str, Any]) -> Item:
     """An item from the fields of a catalog row; DataError says what is wrong with it."""
-    row = {key: value for key, value in row.items() if value is not None}
+    row = {key: value for key, value in row.items() if not is_missing(value)}
     if missing := {"title", "year"} - row.keys():
         raise DataError(f"missing {' and '.join(sorted(missing))}")
     return Item(title=parse_title(row["title"]), year=parse_year(row["year"]), **item_facts(row))
