@@ -156,6 +156,15 @@ def test_files_numbered_from_0_each_share_no_dialog(tmp_path):
     assert not any(w.startswith("leak:") for w in check_dataset(dataset, baselines=False).warnings)
 
 
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-16"])
+def test_tables_of_another_encoding_are_named(tmp_path, encoding):
+    (tmp_path / "a.csv").write_text("conversation,groundtruth\nCaf\u00e9?,Up (2009)\n", encoding=encoding)
+    with pytest.raises(
+        DataError, match=r"a.csv:1: unreadable CSV from here on: 'utf-8' codec.*; save it as UTF-8 text"
+    ):
+        read_tables(tmp_path / "a.csv")
+
+
 def test_a_column_of_a_usual_name_is_the_dialogs(tmp_path):
     rows = [{"conversation": f"User: film {n}", "groundtruth": ["Up (2009)"], "conv_id": n // 2} for n in range(4)]
     assert dialog_ids(only_split(read_tables(write(tmp_path / "a.jsonl", rows)))) == [0, 0, 1, 1]

@@ -242,7 +242,8 @@ def parse_csv(
             cells = next(reader, None)
         except (csv.Error, UnicodeDecodeError) as error:
             # Past this point quotes and bytes have lost their place, so further rows would be noise.
-            yield line, f"unreadable CSV from here on: {error}"
+            way_out = "; save it as UTF-8 text" if isinstance(error, UnicodeDecodeError) else ""
+            yield line, f"unreadable CSV from here on: {error}{way_out}"
             return
         if cells is None:
             return
