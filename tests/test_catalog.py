@@ -157,6 +157,14 @@ def test_csv_equals_jsonl(tmp_path):
     assert Catalog.from_file(path).items == items
 
 
+@pytest.mark.parametrize("genres", ["Crime|Drama", "['Crime', 'Drama']", "['Crime' 'Drama']", '[""Crime"", ""Drama""]'])
+def test_lists_in_cells(tmp_path, genres):
+    cell = genres.replace("Crime", "Hitze").replace("Drama", "Hot [live]")
+    path = write(tmp_path / "catalog.csv", "title,year,genres,aliases", f'Heat,1995,"{genres}","{cell}"')
+    (item,) = Catalog.from_file(path)
+    assert item.genres == ("Crime", "Drama") and item.aliases == ("Hitze", "Hot [live]")
+
+
 def test_written_and_read_again(tmp_path):
     items = [Item('"Heat"', 1995, 4, ("Crime",), "line\u2028one\nline two"), Item("Amélie", 2001)]
     Catalog(items).to_jsonl(tmp_path / "new" / "catalog.jsonl")
@@ -173,7 +181,8 @@ def test_written_and_read_again(tmp_path):
         ('{"title": "A", "year": "soon"}', "year must be a whole number, got 'soon'"),
         ('{"title": "A", "year": 1995.5}', "year must be a whole number, got 1995.5"),
         ('{"title": "A", "year": true}', "year must be a whole number, got True"),
-        ('{"title": "A", "year": NaN}', "year must be a whole number"),
+        ('{"title": "A", "year": NaN}', "missing year"),  # as pandas writes null
+        ('{"title": "A", "year": Infinity}', "year must be a whole number"),
         ('{"title": "A"}', "missing year"),
         ('{"year": 1995}', "missing title"),
         ('{"title": " ", "year": 1995}', "title is empty"),
@@ -183,6 +192,11 @@ def test_written_and_read_again(tmp_path):
         ('{"title": "A", "year": 1995, "popularity": -1}', "popularity must be >= 0, got -1"),
         ('{"title": "A", "year": 1995, "popularity": "many"}', "popularity must be a whole number"),
         ('{"title": "A", "year": 1995, "genres": [1]}', "genres must be a list of strings or one string"),
+        ('{"title": "A", "year": 1995, "genres": "[{\'id\': 1}]"}', "genres must be a list of strings or one string"),
+        (
+            '{"title": "A", "year": 1995, "genres": "[\'a\' \'b\', \'c\']"}',
+            "genres \"['a' 'b', 'c']\" looks like a list",
+        ),
         ('{"title": "A", "year": 1995, "plot": {}}', "plot must be a string or a list of strings, got an object"),
         ('{"title": "A", "year": 1995', "broken JSON: Expecting ',' delimiter at column 28"),
         ('["A", 1995]', "expected a JSON object, got a list"),

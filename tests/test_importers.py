@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from rankgrpo.data.importers.catalogs import read_items
-from rankgrpo.data.importers.common import Notes, parse_groundtruth, parse_name
+from rankgrpo.data.importers.common import Notes, parse_groundtruth, parse_name, parse_seen
 from rankgrpo.data.importers.convert import ImportOptions, import_dataset
 from rankgrpo.data.importers.download import download, fetch_if_url
 from rankgrpo.data.importers.redial import read_redial
@@ -23,6 +23,8 @@ from rankgrpo.data.load import load_dataset
 from rankgrpo.data.prompt import format_prompt
 from rankgrpo.data.samples import Turn
 from rankgrpo.errors import DataError
+from rankgrpo.evaluation.evaluate import score_completions
+from rankgrpo.items.catalog import Catalog, Item
 
 # ----------------------------------------------------------------------------------------------------------------------
 # ReDial. The conversation is made up; the fields are those of the release.
@@ -384,7 +386,7 @@ def test_jsonl_in_chat_form_and_missing_splits(tmp_path):
     summary, _ = import_dataset(tmp_path / "mine.jsonl", tmp_path / "out", options)
     dataset = load_dataset(tmp_path / "out")
     assert [len(dataset.train), len(dataset.validation), len(dataset.test)] == [12, 4, 4]
-    assert dataset.train[0].seen_titles == ("Up (2009)", "Thief")
+    assert dataset.train[0].seen_titles == ("Up (2009)", "Thief (1981)")
     assert [(item.title, item.popularity) for item in dataset.catalog] == [("Heat", 12), ("Ronin", 12)]
     assert "2 splits missing in the source, drawn from train" in summary
     import_dataset(tmp_path / "mine.jsonl", tmp_path / "again", options)
@@ -402,8 +404,18 @@ def test_jsonl_in_chat_form_and_missing_splits(tmp_path):
         ),
         ({"conversation": [{"role": "user"}], "groundtruth": []}, r"conversation\[0\] must be an object with role"),
         ({"conversation": "hi", "groundtruth": 7}, "groundtruth must be a list, or one string"),
-        ({"conversation": "hi", "groundtruth": [7]}, "groundtruth holds 7, expected titles"),
-        ({"conversation": "hi", "groundtruth": [["Heat", 1995, 2]]}, "expected .title, year. or"),
+        ({"conversation": "hi", "groundtruth": [7]}, "groundtruth holds 7, expected .title, year. or"),
+        ({"conversation": "hi", "groundtruth": [["Heat", 1995, "2"]]}, "expected .title, year. or"),
+        ({"conversation": "hi", "groundtruth": [["Heat", 1995, -1]]}, "the weight must be a number of 0 or more"),
+        ({"conversation": "hi", "groundtruth": [["Heat", 1995, 2], "Heat (1995)"]}, "weighs 2 before and 1 here"),
+        (
+            {"conversation": "hi", "groundtruth": ["Heat (1995)"], "candidates": "Up (2009)|Ronin (1998)"},
+            "the ground truth Heat .1995. is not among the 2 candidates",
+        ),
+        (
+            {"conversation": "hi", "groundtruth": [], "candidates": [["Up", 2009], "Up (2009)"]},
+            "is a candidate already",
+        ),
         ({"conversation": "hi", "groundtruth": [], "split": "holdout"}, "split must be one of train"),
         ({"conversation": "hi", "groundtruth": [], "completion": 1}, "completion must be a string"),
         ({"conversation": "hi", "groundtruth": [], "seen_titles": [[]]}, r"seen_titles holds \[\], expected titles"),
@@ -459,8 +471,51 @@ def test_names_and_ground_truth():
     with pytest.raises(DataError, match="year 201 is impossible"):
         parse_name("The Wall (201)")
     notes = Notes()
-    assert parse_groundtruth("Heat (1995)\n| Heat (1995)|Up", None, notes, "row 1") == (("Heat", 1995),)
+    assert parse_groundtruth("Heat (1995)\n| Heat (1995)|Up", None, notes, "row 1") == ((("Heat", 1995),), ())
     assert str(notes) == "1 ground-truth entries without a year, left out; the first: row 1: 'Up'"
+
+
+@pytest.mark.parametrize(
+    ("text", "films"),
+    [
+        ("['Heat (1995)' 'Ronin (1998)']", ["Heat (1995)", "Ronin (1998)"]),  # as numpy prints an array
+        ("[['Heat' '1995']\n ['Ronin' '1998']]", ["Heat (1995)", "Ronin (1998)"]),
+        ("[('Heat', 1995), ('Ronin', 1998)]", ["Heat (1995)", "Ronin (1998)"]),
+        ("Other 13 (2001), Next 13 (2002)", ["Other 13 (2001)", "Next 13 (2002)"]),
+        (
+            "Heat (1995); Ronin (1998) / Up (2009)|Thief (1981)",
+            ["Heat (1995)", "Ronin (1998)", "Up (2009)", "Thief (1981)"],
+        ),
+        (["Heat (1995), Ronin (1998)"], ["Heat (1995)", "Ronin (1998)"]),
+        ("The Good, the Bad and the Ugly (1966)", ["The Good, the Bad and the Ugly (1966)"]),
+        ("1984 (1956) (1984)", ["1984 (1956) (1984)"]),
+        ("Dune (1984), Messiah (2001)", ["Dune (1984), Messiah (2001)"]),  # the catalog has a film of this name
+    ],
+)
+def test_films_of_one_text(text, films):
+    catalog = Catalog([Item("Heat", 1995), Item("Dune (1984), Messiah", 2001)])
+    notes = Notes()
+    groundtruth, weights = parse_groundtruth(text, catalog, notes, "row 1")
+    assert [f"{title} ({year})" for title, year in groundtruth] == films and weights == ()
+    assert list(parse_seen(text, catalog, notes, "row 1")) == films
+    assert notes.count("films whose title holds a year, taken as one film each") == ("1956" in text)
+
+
+def test_the_year_of_a_seen_film_says_which_was_seen(tmp_path):
+    (tmp_path / "films.csv").write_text("title,year\nThe Thing,1982\nThe Thing,2011\nHeat,1995\n")
+    rows = [
+        {"conversation": f"film {n}", "groundtruth": [["The Thing", 1982], ["Heat", 1995]], "seen_titles": seen}
+        for n, seen in enumerate(4 * [[["The Thing", 1982]], ["The Thing (1982)"], [["The Thing", 201]]])
+    ]
+    options = ImportOptions(catalog=tmp_path / "films.csv")
+    _, dataset = import_dataset(write_table(tmp_path / "a.jsonl", rows), tmp_path / "out", options)
+    hits = {}
+    for sample in (*dataset.train, *dataset.validation, *dataset.test):
+        text = "The Thing (1982)\nHeat (1995)\nThe Thing (2011)"
+        scores = score_completions([sample], [text], dataset.catalog, num_ranks=3)
+        hits[sample.seen_titles] = scores.hits.tolist()
+    # Of a year that is none the title is kept, and a bare title lets what the ground truth names count.
+    assert hits == {("The Thing (1982)",): [[0, 1, 0]], ("The Thing",): [[1, 1, 0]]}
 
 
 def test_unknown_and_mixed_sources(tmp_path):

@@ -291,6 +291,80 @@ def test_users_of_histories_are_drawn_whole(tmp_path):
     assert "2 splits missing in the source, users drawn from train" in done
 
 
+def test_users_that_no_column_names_are_not_drawn(tmp_path):
+    """Six growing histories a reviewer: dealt row by row, the answer of one would stand in the history of the next."""
+    rows = "".join(
+        f'r{who},"{[(who + n) % 5 + 1 for n in range(end)]}",{(who + end) % 5 + 1}\n'
+        for who in range(10)
+        for end in range(1, 5)
+    )
+    source = write(tmp_path / "rows.csv", "reviewer,history,item\n" + rows)
+    message = (
+        "rows.csv: no validation rows, and no column of the user.* There is reviewer, history, item; say --columns"
+    )
+    with pytest.raises(DataError, match=message):
+        import_log(tmp_path, source)
+    _, dataset = import_log(tmp_path, source, columns={"user": "reviewer"})
+    users = [{s.dialog.split()[0] for s in dataset.split(name)} for name in ("train", "validation", "test")]
+    assert [len(names) for names in users] == [8, 1, 1] and len(set.union(*users)) == 10
+    (tmp_path / "b").mkdir()
+    _, dataset = import_log(tmp_path / "b", source, columns={"user": "none"})  # every row is said to be a user
+    assert [len(dataset.split(name)) for name in ("train", "validation", "test")] == [32, 4, 4]
+    missing = write(tmp_path / "missing.csv", "user,history,item\na,[1],2\n,[1],2\nb,[1],\n")
+    (tmp_path / "c").mkdir()
+    with pytest.raises(DataError, match=r"(?s)missing.csv:3: user is empty.*missing.csv:4: item is empty"):
+        import_log(tmp_path / "c", missing)
+
+
+@pytest.mark.parametrize("options", [{"core": 5}, {"min_rating": 4}, {"min_rating": 4, "split": "time"}])
+def test_a_filter_that_leaves_nothing_is_named(tmp_path, options):
+    rows = [f"{user},{item},{item},1" for user in "ab" for item in range(1, 5)]
+    log = "\n".join(["user,item,time,rating", *rows]) + "\n"
+    left_out = "8 interactions of users and items" if "core" in options else "8 ratings below 4, left out"
+    with pytest.raises(DataError, match=rf"log.csv: no train sample .*{left_out}"):
+        import_log(tmp_path, log, **options)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-16"])
+@pytest.mark.parametrize("num_rows", [3, 3000])
+def test_logs_of_another_encoding_are_named(tmp_path, encoding, num_rows):
+    rows = "".join(f"ann,Book {n},{n}\n" for n in range(num_rows))
+    source = tmp_path / "log.csv"
+    source.write_text(f"user,item,time\n{rows}ann,Caf\u00e9,9\n", encoding=encoding)
+    with pytest.raises(DataError, match=r"log.csv:\d+: unreadable CSV.*'utf-8' codec.*; save it as UTF-8 text"):
+        import_interactions(source, tmp_path / "out", InteractionOptions(item=ItemFormat("{title}")))
+
+
+def test_cells_that_pandas_left_empty_and_text_stored_as_bytes(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow", reason="pip install 'rankgrpo[import]'")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    users, items = [7.0] * 4 + [8.0] * 4, [b"Emma", b"Dune", "Am\u00e9lie".encode(), b"Up"] * 2
+    item = ItemFormat("{title}")
+
+    def attempt(users, items, name="log"):
+        parquet.write_table(pyarrow.table({"user": users, "item": items}), tmp_path / f"{name}.parquet")
+        import_interactions(tmp_path / f"{name}.parquet", tmp_path / name, InteractionOptions(item=item))
+        return load_dataset(tmp_path / name, item_format=item)
+
+    dataset = attempt(users, items)
+    assert {entry.title for entry in dataset.catalog} == {"Emma", "Dune", "Am\u00e9lie", "Up"}
+    assert {sample.dialog for sample in dataset.train} == {"7", "8"}
+    with pytest.raises(DataError, match="bad.parquet:2: user is empty"):
+        attempt([7.0, float("nan")], [b"Emma", b"Dune"], "bad")
+    with pytest.raises(DataError, match="bytes.parquet: column item, from row 1 on: bytes that are no UTF-8 text"):
+        attempt([7.0, 7.0], [b"Emma", b"\xff\xfe"], "bytes")
+    rows = {
+        "user": ["a", "b", "c"],
+        "history": [[b"Emma"], [b"Up", b"Dune"], [b"Up"]],
+        "item": [b"Up", b"Emma", b"Emma"],
+    }
+    parquet.write_table(pyarrow.table(rows), tmp_path / "rows.parquet")
+    import_interactions(tmp_path / "rows.parquet", tmp_path / "rows", InteractionOptions(item=item))
+    dataset = load_dataset(tmp_path / "rows", item_format=item)
+    assert {item.title for item in dataset.catalog} == {"Emma", "Dune", "Up"}
+
+
 @pytest.mark.parametrize(
     ("log", "options", "message"),
     [
@@ -376,9 +450,49 @@ def test_lists_in_cells():
         and a_list('["a"]', "x") == ["a"]
         and a_list("a|b", "x") == ["a", "b"]
     )
-    for bad in (7, None, "[1, [2]]", [None]):
+    for bad in (7, None, "[1, [2]]", [None], "[(1, 2)]"):
         with pytest.raises(DataError, match="x must be a list of items"):
             a_list(bad, "x")
+
+
+@pytest.mark.parametrize(
+    ("text", "items"),
+    [
+        ("['Item 24' 'Item 26']", ["Item 24", "Item 26"]),
+        ("""["it's" 'say "x"'\n 'Am\u00e9lie, x']""", ["it's", 'say "x"', "Am\u00e9lie, x"]),
+        ("['a' 'b'\n 'c']", ["a", "b", "c"]),
+        ("[1 2 3]", [1, 2, 3]),
+        ("[ 1 -2]", [1, -2]),
+        ("[1. 2.]", [1.0, 2.0]),
+        ("['a']", ["a"]),
+        ("[]", []),
+        ("[REC]", ["[REC]"]),
+        ("[REC] (2007)|[12 Monkeys]|[2001 (1968)]", ["[REC] (2007)", "[12 Monkeys]", "[2001 (1968)]"]),
+        ('["[untitled, live]"]', ["[untitled, live]"]),
+    ],
+)
+def test_lists_as_numpy_prints_them(text, items):
+    assert a_list(text, "x") == items
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "['a' 'b', 'c']",  # Python would read 'ab' and 'c'
+        "['it''s' 'b']",
+        "[0 1 2 ... 97 98 99]",
+        "[np.str_('a'), np.str_('b')]",
+        "[array(['a', 'b'], dtype=object) array(['c'], dtype=object)]",
+        "[1. nan]",
+        "[Item 24, Item 26]",
+        "['a', 'b",
+        "[{'a': 'x' 'y'}]",
+    ],
+)
+def test_lists_that_cannot_be_read_are_refused(tmp_path, text):
+    source = write(tmp_path / "log.csv", 'user,history,item\na,1,2\nb,"' + text.replace('"', '""') + '",2\n')
+    with pytest.raises(DataError, match=r"(?s)log.csv:3: history .* cannot be read as one; write it as JSON: ..a., .b"):
+        import_interactions(source, tmp_path / "out", InteractionOptions(item=ItemFormat("{title}")))
 
 
 def test_rows_of_the_table_that_come_out_alike_are_one_item(tmp_path):
@@ -388,3 +502,22 @@ def test_rows_of_the_table_that_come_out_alike_are_one_item(tmp_path):
     dataset = load_dataset(tmp_path / "out", item_format=BY)
     assert "1 rows of the item table that come out as one line, taken as one item" in done and len(dataset.catalog) == 5
     assert {s.id: s.seen_titles for s in dataset.test}["ann-test"] == (E, P, M)
+
+
+def test_films_alike_but_for_case_are_one_film(tmp_path):
+    films = write(
+        tmp_path / "films.csv", "id,title,year\n1,Heat,1995\n2,Up,2009\n3,Ronin,1998\n4,Thief,1981\n5,HEAT,1995\n"
+    )
+    log = write(tmp_path / "log.csv", log_of({"ann": "5234", "bob": "4321"}))
+    done = import_interactions(log, tmp_path / "out", InteractionOptions(catalog=films))
+    dataset = load_dataset(tmp_path / "out")
+    assert f"taken as one item; the first: {films}:6: 'HEAT (1995)'" in done
+    assert [film.line for film in dataset.catalog] == ["Heat (1995)", "Up (2009)", "Ronin (1998)", "Thief (1981)"]
+    assert {s.id: s.groundtruth for s in dataset.test} == {
+        "ann-test": (("Thief", 1981),),
+        "bob-test": (("Heat", 1995),),
+    }
+    names = {"ann": ["Heat (1995)", "Up (2009)", "Ronin (1998)"], "bob": ["HEAT (1995)", "Ronin (1998)", "Up (2009)"]}
+    log = write(tmp_path / "names.csv", log_of({who: [*titles, "Thief (1981)"] for who, titles in names.items()}))
+    import_interactions(log, tmp_path / "named", InteractionOptions())
+    assert len(load_dataset(tmp_path / "named").catalog) == 4

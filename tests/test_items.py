@@ -273,6 +273,16 @@ def test_titles_that_were_seen_are_lines_or_titles():
         catalog.lookup("Emma", 1816)
 
 
+@pytest.mark.parametrize("empty", [float("nan"), None, "", " "])
+def test_what_is_not_there_is_no_text(tmp_path, empty):
+    item_format = ItemFormat("{title} by {author}")
+    with pytest.raises(DataError, match="an empty author, which data.item"):
+        make_item({"title": "Emma", "author": empty}, item_format)
+    row = {"title": "Emma", "author": "Jane Austen", "genres": float("nan"), "year": float("nan"), "pages": 474.0}
+    item = make_item(row, item_format)
+    assert item.fields == (("title", "Emma"), ("author", "Jane Austen"), ("pages", "474.0")) and item.genres == ()
+
+
 def test_mentions_in_text():
     catalog = books()
     text = "I loved 'Emma by Jane Austen', (1984 by George  Orwell) and 7. Kreuz by Anna Seghers! Emma by Jane too."

@@ -14,7 +14,7 @@ from rankgrpo.data.importers.tables import read_tables
 from rankgrpo.data.importers.turns import read_turns
 from rankgrpo.data.load import load_dataset
 from rankgrpo.data.prompt import format_prompt
-from rankgrpo.data.samples import Sample, Turn, read_samples, write_samples
+from rankgrpo.data.samples import Candidate, Sample, Turn, read_samples, write_samples
 from rankgrpo.errors import DataError
 from rankgrpo.evaluation.health import check_dataset
 from rankgrpo.items.format import ItemFormat
@@ -45,6 +45,12 @@ def only_split(imported):
         (["User: Hi, films like Heat?", "System: Slow or fast?", "User: Fast", "System:"], (HI, ASK, MORE)),
         ('["Hi, films like Heat?", "Slow or fast?", "Fast", ""]', (HI, ASK, MORE)),
         ("['Hi, films like Heat?', 'Slow or fast?']", (HI, ASK)),
+        ("['Hi, films like Heat?' 'Slow or fast?']", (HI, ASK)),
+        (
+            "[{'role': 'user', 'content': 'Hi, films like Heat?'}\n {'role': 'bot', 'content': 'Slow or fast?'}]",
+            (HI, ASK),
+        ),
+        ("['90s films, please]", (Turn("user", "['90s films, please]"),)),
         ([{"from": "human", "value": HI.content}, {"from": "gpt", "value": ASK.content}], (HI, ASK)),
         ([{"speaker": "Seeker", "text": HI.content}, {"speaker": "Recommender", "text": ""}], (HI,)),
         (
@@ -67,7 +73,19 @@ def test_conversations_in_every_shape(value, turns):
     assert read_turns(value) == turns
 
 
-@pytest.mark.parametrize("value", [7, None, {}, [], [["a"]], [{"role": "user"}], [{"role": "judge", "content": "x"}]])
+@pytest.mark.parametrize(
+    "value",
+    [
+        7,
+        None,
+        {},
+        [],
+        [["a"]],
+        "[array(['a', 'b']) array(['c'])]",
+        [{"role": "user"}],
+        [{"role": "judge", "content": "x"}],
+    ],
+)
 def test_what_is_no_conversation(value):
     with pytest.raises(DataError, match="conversation"):
         read_turns(value)
@@ -123,6 +141,28 @@ def test_an_id_that_rows_share_is_the_dialogs(tmp_path):
         read_tables(path, columns={"conversation": "context", "dialog": "talk"})
     unique = write(tmp_path / "b.jsonl", [row | {"id": n} for n, row in enumerate(cut_rows([]))])
     assert only_split(read_tables(unique, columns={"conversation": "context"}))[3].id == "3"
+
+
+def test_files_numbered_from_0_each_share_no_dialog(tmp_path):
+    for split, films in (("train", ["Up", "Heat"]), ("validation", ["Heat", "Up"]), ("test", ["Up", "Up"])):
+        rows = [
+            {"id": n, "conversation": f"{split} {n}", "groundtruth": [[film, 2009]]} for n, film in enumerate(films)
+        ]
+        write(tmp_path / f"{split}.jsonl", rows)
+    done, dataset = import_dataset(tmp_path, tmp_path / "out", ImportOptions())
+    assert [sample.id for sample in dataset.test] == ["test-0", "test-1"] and "ids that several rows share" not in done
+    assert "6 ids that several splits have, the name of the split put before; the first: " in done
+    assert all(sample.dialog is None for sample in (*dataset.train, *dataset.validation, *dataset.test))
+    assert not any(w.startswith("leak:") for w in check_dataset(dataset, baselines=False).warnings)
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-16"])
+def test_tables_of_another_encoding_are_named(tmp_path, encoding):
+    (tmp_path / "a.csv").write_text("conversation,groundtruth\nCaf\u00e9?,Up (2009)\n", encoding=encoding)
+    with pytest.raises(
+        DataError, match=r"a.csv:1: unreadable CSV from here on: 'utf-8' codec.*; save it as UTF-8 text"
+    ):
+        read_tables(tmp_path / "a.csv")
 
 
 def test_a_column_of_a_usual_name_is_the_dialogs(tmp_path):
@@ -241,6 +281,45 @@ def test_conversations_about_items_of_another_format(tmp_path):
     bad = write(tmp_path / "b.jsonl", [{"conversation": "hi", "groundtruth": [7]}])
     with pytest.raises(DataError, match="groundtruth holds 7, expected lines '{title} by {author}'"):
         import_dataset(bad, tmp_path / "new", options)
+
+
+def test_weights_candidates_and_further_columns_are_kept(tmp_path):
+    (tmp_path / "books.csv").write_text("title\n" + "".join(f"Book {n}\n" for n in range(9)))
+    wanted = [{"title": "Book 6", "weight": 4}, {"title": "book 7", "weight": 1}, {"title": "Book 8", "weight": 0}]
+    offered = [{"title": "Book 6", "text": "Ships."}, "book 7", {"item": "Book 8"}]
+    rows = [
+        {"conversation": f"User: book {n}", "groundtruth": wanted, "candidates": offered, "mood": "sad", "tags": ["a"]}
+        for n in range(10)
+    ]
+    options = ImportOptions(item=ItemFormat("{title}"), catalog=tmp_path / "books.csv")
+    done, dataset = import_dataset(write(tmp_path / "a.jsonl", rows), tmp_path / "out", options)
+    for sample in (*dataset.train, *dataset.validation, *dataset.test):
+        assert sample.groundtruth == (("Book 6", None), ("Book 7", None)) and sample.weights == (4, 1)
+        assert sample.candidates == (Candidate("Book 6", None, "Ships."), Candidate("Book 7"), Candidate("Book 8"))
+        assert sample.fields == (("mood", "sad"),)
+    assert (
+        f"1 columns that are no field, kept for prompts that name them; the first: {tmp_path / 'a.jsonl'}: mood" in done
+    )
+    assert "neither text nor numbers, left out" in done and "a.jsonl: tags" in done
+    bad = write(tmp_path / "b.jsonl", [rows[0] | {"candidates": ["Book 6", "Book 7", "Book 70"]}])
+    with pytest.raises(DataError, match="b.jsonl:1: candidate 'Book 70' is not in the catalog; every candidate is"):
+        import_dataset(bad, tmp_path / "new", options)
+
+
+def test_weights_and_candidates_of_films(tmp_path):
+    wanted = [["Seven (a.k.a. Se7en)", 1995, 4], {"title": "Up", "year": "2009", "weight": 0.5}, ["Heat", 1995, 0]]
+    offered = ["Heat (1995)", ["Seven (a.k.a. Se7en)", 1995], "Up (2009)", "Alien"]
+    rows = [{"said": f"User: film {n}", "right": wanted, "candidates": offered} for n in range(10)]
+    options = ImportOptions(columns={"conversation": "said", "groundtruth": "right"})
+    done, dataset = import_dataset(write(tmp_path / "a.jsonl", rows), tmp_path / "out", options)
+    assert "10 candidates without a year, left out; the first: " in done and "a.jsonl:1: 'Alien'" in done
+    sample = dataset.test[0]
+    assert sample.groundtruth == (("Seven", 1995), ("Up", 2009)) and sample.weights == (4, 0.5)
+    assert sample.candidates == (Candidate("Heat", 1995), Candidate("Seven", 1995), Candidate("Up", 2009))
+    assert {item.line for item in dataset.catalog} == {"Seven (1995)", "Up (2009)", "Heat (1995)"}
+    again = replace(options, columns={})
+    _, copy = import_dataset(tmp_path / "out" / "train.jsonl", tmp_path / "again", again)
+    assert copy.train[0].weights == (4, 0.5) and copy.train[0].candidates == sample.candidates
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -135,9 +135,10 @@ def write_samples(path: str | os.PathLike[str], samples: Sequence[Sample]) -> No
     write_lines(path, (json.dumps(_to_row(sample), ensure_ascii=False) for sample in samples))
 
 
-_FIELDS = frozenset(
+SAMPLE_FIELDS = frozenset(
     "id conversation seen_titles groundtruth completion dialog groundtruth_turn split candidates".split()
 )
+"""What a row of a sample file may hold; everything else is a further field."""
 
 
 def scan_samples(
@@ -176,7 +177,7 @@ def scan_samples(
 def _names(row: Mapping[str, Any]) -> set[str]:
     """Unknown field names of a row and of its turns."""
     in_turns = {f"conversation.{name}" for turn in row["conversation"] for name in turn.keys() - {"role", "content"}}
-    return (row.keys() - _FIELDS) | in_turns
+    return (row.keys() - SAMPLE_FIELDS) | in_turns
 
 
 def _to_sample(row: Mapping[str, Any], item_format: ItemFormat) -> Sample:
@@ -194,7 +195,7 @@ def _to_sample(row: Mapping[str, Any], item_format: ItemFormat) -> Sample:
     seen_titles = _a_list(row["seen_titles"], "seen_titles")
     candidates = _to_candidates(row.get("candidates"), item_format)
     groundtruth, weights = _to_groundtruth(_a_list(row["groundtruth"], "groundtruth"), item_format)
-    _check_candidates(candidates, groundtruth)
+    check_groundtruth(candidates, groundtruth)
     return Sample(
         id=row["id"],
         conversation=tuple(_to_turn(turn, place) for place, turn in enumerate(turns)),
@@ -204,7 +205,7 @@ def _to_sample(row: Mapping[str, Any], item_format: ItemFormat) -> Sample:
         dialog=row.get("dialog"),
         weights=weights,
         candidates=candidates,
-        fields=tuple((k, str(v)) for k, v in row.items() if k not in _FIELDS and type(v) in (str, int, float)),
+        fields=tuple((k, str(v)) for k, v in row.items() if k not in SAMPLE_FIELDS and type(v) in (str, int, float)),
     )
 
 
@@ -222,20 +223,32 @@ def _to_groundtruth(
     entries: list[Any], item_format: ItemFormat
 ) -> tuple[tuple[tuple[str, int | None], ...], tuple[float, ...]]:
     """The items to find, each once, and their weights; none where all weigh 1. What weighs 0 is no item to find."""
-    weight_of: dict[tuple[str, int | None], float] = {}
+    weighted = []
     for place, entry in enumerate(entries):
         name = f"groundtruth[{place}]"
-        item, weight = _split_weight(entry, name, item_format)
-        key = _to_item(item, name, item_format)
-        if weight_of.setdefault(key, weight) != weight:
-            known = f"{title_line(*key)} weighs {weight_of[key]:g} before and {weight:g} here"
-            raise DataError(f"{name}: {known}; keep one")
+        item, weight = split_weight(entry, name, item_format)
+        weighted.append((_to_item(item, name, item_format), weight))
+    return join_weights(weighted)
+
+
+def join_weights(
+    weighted: Iterable[tuple[tuple[str, int | None], float]],
+) -> tuple[tuple[tuple[str, int | None], ...], tuple[float, ...]]:
+    """The ground truth and the weights of a sample, as `_to_groundtruth` says, from its entries and what each weighs.
+
+    Raises DataError for an item that has two weights.
+    """
+    weight_of: dict[tuple[str, int | None], float] = {}
+    for place, (item, weight) in enumerate(weighted):
+        if weight_of.setdefault(item, weight) != weight:
+            known = f"{title_line(*item)} weighs {weight_of[item]:g} before and {weight:g} here"
+            raise DataError(f"groundtruth[{place}]: {known}; keep one")
     weight_of = {item: weight for item, weight in weight_of.items() if weight > 0}
     weights = tuple(weight_of.values())
     return tuple(weight_of), () if all(weight == 1 for weight in weights) else weights
 
 
-def _split_weight(entry: Any, name: str, item_format: ItemFormat) -> tuple[Any, float]:
+def split_weight(entry: Any, name: str, item_format: ItemFormat) -> tuple[Any, float]:
     """An entry without its weight, and the weight: [title, year, weight], ["line", weight], {..., "weight": weight}."""
     weight: Any = 1.0
     if isinstance(entry, dict) and "weight" in entry:
@@ -275,13 +288,21 @@ def _to_candidates(value: object, item_format: ItemFormat) -> tuple[Candidate, .
     """Items as in a ground truth, or objects that have a `text` beside the columns of the format."""
     if value is None:
         return ()
+    entries = enumerate(_a_list(value, "candidates"))
+    return join_candidates((_to_item(entry, f"candidates[{place}]", item_format), entry) for place, entry in entries)
+
+
+def join_candidates(entries: Iterable[tuple[tuple[str, int | None], object]]) -> tuple[Candidate, ...]:
+    """Candidates from items and the entries that they were read from, which may hold a `text`.
+
+    Raises DataError for an item that is there twice, and for none at all.
+    """
     candidates: dict[tuple[str, int | None], Candidate] = {}
-    for place, entry in enumerate(_a_list(value, "candidates")):
+    for place, (item, entry) in enumerate(entries):
         name = f"candidates[{place}]"
         text = entry.get("text", "") if isinstance(entry, dict) else ""
         if not isinstance(text, str):
             raise DataError(f"{name}: text must be a string, got {type_name(text)}")
-        item = _to_item(entry, name, item_format)
         if item in candidates:
             raise DataError(f"{name}: {title_line(*item)} is a candidate already; keep one")
         candidates[item] = Candidate(*item, " ".join(text.split()))
@@ -290,7 +311,8 @@ def _to_candidates(value: object, item_format: ItemFormat) -> tuple[Candidate, .
     return tuple(candidates.values())
 
 
-def _check_candidates(candidates: Sequence[Candidate], groundtruth: Sequence[tuple[str, int | None]]) -> None:
+def check_groundtruth(candidates: Sequence[Candidate], groundtruth: Sequence[tuple[str, int | None]]) -> None:
+    """Raise DataError for a ground truth that is not among the candidates, where there are any."""
     known = {(normalise_title(candidate.title), candidate.year) for candidate in candidates}
     missing = [item for item in groundtruth if (normalise_title(item[0]), item[1]) not in known]
     if candidates and missing:
@@ -320,7 +342,7 @@ def _soft_problems(
     """(kind, text) of what looks wrong with a sample."""
     if not sample.groundtruth:
         yield "empty ground truth", "ground truth is empty; the sample is left out of training and evaluation"
-    weights = [_split_weight(entry, "", item_format)[1] for entry in row["groundtruth"]]
+    weights = [split_weight(entry, "", item_format)[1] for entry in row["groundtruth"]]
     if len(sample.groundtruth) < sum(weight > 0 for weight in weights):
         yield "repeated ground truth", "ground truth names an item twice; kept once"
     if split in SPLITS and row.get("split", split) != split:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import ast
 import csv
+import io
 import json
+import re
+import tokenize
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,9 +92,34 @@ def read_parquet(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
     """Yield (row from 1, values by column, without those that are null) of a parquet file."""
     place = 0
     for batch in open_parquet(path).iter_batches():
-        for row in batch.to_pylist():
+        names = batch.schema.names
+        where = f"{path}: from row {place + 1} on, column"
+        columns = [plain_text(column, f"{where} {name}") for name, column in zip(names, batch.columns, strict=True)]
+        for row in zip(*columns, strict=True):
             place += 1
-            yield place, {name: value for name, value in row.items() if value is not None}
+            yield place, {name: value for name, value in zip(names, row, strict=True) if not is_missing(value)}
+
+
+def plain_text(column: Any, where: str) -> list[Any]:
+    """The values of an Arrow column; bytes, which is how some programs store text, as text.
+
+    Raises DataError, with the place, for bytes that are no UTF-8.
+    """
+    values = column.to_pylist()
+    if "binary" not in str(column.type):
+        return values
+    try:
+        return [_decoded(value) for value in values]
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where}: bytes that are no UTF-8 text ({error}); convert the column to text") from None
+
+
+def _decoded(value: Any) -> Any:
+    if isinstance(value, bytes):
+        return value.decode("utf-8")
+    if isinstance(value, list):
+        return [_decoded(entry) for entry in value]
+    return {name: _decoded(entry) for name, entry in value.items()} if isinstance(value, dict) else value
 
 
 def open_parquet(path: Path) -> Any:
@@ -107,17 +135,84 @@ def open_parquet(path: Path) -> Any:
         raise DataError(f"{path}: not a whole parquet file ({error}); copy it again") from None
 
 
-def parse_list_text(text: str) -> list[Any] | None:
-    """The list that a text is, in JSON or as Python writes it; None for any other text."""
-    if not text.lstrip().startswith("["):
+def parse_list_text(text: str, name: str, *, of_names: bool = False) -> list[Any] | None:
+    """The list that a text is, in JSON, as Python writes it, or as numpy prints it (`['a' 'b']`); None for other text.
+
+    Raises DataError, with the field's name, for a text that is meant as a list and cannot be read as one: one item that
+    is many glued together would never be found. Where `of_names` says that it is no talk, so are words in brackets with
+    commas between, and a list that is cut off.
+    """
+    text = text.strip()
+    if not text.startswith("["):
         return None
-    for read in (json.loads, ast.literal_eval):
+    # Python takes two texts side by side for one, and numpy prints two entries so.
+    plain = () if _SIDE_BY_SIDE.search(text) else (ast.literal_eval,)
+    for read in (json.loads, *plain, _spaced_literal):
         try:
-            value = read(text.strip())
-        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            value = read(text)
+        except (ValueError, SyntaxError, RecursionError, MemoryError, tokenize.TokenError):
             continue
-        return value if isinstance(value, list) else None
+        if isinstance(value, list):
+            return [list(entry) if isinstance(entry, tuple) else entry for entry in value]
+    closes = _LIST_CLOSING.search(text) or (of_names and (text.endswith("]") or "]" not in text))
+    if (_LIST_OPENING.match(text) and closes) or (of_names and _WORDS_IN_BRACKETS.fullmatch(text)):
+        raise DataError(
+            f'{name} {text!r:.80} looks like a list and cannot be read as one; write it as JSON: ["a", "b"], or '
+            '["[a, b]"] where brackets and commas belong to a single entry'
+        )
     return None
+
+
+_SIDE_BY_SIDE = re.compile(r"""['"]\s*[bBrRuU]{0,2}['"]""")
+_NUMBER = r"(?:[-+.]?\d[\d.e+-]*|nan|None)"
+_LIST_OPENING = re.compile(
+    rf"""\[\s*(?:['"{{\[(]|[bru]['"]|{_NUMBER}\s+(?:{_NUMBER}|\.\.\.)|(?:np\.\w+|array|list|tuple)\()"""
+)
+_LIST_CLOSING = re.compile(rf"""(?:['"}}\])]|\s{_NUMBER})\s*\]\Z""")
+_WORDS_IN_BRACKETS = re.compile(r"\[[^\[\]]*,[^\[\]]*\]")
+
+
+def _spaced_literal(text: str) -> Any:
+    """The value of a Python literal, in the lists of which spaces alone may stand between entries.
+
+    ValueError where spaces and commas separate entries of one list: Python would take two of its texts for one.
+    """
+    pieces: list[str] = []
+    separators: list[set[str]] = [set()]  # of every bracket that is open
+    before: tokenize.TokenInfo | None = None
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type in (tokenize.NL, tokenize.NEWLINE, tokenize.ENDMARKER):
+            continue
+        if before is not None and _ends_value(before) and _begins_value(token):
+            if before.end == token.start or (token.string == "(" and before.string != ")"):
+                raise ValueError(f"{before.string}{token.string} is no entry")
+            pieces.append(",")
+            separators[-1].add(" ")
+        if token.string in ("[", "{", "("):
+            separators.append({token.string})
+        elif token.string in (",", ":"):
+            separators[-1].add(token.string)
+        if " " in separators[-1] and separators[-1] != {"[", " "}:
+            raise ValueError("spaces separate entries, and so does something else")
+        if token.string in ("]", "}", ")") and len(separators) > 1:
+            separators.pop()
+        pieces.append(token.string)
+        before = token
+    return ast.literal_eval(" ".join(pieces))
+
+
+def _ends_value(token: tokenize.TokenInfo) -> bool:
+    return token.type in (tokenize.STRING, tokenize.NUMBER, tokenize.NAME) or token.string in ("]", "}", ")")
+
+
+def _begins_value(token: tokenize.TokenInfo) -> bool:
+    # A sign begins a number: in a list of literals nothing is added up.
+    return token.type in (tokenize.STRING, tokenize.NUMBER, tokenize.NAME) or token.string in ("[", "{", "(", "-", "+")
+
+
+def is_missing(value: object) -> bool:
+    """Whether a cell holds nothing: null, or the NaN that pandas writes for it."""
+    return value is None or (isinstance(value, float) and value != value)
 
 
 def type_name(value: object) -> str:
@@ -147,7 +242,8 @@ def parse_csv(
             cells = next(reader, None)
         except (csv.Error, UnicodeDecodeError) as error:
             # Past this point quotes and bytes have lost their place, so further rows would be noise.
-            yield line, f"unreadable CSV from here on: {error}"
+            way_out = "; save it as UTF-8 text" if isinstance(error, UnicodeDecodeError) else ""
+            yield line, f"unreadable CSV from here on: {error}{way_out}"
             return
         if cells is None:
             return

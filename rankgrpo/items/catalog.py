@@ -19,7 +19,7 @@ from typing import Any
 
 from rankgrpo.errors import DataError
 from rankgrpo.files.atomic import write_lines
-from rankgrpo.files.rows import Problem, read_csv, read_jsonl, type_name
+from rankgrpo.files.rows import Problem, is_missing, parse_list_text, read_csv, read_jsonl, type_name
 from rankgrpo.items.format import FILM, ItemFormat, title_line
 from rankgrpo.items.titles import natural_order
 from rankgrpo.parse import ListedItem, parse_list
@@ -335,7 +335,7 @@ _CATALOG_KEYS = {"title", "year", *FACT_KEYS}
 
 def parse_item(row: Mapping[str, Any]) -> Item:
     """An item from the fields of a catalog row; DataError says what is wrong with it."""
-    row = {key: value for key, value in row.items() if value is not None}
+    row = {key: value for key, value in row.items() if not is_missing(value)}
     if missing := {"title", "year"} - row.keys():
         raise DataError(f"missing {' and '.join(sorted(missing))}")
     return Item(title=parse_title(row["title"]), year=parse_year(row["year"]), **item_facts(row))
@@ -356,7 +356,9 @@ def item_facts(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _to_names(value: object, field: str, separators: str) -> tuple[str, ...]:
-    names = re.split(f"[{separators}]", value) if isinstance(value, str) else value
+    names = value
+    if isinstance(value, str) and (names := parse_list_text(value, field)) is None:
+        names = re.split(f"[{separators}]", value)
     if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
         between = " or ".join(separators)
         raise DataError(f"{field} must be a list of strings or one string separated by {between}, got {value!r}")

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from rankgrpo.errors import ConfigError, DataError
+from rankgrpo.files.rows import is_missing
 from rankgrpo.files.template import PLACEHOLDER, item_problem, placeholders
 
 FILM_TEMPLATE = "{title} ({year})"
@@ -83,7 +84,7 @@ FILM = ItemFormat()
 
 
 def _text(value: object) -> str:
-    if value is None:
+    if is_missing(value):
         return ""
     if isinstance(value, float) and value.is_integer():
         value = int(value)  # spreadsheets write 1995.0

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from rankgrpo.errors import DataError
-from rankgrpo.files.rows import Problem
+from rankgrpo.files.rows import Problem, is_missing
 from rankgrpo.items.catalog import (
     FACT_KEYS,
     Catalog,
@@ -244,8 +244,8 @@ def make_item(row: Mapping[str, Any], item_format: ItemFormat) -> Item:
     """
     if item_format.is_film:
         return parse_item(row)
-    row = {key: value for key, value in row.items() if value is not None}
     line = item_format.write(row)
+    row = {key: value for key, value in row.items() if not is_missing(value)}
     if not normalise_title(line):
         raise DataError(f"data.item = {item_format.template!r} writes an empty line")
     refuse_mark(line)

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO, NoReturn
 
 from rankgrpo.data.importers.common import Notes, parse_name
 from rankgrpo.errors import DataError
-from rankgrpo.files.rows import read_csv, read_jsonl, type_name
+from rankgrpo.files.rows import is_missing, read_csv, read_jsonl, type_name
 from rankgrpo.items.catalog import Item, normalise_title
 from rankgrpo.items.format import FILM, ItemFormat
 from rankgrpo.items.lines import make_item
@@ -96,7 +96,7 @@ def in_natural_order(items: Sequence[Item], notes: Notes) -> list[Item]:
 
 def with_year(row: dict[str, Any]) -> dict[str, Any]:
     """A row whose title holds the year, `Title (Year)`, with both apart."""
-    if "year" not in row and isinstance(row.get("title"), str):
+    if is_missing(row.get("year")) and isinstance(row.get("title"), str):
         title, year = parse_name(row["title"])
         return {**row, "title": title, "year": year}
     return row

@@ -17,7 +17,7 @@ from rankgrpo.data.importers.redial import Choice, is_redial, read_redial
 from rankgrpo.data.importers.saved import find_saved, read_saved
 from rankgrpo.data.importers.tables import find_tables, read_tables
 from rankgrpo.data.load import load_dataset
-from rankgrpo.data.samples import SPLITS, Dataset, Sample, write_samples
+from rankgrpo.data.samples import SPLITS, Candidate, Dataset, Sample, write_samples
 from rankgrpo.errors import DataError
 from rankgrpo.files.atomic import atomic_folder
 from rankgrpo.items.catalog import Catalog, Item, normalise_title
@@ -183,25 +183,38 @@ def _groups(samples: Sequence[Sample]) -> list[int]:
 
 
 def _named_items(splits: Mapping[str, Sequence[Sample]]) -> list[Item]:
-    """Every film of any ground truth, each once."""
+    """Every film of any ground truth and of any candidates, each once."""
     items: dict[tuple[str, int], Item] = {}
     for name in SPLITS:
         for sample in splits[name]:
-            for title, year in sample.groundtruth:
+            candidates = [(candidate.title, candidate.year) for candidate in sample.candidates]
+            for title, year in (*sample.groundtruth, *candidates):
                 items.setdefault((normalise_title(title), year), Item(title, year))
     return list(items.values())
 
 
 def _under_catalog_titles(splits: Mapping[str, list[Sample]], catalog: Catalog) -> dict[str, list[Sample]]:
-    """Samples whose ground truth is called as the catalog calls it."""
+    """Samples whose ground truth and candidates are called as the catalog calls them."""
+
+    def named(title: str, year: int) -> tuple[str, int]:
+        index = catalog.lookup(title, year)
+        known = index is None or catalog.has_title(index, title)
+        return title if known else catalog.items[index].title, year
 
     def renamed(sample: Sample) -> Sample:
-        entries = []
-        for title, year in sample.groundtruth:
-            index = catalog.lookup(title, year)
-            known = index is None or catalog.has_title(index, title)
-            entries.append((title if known else catalog.items[index].title, year))
-        return replace(sample, groundtruth=tuple(dict.fromkeys(entries)))
+        weight_of: dict[tuple[str, int], float] = {}
+        for item, weight in zip(sample.groundtruth, sample.weights or [1.0] * len(sample.groundtruth), strict=True):
+            weight_of[named(*item)] = max(weight, weight_of.get(named(*item), 0.0))
+        candidates: dict[tuple[str, int], Candidate] = {}
+        for candidate in sample.candidates:
+            item = named(candidate.title, candidate.year)
+            candidates.setdefault(item, replace(candidate, title=item[0]))
+        return replace(
+            sample,
+            groundtruth=tuple(weight_of),
+            weights=tuple(weight_of.values()) if sample.weights else (),
+            candidates=tuple(candidates.values()),
+        )
 
     return {name: [renamed(sample) for sample in samples] for name, samples in splits.items()}
 

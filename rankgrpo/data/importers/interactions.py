@@ -19,11 +19,11 @@ import numpy as np
 
 from rankgrpo.data.importers.common import Notes, split_name
 from rankgrpo.data.importers.item_table import ItemTable, SampleWriter
-from rankgrpo.data.importers.logs import SUFFIXES, Log, a_list, column_names, key_of, read_log, rows_of
+from rankgrpo.data.importers.logs import SUFFIXES, Log, a_list, column_names, filled, key_of, read_log, rows_of
 from rankgrpo.data.samples import SPLITS
 from rankgrpo.errors import DataError
 from rankgrpo.files.atomic import atomic_folder, write_lines
-from rankgrpo.files.rows import parse_list_text
+from rankgrpo.files.rows import is_missing, parse_list_text
 from rankgrpo.items.format import FILM, ItemFormat
 
 # Shape letters: R rows of a log.
@@ -137,8 +137,9 @@ def _log_samples(
         notes.add("logs without times, the order of their rows being the order", str(path))
     kept = _kept(log, options, table, notes)
     user_R, item_R, time_R = kept
-    starts = np.flatnonzero(np.r_[True, user_R[1:] != user_R[:-1]]) if len(user_R) else np.zeros(0, dtype=np.int64)
-    ends = np.r_[starts[1:], len(user_R)]
+    # Both ends of every user's rows; a log of which nothing is left has none.
+    borders = np.flatnonzero(np.diff(user_R, prepend=-1, append=-1))
+    starts, ends = borders[:-1], borders[1:]
     moments = None
     if options.split == "time":
         assert time_R is not None
@@ -240,12 +241,13 @@ def _history_samples(
         history, item = (_need(options, name, path) for name in ("history", "item"))
         user = _column(options, "user", path)
         kept = rows.setdefault(split, [])
-        for line, (before, after, who) in rows_of(path, [history, item], [user or "user"]):
+        for line, (before, after, *who) in rows_of(path, [history, item, *([] if user is None else [user])]):
             where = f"{path}:{line}"
             try:
-                past = _known(a_list(before or [], history), table, options, notes, where)
-                listed = parse_list_text(after) if isinstance(after, str) else after
-                following = a_list(listed if isinstance(listed, list) else [after], item)
+                name = f"{path.stem}-{line}" if user is None else filled(who[0], user)
+                past = _known(a_list([] if is_missing(before) else before, history), table, options, notes, where)
+                listed = parse_list_text(after, item) if isinstance(after, str) else after
+                following = a_list(listed if isinstance(listed, list) else [filled(after, item)], item)
                 wanted = _known(following, table, options, notes, where)[: options.num_next]
             except DataError as error:
                 errors.append(f"{where}: {error}")
@@ -255,13 +257,12 @@ def _history_samples(
                 kind = "without a history" if not past else "whose next item is in the history already"
                 notes.add(f"rows {kind}, left out", where)
                 continue
-            name = f"{path.stem}-{line}" if who is None else key_of(who)
             kept.append((name, past, named))
     if errors:
         raise DataError(f"{len(errors)} unusable row(s):", errors)
     if not rows.get("train"):
         raise DataError(f"{', '.join(map(str, files.values()))}: no training row with a history and a next item")
-    _draw_users(rows, options, notes)
+    _draw_users(rows, files, options, notes)
     for _, _, named in rows["train"]:
         for index in named:
             popularity[index] = popularity.get(index, 0) + 1
@@ -274,11 +275,21 @@ def _history_samples(
     return {split: lines(split) for split in SPLITS}
 
 
-def _draw_users(rows: dict[str, list[Any]], options: InteractionOptions, notes: Notes) -> None:
+def _draw_users(
+    rows: dict[str, list[Any]], files: Mapping[str, Path], options: InteractionOptions, notes: Notes
+) -> None:
     """Whole users for the splits that the source lacks: the next history of a user holds what was right before."""
+    path = files["train"]
+    is_named = "user" in options.columns or _column(options, "user", path) is not None
     for place, (split, frac) in enumerate((("validation", options.validation_frac), ("test", options.test_frac))):
         if rows.get(split):
             continue
+        if not is_named:
+            raise DataError(
+                f"{path}: no {split} rows, and no column of the user, whose rows belong in one split: the next history "
+                f"of a user holds what was right before. There is {', '.join(column_names(path))}; say --columns "
+                "user=NAME, or user=none where every row is another user's"
+            )
         users = list(dict.fromkeys(name for name, _, _ in rows.get("train", [])))
         if len(users) < 2:
             raise DataError(f"no {split} rows, and {len(users)} training user(s): none can be drawn from them")

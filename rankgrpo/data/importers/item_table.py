@@ -11,7 +11,8 @@ from rankgrpo.data.importers.catalogs import in_natural_order, with_year
 from rankgrpo.data.importers.common import Notes, parse_name
 from rankgrpo.data.importers.logs import key_of, table_rows
 from rankgrpo.errors import DataError
-from rankgrpo.items.catalog import Item, parse_title
+from rankgrpo.files.rows import is_missing
+from rankgrpo.items.catalog import Item, normalise_title, parse_title
 from rankgrpo.items.format import ItemFormat
 from rankgrpo.items.lines import make_catalog, make_item
 
@@ -36,7 +37,7 @@ class ItemTable:
                 if isinstance(row, str):
                     raise DataError(row)
                 known = {name.lower(): value for name, value in row.items()}
-                if known.get(key.lower()) is None:
+                if is_missing(known.get(key.lower())):
                     raise DataError(f"no {key}, by which the log names an item; name another column by --columns key=")
                 item = make_item(with_year(row) if item_format.is_film else row, item_format)
             except DataError as error:
@@ -59,7 +60,7 @@ class ItemTable:
         return table
 
     def _add(self, name: str, item: Item, where: str, notes: Notes) -> int:
-        line = (item.title, item.year)
+        line = self._line_key(item)
         index = self._of_line.get(line)
         if index is not None:
             notes.add("rows of the item table that come out as one line, taken as one item", f"{where}: {item.line!r}")
@@ -69,6 +70,10 @@ class ItemTable:
         if self._of_key.setdefault(name, index) != index:
             raise DataError(f"{where}: {self.key} {name!r} is another item above; the keys of a table are unique")
         return index
+
+    def _line_key(self, item: Item) -> tuple[str, int | None]:
+        """What two rows share that are one item to the catalog: of films, whose spelling does not count, less."""
+        return (normalise_title(item.title) if self.format.is_film else item.title), item.year
 
     def index(self, name: str) -> int | None:
         """The item of a key; without a table every name is an item. DataError when a name cannot be one."""
@@ -83,7 +88,7 @@ class ItemTable:
                 if len(self.format.columns) > 1:
                     raise DataError(f"{self.format.template!r} needs an item table with these columns: --catalog FILE")
                 item = make_item({self.format.columns[0]: parse_title(name)}, self.format)
-            index = self._of_line.setdefault((item.title, item.year), len(self.items))
+            index = self._of_line.setdefault(self._line_key(item), len(self.items))
             if index == len(self.items):
                 self.items.append(item)
             self._of_key[name] = index

@@ -14,7 +14,15 @@ from typing import Any
 import numpy as np
 
 from rankgrpo.errors import DataError
-from rankgrpo.files.rows import open_parquet, parse_list_text, read_csv, read_jsonl, read_parquet
+from rankgrpo.files.rows import (
+    is_missing,
+    open_parquet,
+    parse_list_text,
+    plain_text,
+    read_csv,
+    read_jsonl,
+    read_parquet,
+)
 
 # Shape letters: R rows of a log.
 
@@ -71,7 +79,10 @@ def column_names(path: Path) -> list[str]:
             raise DataError(f"{path}:1: {row}")
         return list(row)
     with path.open(encoding="utf-8-sig", newline="") as file:
-        return [cell.strip() for cell in next(csv.reader(file, delimiter=_delimiter(path)), [])]
+        try:
+            return [cell.strip() for cell in next(csv.reader(file, delimiter=_delimiter(path)), [])]
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise DataError(f"{path}:1: unreadable CSV: {error}; save it as UTF-8 text") from None
 
 
 def table_rows(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
@@ -135,14 +146,25 @@ def key_of(value: object) -> str:
     return str(value).strip()
 
 
+def filled(value: object, name: str) -> str:
+    """The id that a cell holds. Raises DataError for an empty one."""
+    key = "" if is_missing(value) else key_of(value)
+    if not key:
+        raise DataError(f"{name} is empty")
+    return key
+
+
+_NO_ITEM = (list, dict, bytes)
+
+
 def a_list(value: object, name: str) -> list[Any]:
     """The entries of a list, or of a text that is one: JSON, a Python literal, or entries separated by `|`."""
     if isinstance(value, str):
-        listed = parse_list_text(value)
+        listed = parse_list_text(value, name, of_names=True)
         value = listed if listed is not None else [part for part in map(str.strip, value.split("|")) if part]
     if isinstance(value, tuple | np.ndarray):
         value = list(value)
-    if not isinstance(value, list) or any(isinstance(entry, list | dict) or entry is None for entry in value):
+    if not isinstance(value, list) or any(isinstance(entry, _NO_ITEM) or is_missing(entry) for entry in value):
         raise DataError(f'{name} must be a list of items, ["a", "b"] or a|b, got {str(value)!r:.80}')
     return value
 
@@ -158,9 +180,7 @@ class _Codes:
     def code(self, value: object, name: str) -> int:
         code = self._code_of.get(value)
         if code is None:
-            key = key_of(value) if value is not None else ""
-            if not key:
-                raise DataError(f"{name} is empty")
+            key = filled(value, name)
             code = self._code_of.get(key, len(self.values))
             if code == len(self.values):
                 self.values.append(key)
@@ -239,7 +259,8 @@ def _csv_cells(path: Path) -> Iterator[tuple[int, list[str]]]:
                     yield line, cells
                 line = reader.line_num + 1
         except (csv.Error, UnicodeDecodeError) as error:
-            raise DataError(f"{path}:{reader.line_num}: unreadable CSV from here on: {error}") from None
+            way_out = "; save it as UTF-8 text" if isinstance(error, UnicodeDecodeError) else ""
+            raise DataError(f"{path}:{reader.line_num + 1}: unreadable CSV from here on: {error}{way_out}") from None
 
 
 def _csv_values(path: Path, names: Sequence[str | None]) -> Iterator[tuple[int, tuple[Any, ...]]]:
@@ -261,7 +282,9 @@ def _parquet_values(path: Path, names: Sequence[str | None]) -> Iterator[tuple[i
     wanted = list(dict.fromkeys(name for name in names if name is not None))
     start = 1
     for batch in open_parquet(path).iter_batches(columns=wanted):
-        columns: Mapping[str, list[Any]] = {name: batch.column(name).to_pylist() for name in wanted}
+        columns: Mapping[str, list[Any]] = {
+            name: plain_text(batch.column(name), f"{path}: column {name}, from row {start} on") for name in wanted
+        }
         nothing = [None] * batch.num_rows
         values = zip(*(columns[name] if name is not None else nothing for name in names), strict=True)
         yield from enumerate(values, start=start)

@@ -134,11 +134,13 @@ def _arrow_files(folder: Path) -> list[Path]:
 
 
 def _to_sample(row: Mapping[str, Any], sample_id: str, catalog: Catalog | None, notes: Notes, where: str) -> Sample:
+    groundtruth, weights = parse_groundtruth(row[GROUNDTRUTH] or [], catalog, notes, where)
     return Sample(
         id=sample_id,
         conversation=said(parse_prompt(message_of(row["prompt"], "prompt", "user"))),
-        seen_titles=parse_seen(row["seen_titles"] or [], notes, where),
-        groundtruth=parse_groundtruth(row[GROUNDTRUTH] or [], catalog, notes, where),
+        seen_titles=parse_seen(row["seen_titles"] or [], catalog, notes, where),
+        groundtruth=groundtruth,
+        weights=weights,
         completion=message_of(row["completion"], "completion", "assistant") if row.get("completion") else None,
     )
 

@@ -1,9 +1,9 @@
 """Plain tables: one sample a row of a JSONL, JSON, CSV or parquet file, under column names of one's own.
 
 Columns, by our names: `conversation` (see `read_turns`) and `groundtruth` (see `parse_groundtruth`) are needed;
-`seen_titles`, `id`, `dialog`, `completion` and `split` are optional. `columns` maps our names to the file's. Without
-that, `prompt` and `groundtruth_with_release_year`, the columns of the released data, are taken for the first two, and a
-column such as `dialog_id` for the dialog.
+`candidates`, `seen_titles`, `id`, `dialog`, `completion` and `split` are optional. `columns` maps our names to the
+file's. Without that, `prompt` and `groundtruth_with_release_year`, the columns of the released data, are taken for the
+first two, and a column such as `dialog_id` for the dialog. Other columns of text and numbers become further fields.
 
 Rows of one dialog have one value of `dialog`. Ids that several rows share are such values.
 """
@@ -18,15 +18,24 @@ from typing import Any
 
 from tqdm import tqdm
 
-from rankgrpo.data.importers.common import SPLIT_NAMES, Imported, Notes, parse_groundtruth, parse_seen, split_name
+from rankgrpo.data.candidates import candidate_items
+from rankgrpo.data.importers.common import (
+    SPLIT_NAMES,
+    Imported,
+    Notes,
+    parse_candidates,
+    parse_groundtruth,
+    parse_seen,
+    split_name,
+)
 from rankgrpo.data.importers.saved import GROUNDTRUTH, NOTHING_SAID, message_of
 from rankgrpo.data.importers.turns import read_turns
-from rankgrpo.data.samples import Sample
+from rankgrpo.data.samples import SAMPLE_FIELDS, Sample, check_groundtruth
 from rankgrpo.errors import DataError
-from rankgrpo.files.rows import read_csv, read_json, read_jsonl, read_parquet, type_name
+from rankgrpo.files.rows import is_missing, read_csv, read_json, read_jsonl, read_parquet, type_name
 from rankgrpo.items.catalog import Catalog
 
-FIELDS = ("id", "dialog", "conversation", "seen_titles", "groundtruth", "completion", "split")
+FIELDS = ("id", "dialog", "conversation", "seen_titles", "groundtruth", "candidates", "completion", "split")
 SUFFIXES = (".jsonl", ".csv", ".json", ".parquet")
 _OTHER_NAMES = {
     "conversation": ("prompt",),
@@ -34,6 +43,8 @@ _OTHER_NAMES = {
     "dialog": ("dialog_id", "dialogue_id", "conversation_id", "conv_id"),
 }
 """Columns taken for a field where its own is not there."""
+_FURTHER = "further fields"
+"""Where a row holds the columns that are no field of ours."""
 _READERS = {
     ".jsonl": read_jsonl,
     ".json": read_json,
@@ -70,6 +81,7 @@ def read_tables(path: Path, *, catalog: Catalog | None = None, columns: Mapping[
     errors: list[str] = []
     found: list[tuple[str, Sample, str | None, str]] = []
     for split, file in files.items():
+        further: dict[str, bool] = {}
         for line, row in tqdm(_rows(file, columns), desc=file.name, unit=" rows", dynamic_ncols=True):
             where = f"{file}:{line}"
             try:
@@ -77,6 +89,8 @@ def read_tables(path: Path, *, catalog: Catalog | None = None, columns: Mapping[
                     raise DataError(row)
                 sample = _to_sample(row, f"{file.stem}-{line}", catalog, notes, where)
                 own = _own_split(row, split)
+                for name in row[_FURTHER]:
+                    further[name] = further.get(name, False) or name in dict(sample.fields)
             except DataError as error:
                 errors.append(f"{where}: {error}")
                 continue
@@ -84,6 +98,7 @@ def read_tables(path: Path, *, catalog: Catalog | None = None, columns: Mapping[
                 found.append((own, sample, str(row["id"]) if "id" in row else None, where))
             else:
                 notes.add(NOTHING_SAID, where)
+        _note_further(further, file, notes)
     splits: dict[str, list[Sample]] = {}
     for own, sample in _with_ids(found, notes, errors):
         splits.setdefault(own, []).append(sample)
@@ -95,24 +110,31 @@ def read_tables(path: Path, *, catalog: Catalog | None = None, columns: Mapping[
 def _with_ids(
     found: list[tuple[str, Sample, str | None, str]], notes: Notes, errors: list[str]
 ) -> Iterator[tuple[str, Sample]]:
-    """(split, sample), each under an id of its own; an id that several rows share is that of their dialog."""
-    counts = Counter(key for *_, key, _ in found if key is not None)
+    """(split, sample), each under an id of its own; an id that several rows of a split share is that of their dialog.
+
+    Files of splits are often numbered from 0 each: such an id says nothing of a dialog, and takes the split's name.
+    """
+    counts = Counter((split, key) for split, _, key, _ in found if key is not None)
+    num_splits = Counter(key for _, key in counts)
     shared = any(count > 1 for count in counts.values())
     by_dialog = any(sample.dialog is not None for _, sample, *_ in found)
-    number: Counter[str] = Counter()
+    number: Counter[tuple[str, str]] = Counter()
     for split, sample, key, where in found:
-        if not shared or key is None:
+        if key is None:
             yield split, sample
             continue
-        number[key] += 1
-        if by_dialog:
-            if number[key] > 1:
-                errors.append(f"{where}: id {key!r} is there before; with a column of dialogs, ids must be unique")
-            yield split, sample
+        number[split, key] += 1
+        if shared and not by_dialog:
+            if number[split, key] == 2:
+                notes.add("ids that several rows share, taken for those of their dialogs", f"{where}: {key}")
+            yield split, replace(sample, id=f"{key}-{number[split, key]}", dialog=key)
             continue
-        if number[key] == 2:
-            notes.add("ids that several rows share, taken for those of their dialogs", f"{where}: {key}")
-        yield split, replace(sample, id=f"{key}-{number[key]}", dialog=key)
+        if number[split, key] > 1:
+            errors.append(f"{where}: id {key!r} is there before; with a column of dialogs, ids must be unique")
+        if num_splits[key] > 1:
+            notes.add("ids that several splits have, the name of the split put before", f"{where}: {key}")
+            sample = replace(sample, id=f"{split}-{key}")
+        yield split, sample
 
 
 def _rows(file: Path, columns: Mapping[str, str]) -> Iterator[tuple[int, dict[str, Any] | str]]:
@@ -127,11 +149,14 @@ def _rows(file: Path, columns: Mapping[str, str]) -> Iterator[tuple[int, dict[st
         if isinstance(row, str):
             yield line, row
             continue
-        named = {}
+        row = {column: value for column, value in row.items() if not is_missing(value)}
+        named: dict[str, Any] = {}
+        used = set(SAMPLE_FIELDS)
         for name, theirs in names.items():
-            column = next((column for column in theirs if row.get(column) is not None), None)
+            column = next((column for column in theirs if column in row), None)
             if column is not None:
                 named[name] = row[column]
+                used.add(column)
         missing = [
             f"{columns.get(name, name)} ({name})" for name in ("conversation", "groundtruth") if name not in named
         ]
@@ -145,6 +170,7 @@ def _rows(file: Path, columns: Mapping[str, str]) -> Iterator[tuple[int, dict[st
             )
             yield line, f"missing {', '.join(missing)}; there is {there}; {hint}"
         else:
+            named[_FURTHER] = {column: value for column, value in row.items() if column and column not in used}
             yield line, named
 
 
@@ -157,14 +183,35 @@ def _to_sample(row: Mapping[str, Any], sample_id: str, catalog: Catalog | None, 
     dialog = row.get("dialog")
     if not isinstance(dialog, str | int | float | None):
         raise DataError(f"dialog must be the id of a dialog, got {type_name(dialog)}")
-    return Sample(
+    groundtruth, weights = parse_groundtruth(row["groundtruth"], catalog, notes, where)
+    sample = Sample(
         id=str(row.get("id", sample_id)),
         conversation=read_turns(row["conversation"]),
-        seen_titles=parse_seen(row.get("seen_titles", []), notes, where),
-        groundtruth=parse_groundtruth(row["groundtruth"], catalog, notes, where),
+        seen_titles=parse_seen(row.get("seen_titles", []), catalog, notes, where),
+        groundtruth=groundtruth,
         completion=completion,
         dialog=None if dialog is None else str(dialog),
+        weights=weights,
+        candidates=parse_candidates(row["candidates"], catalog, notes, where) if "candidates" in row else (),
+        fields=tuple((name, str(v)) for name, v in row[_FURTHER].items() if type(v) in (str, int, float)),
     )
+    check_groundtruth(sample.candidates, sample.groundtruth)
+    if catalog is not None:
+        try:
+            candidate_items(sample, catalog)
+        except DataError as error:
+            raise DataError(f"{error}; every candidate is an item of the catalog") from None
+    return sample
+
+
+def _note_further(further: Mapping[str, bool], file: Path, notes: Notes) -> None:
+    """Note the columns of a file that are no field of ours, by whether they are kept."""
+    for is_kept, kind in (
+        (True, "columns that are no field, kept for prompts that name them"),
+        (False, "columns that are no field and neither text nor numbers, left out"),
+    ):
+        names = sorted(name for name, kept in further.items() if kept == is_kept)
+        notes.add(kind, f"{file}: {', '.join(names)}", len(names))
 
 
 def _own_split(row: Mapping[str, Any], split: str) -> str:

@@ -30,7 +30,7 @@ def read_turns(value: object) -> tuple[Turn, ...]:
     prompt as released with the paper becomes the conversation that it quotes. DataError for anything else.
     """
     if isinstance(value, str):
-        listed = parse_list_text(value)
+        listed = parse_list_text(value, "conversation")
         return said(_from_text(value) if listed is None else _from_list(listed))
     if not isinstance(value, list) or not value:
         raise DataError(f"conversation must be a list of turns or a text, got {value!r:.80}")
