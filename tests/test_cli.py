@@ -44,6 +44,13 @@ def test_help_has_examples(words):
         (["evaluate", "nothing"], "unknown model"),
         (["evaluate", "popularity", "--set", "eval.draws=2"], "eval.draws: above 1 needs eval.temperature > 0"),
         (["experiments", "cpuu"], "no suite 'cpuu'"),
+        (["evaluate", "popularity", "--num-samples", "-400"], "--num-samples must be at least 0, got -400"),
+        (["evaluate", "popularity", "--lists", "0"], "--lists must be at least 1, got 0"),
+        (["experiments", "cpu", "--jobs", "-1"], "--jobs must be at least 0, got -1"),
+        (["plan", "tiny", "--num-train", "-3"], "--num-train must be at least 0, got -3"),
+        (["data", "check", "demo", "--num-train", "-5"], "--num-train must be at least 0, got -5"),
+        (["data", "demo", "runs/x", "--num-validation", "0"], "--num-validation must be at least 1, got 0"),
+        (["data", "import", "table.csv", "runs/x", "--seed", "-1"], "--seed must be at least 0, got -1"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

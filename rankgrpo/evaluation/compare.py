@@ -301,6 +301,9 @@ def _settings_of(model: str, common: Config, overrides: Sequence[str]) -> Config
 
 
 def first_samples(dataset: Dataset, split: str, num_samples: int) -> list[Sample]:
+    """So many samples of a split, all for 0. Raises ValueError for fewer than none."""
+    if num_samples < 0:
+        raise ValueError(f"num_samples must be at least 0 (all), got {num_samples}")
     samples = dataset.split(split)
     return samples[:num_samples] if num_samples else samples
 
