@@ -17,7 +17,7 @@ from tyro.conf import OmitArgPrefixes, Positional, arg
 from rankgrpo.distill.settings import DistillConfig
 from rankgrpo.errors import ConfigError, UserError
 from rankgrpo.evaluation.data_cli import Data, data_app
-from rankgrpo.files.options import Overrides
+from rankgrpo.files.options import Overrides, check_least
 from rankgrpo.report.cli import export, report, show
 from rankgrpo.sizing.cli import plan
 from rankgrpo.suite.cli import experiments
@@ -163,8 +163,8 @@ def evaluate(
     """
     from rankgrpo.evaluation.compare import evaluate_models
 
-    if lists < 1:
-        raise ValueError(f"--lists must be at least 1, got {lists}")
+    check_least(1, lists=lists)
+    check_least(0, num_samples=num_samples)
     if export and out is None:
         raise ConfigError("--export trec writes into the folder of --out; name one")
     table = evaluate_models(

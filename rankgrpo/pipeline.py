@@ -175,8 +175,8 @@ def check_catalog(config: Config, dataset: Dataset) -> None:
     read_new_tokens(config.model.new_tokens, dataset.catalog)
     num_ranks, num_items = config.data.num_ranks, len(dataset.catalog)
     samples = [sample for split in SPLITS for sample in dataset.split(split)]
-    check_candidates(samples, dataset.catalog, num_ranks, config.rl.forbid, held=config.rl.constrain == "catalog")
     held = "catalog" in (config.rl.constrain, config.shown_constrain)
+    check_candidates(samples, dataset.catalog, num_ranks, config.rl.forbid, held=held)
     if held and config.rl.forbid != "none" and num_ranks > num_items:
         raise ConfigError(
             f"data.num_ranks = {num_ranks}: the catalog of {config.data.path} has {num_items} items, and lists held to "

@@ -7,7 +7,8 @@ import pytest
 from rankgrpo import cli
 from rankgrpo.cli import default_run_dir
 from rankgrpo.errors import ConfigError
-from rankgrpo.evaluation.compare import check_comparable, list_sources
+from rankgrpo.evaluation.compare import check_comparable, evaluate_models, list_sources
+from rankgrpo.evaluation.run_folder import distinct_names
 
 
 def command(*words, **settings):
@@ -43,6 +44,13 @@ def test_help_has_examples(words):
         (["evaluate", "nothing"], "unknown model"),
         (["evaluate", "popularity", "--set", "eval.draws=2"], "eval.draws: above 1 needs eval.temperature > 0"),
         (["experiments", "cpuu"], "no suite 'cpuu'"),
+        (["evaluate", "popularity", "--num-samples", "-400"], "--num-samples must be at least 0, got -400"),
+        (["evaluate", "popularity", "--lists", "0"], "--lists must be at least 1, got 0"),
+        (["experiments", "cpu", "--jobs", "-1"], "--jobs must be at least 0, got -1"),
+        (["plan", "tiny", "--num-train", "-3"], "--num-train must be at least 0, got -3"),
+        (["data", "check", "demo", "--num-train", "-5"], "--num-train must be at least 0, got -5"),
+        (["data", "demo", "runs/x", "--num-validation", "0"], "--num-validation must be at least 1, got 0"),
+        (["data", "import", "table.csv", "runs/x", "--seed", "-1"], "--seed must be at least 0, got -1"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -77,6 +85,37 @@ def test_threads_wait_asleep_unless_the_user_says_how(given, expected, monkeypat
 def test_run_folder_names():
     assert str(default_run_dir("tiny", "demo")) == "runs/tiny-demo"
     assert str(default_run_dir("models/mine", "../data/redial/")) == "runs/mine-redial"
+
+
+def make_run(folder):
+    (folder / "sft" / "final").mkdir(parents=True)
+    (folder / "config.toml").write_text("")
+    return folder
+
+
+def test_runs_of_one_name_are_told_apart_by_their_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    one, two, other = (make_run(tmp_path / name) for name in ("y/1/run", "y/2/run", "y/2/other"))
+    names = [source.name for source in list_sources(["y/1/run", str(two), str(other), "ease"], None)]
+    assert names == ["1/run/sft", "2/run/sft", "other/sft", "ease"]
+    monkeypatch.chdir(one)
+    assert [source.name for source in list_sources([".", "../../2/run"], None)] == ["1/run/sft", "2/run/sft"]
+    with pytest.raises(ConfigError, match="two of the models to evaluate are called run/sft; name every model once"):
+        list_sources([".", str(one)], None)
+    with pytest.raises(ConfigError, match="are called ease"):
+        list_sources(["ease", "popularity", "ease"], None)
+    assert distinct_names([tmp_path / "a/x/run", tmp_path / "b/x/run", tmp_path / "x/run"]) == [
+        "a/x/run", "b/x/run", f"{tmp_path.name}/x/run",
+    ]  # fmt: skip
+
+
+def test_results_of_two_models_never_share_a_file(tmp_path):
+    runs = make_run(tmp_path / "a" / "b-run"), make_run(tmp_path / "c" / "b-run"), make_run(tmp_path / "a-b-run")
+    options = {"data": "demo", "split": "test", "num_samples": 2, "out": tmp_path / "out"}
+    message = "--out: a/b-run/sft and a-b-run/sft would both be written as a-b-run-sft.json"
+    with pytest.raises(ConfigError, match=message):
+        evaluate_models([*map(str, runs)], **options)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_run_stands_for_its_models_on_one_data_set(tmp_path):

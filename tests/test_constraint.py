@@ -10,12 +10,13 @@ from transformers import AutoTokenizer
 
 import rankgrpo.rollouts.rounds
 from rankgrpo.config import Config
+from rankgrpo.data.dialogs import seen_items
 from rankgrpo.data.samples import Sample
 from rankgrpo.errors import ConfigError
 from rankgrpo.evaluation.compare import evaluate_models
 from rankgrpo.evaluation.validate import recommend_lists
 from rankgrpo.items.catalog import Catalog, Item
-from rankgrpo.model.constraint import hold_to_catalog, open_constraint, seen_items
+from rankgrpo.model.constraint import hold_to_catalog, open_constraint
 from rankgrpo.model.forward import dense_logprobs
 from rankgrpo.model.packing import Group
 from rankgrpo.model.policy import open_policy

@@ -357,6 +357,7 @@ def test_an_encoder_that_is_not_there_says_what_to_do(world, tmp_path):
         ({"num_folds": 1}, "--num-folds must be 0, or 2 and more"),
         ({"lambda_w": 0.0}, "--lambda-w must be positive"),
         ({"gamma": -1.0}, "--gamma must not be negative"),
+        ({"num_candidates": -4}, "--num-candidates must not be negative, got -4"),
     ],
 )
 def test_impossible_settings_are_refused(changes, message):

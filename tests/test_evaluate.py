@@ -18,6 +18,8 @@ from rankgrpo.evaluation.evaluate import (
 )
 from rankgrpo.evaluation.tables import format_interval, format_value
 from rankgrpo.items.catalog import Catalog, Item
+from rankgrpo.items.format import ItemFormat
+from rankgrpo.items.lines import make_catalog, make_item
 from rankgrpo.metrics import bootstrap_interval, ndcg_at_k, paired_bootstrap, recall_at_k
 
 CATALOG = Catalog([Item(title, 2000 + place) for place, title in enumerate("ABCDEFGHIJKLMNOPQRSTUVWXYZ")])
@@ -70,6 +72,34 @@ def test_marks_of_a_mixed_list():
     assert row["conversation"] == [{"role": "user", "content": "Something like E?"}]
     assert row["completion"] == MIXED
     assert row["ndcg@5"] == pytest.approx(0.62405052, abs=1e-8)
+
+
+@pytest.mark.parametrize(
+    ("seen", "marks"),
+    [
+        (("A",), [True, False, False, False]),
+        (("A (2000)", "b (2001)"), [True, True, False, False]),
+        (("Nowhere",), [False, False, True, True]),
+        (("nowhere (1999)",), [False, False, True, False]),
+        (("A (2001)",), [False, False, False, False]),
+    ],
+)
+def test_seen_titles_are_marked_with_their_year_or_without(seen, marks):
+    seen_some = Sample("s", (Turn("user", "?"),), seen, (("A", 2000), ("B", 2001)))
+    text = f"{letters('AB')}\nNowhere (1999)\nNowhere (2001)"
+    (row,) = score_completions([seen_some], [text], CATALOG).rows
+    assert [item["seen"] for item in row["items"]] == marks
+    assert [item["hit"] for item in row["items"]] == [not marks[0], not marks[1], False, False]
+
+
+def test_the_title_of_a_line_is_seen_as_the_line_is():
+    by = ItemFormat("{title} by {author}")
+    rows = [{"title": "Emma", "author": "Jane Austen"}, {"title": "Dune", "author": "Frank Herbert"}]
+    books = make_catalog([make_item(row, by) for row in rows], by)
+    truth = (("Emma by Jane Austen", None), ("Dune by Frank Herbert", None))
+    reader = Sample("s", (Turn("user", "?"),), ("Emma",), truth)
+    (row,) = score_completions([reader], ["Emma by Jane Austen\nDune by Frank Herbert"], books, num_ranks=2).rows
+    assert [(item["hit"], item["seen"]) for item in row["items"]] == [(False, True), (True, False)]
 
 
 def test_lines_outside_the_catalog_keep_their_places():

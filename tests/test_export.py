@@ -1,6 +1,7 @@
 """`rankgrpo export`: the folder opens as a model, its catalog and settings hold lists as the run does, and its card."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from tiny_world import taught_dataset, tiny_config, tiny_dataset
@@ -8,8 +9,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rankgrpo.config_file import load_config, to_toml
 from rankgrpo.data.prompt import TEMPLATE_DATE, encode_prompts
-from rankgrpo.data.samples import Sample, Turn
-from rankgrpo.errors import ConfigError, ModelError
+from rankgrpo.data.samples import Candidate, Sample, Turn, read_samples, write_samples
+from rankgrpo.errors import ConfigError, DataError, ModelError
 from rankgrpo.items.catalog import read_catalog
 from rankgrpo.model.constraint import open_constraint
 from rankgrpo.model.presets import make_init
@@ -78,6 +79,63 @@ def test_the_request_asks_what_the_model_was_trained_on(out):
     ] == str(out)
 
 
+def own_data(folder, **more):
+    """A data set of the films of `tiny_dataset` whose samples have these fields; returns its candidates."""
+    dataset = tiny_dataset()
+    items = [dataset.catalog.items[index] for index in (3, 14, 15, 92, 65, 35)]
+    candidates = tuple(Candidate(item.title, item.year) for item in items)
+    folder.mkdir()
+    dataset.catalog.to_jsonl(folder / "catalog.jsonl")
+    for split in ("train", "validation", "test"):
+        first = dataset.split(split)[0]
+        seen, truth = (items[0].title,), ((items[1].title, items[1].year),)
+        more = {"candidates": candidates} | more
+        write_samples(folder / f"{split}.jsonl", [replace(first, seen_titles=seen, groundtruth=truth, **more)])
+    return candidates
+
+
+@pytest.mark.parametrize("forbid", ["repeats", "repeats+seen"])
+def test_a_run_of_candidates_asks_for_an_order_of_them(tmp_path, forbid):
+    candidates = own_data(tmp_path / "data")
+    words = [f"data.path={tmp_path / 'data'}", f"rl.forbid={forbid}"]
+    out = export_run(write_run(tmp_path / "run", *words), tmp_path / "served")
+    request, settings = (json.loads((out / name).read_text()) for name in ("request.json", "lists.json"))
+    (asked,), _ = read_samples(tmp_path / "data" / "validation.jsonl")
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    ids = tokenizer.apply_chat_template(
+        request["messages"], add_generation_prompt=True, return_dict=False, **request["chat_template_kwargs"]
+    )
+    assert [ids] == encode_prompts(tokenizer, [asked], 10_000, 5)
+    text = "".join(f"{candidate}\n" for candidate in candidates)
+    assert f"Here are the candidates:\n{text}Here is" in request["messages"][0]["content"]
+    assert "Here are the candidates:\n{candidates}Here is" in settings["prompt"]
+    assert "`{candidates}` is a line for every candidate" in (out / "README.md").read_text()
+    held, closed = read_constraint(out), request["vllm_xargs"][SEEN]
+    catalog, _ = read_catalog(out / "catalog.jsonl")
+    left = {(item.title, item.year) for index, item in enumerate(catalog.items) if index not in closed}
+    seen = candidates[:1] if forbid == "repeats+seen" else ()
+    assert left == {(one.title, one.year) for one in candidates if one not in seen}
+    held.start(closed)  # enough are left for a list
+
+
+def test_a_prompt_with_fields_is_exported_with_an_example_of_them(tmp_path):
+    own_data(tmp_path / "data", candidates=(), fields=(("mood", "sad"),))
+    words = [f"data.path={tmp_path / 'data'}", "data.prompt=List {num_ranks} for somebody {mood}. {context}"]
+    run = write_run(tmp_path / "run", *words)
+    out = export_run(run, tmp_path / "served")
+    request, settings = (json.loads((out / name).read_text()) for name in ("request.json", "lists.json"))
+    assert request["messages"][0]["content"].startswith("List 5 for somebody sad. USER: ")
+    assert settings["prompt"] == "List 5 for somebody {mood}. {context}" and request["vllm_xargs"] == {SEEN: []}
+    assert "`{mood}` is that field of a sample, `{context}` is a line `USER: ...`" in (out / "README.md").read_text()
+    (tmp_path / "data" / "validation.jsonl").write_text("")
+    with pytest.raises(DataError, match="validation.jsonl: no sample, of which the example of an export is made"):
+        export_run(run, tmp_path / "again")
+    write_samples(tmp_path / "data" / "validation.jsonl", tiny_dataset().validation[:1])
+    with pytest.raises(ConfigError, match="data.prompt: {mood} is no placeholder for sample"):
+        export_run(run, tmp_path / "again")
+    assert not (tmp_path / "again").exists()
+
+
 def test_a_free_run_asks_for_free_lists(tmp_path):
     out = export_run(write_run(tmp_path / "run", "eval.constrain=none", "rl.max_new_tokens=33"), tmp_path / "served")
     request = json.loads((out / "request.json").read_text())
@@ -96,7 +154,7 @@ def test_the_card(out):
                        "model.heads=4", "model.kv_heads=2", "model.vocab=8192")  # fmt: skip
     from rankgrpo.report.export import model_card
 
-    card = model_card(out.parent / "nothing", base, "sft", 9)
+    card = model_card(out.parent / "nothing", base, "sft", 9, "{context}")
     assert "license: apache-2.0\n" in card and "base_model: Qwen/Qwen2.5-0.5B-Instruct\n" in card
     assert "has not been evaluated" in card and "the warm start" in card
 

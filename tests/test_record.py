@@ -6,7 +6,7 @@ import torch
 from tiny_world import byte_rollout, byte_scorer
 
 from rankgrpo.config import RlConfig
-from rankgrpo.data.samples import Sample, Turn
+from rankgrpo.data.samples import Candidate, Sample, Turn
 from rankgrpo.items.catalog import Catalog, Item
 from rankgrpo.rollouts.record import RolloutLog, describe_lists, logged_steps, read_rollouts
 from rankgrpo.rollouts.score import score_groups
@@ -60,6 +60,15 @@ def test_what_a_line_earned():
     assert odd["advantage"] == [0, -half, -half, -0.1]
     assert full["logp"] == [-0.5] * 3 and (full["finished"], full["num_tokens"]) == (True, len(FULL) + 1)
     assert full["ratio"] == [None] * 3 and "end" not in full
+
+
+def test_what_is_no_candidate_is_out_and_what_was_seen_is_marked_however_it_was_written():
+    wanted = (Candidate("Heat", 1995), Candidate("Ronin", 1998), Candidate("Thief", 1981))
+    example = replace(EXAMPLE, candidates=wanted, seen_titles=("Alien (1979)", "Heat (1995)", "Nowhere"))
+    texts = "Heat (1995)\nAlien (1979)\nThief (1981)", "Nowhere (2050)\nRonin (1998)\nno year"
+    scorer, groups, scored = make(*texts, examples=(example,))
+    lists = describe_lists(0, example, groups[0], scorer, scored, None, {})
+    assert [one["marks"] for one in lists] == [["seen", "seen out", "hit"], ["seen out", "", "unread"]]
 
 
 def test_the_end_of_a_short_list_is_a_unit_of_its_own():

@@ -1,5 +1,6 @@
 import math
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -7,10 +8,11 @@ from tiny_world import byte_rollout, byte_scorer
 
 from rankgrpo.config import PARTS, RlConfig, reward_terms
 from rankgrpo.config_file import load_config
-from rankgrpo.data.samples import Sample, Turn
+from rankgrpo.data.candidates import sample_catalog
+from rankgrpo.data.samples import Candidate, Sample, Turn
 from rankgrpo.errors import ConfigError, TrainingError
 from rankgrpo.items.catalog import Catalog, Item
-from rankgrpo.rollouts.parts import _OWN, Answer, load_parts, measure
+from rankgrpo.rollouts.parts import Answer, _own_parts, load_parts, measure
 from rankgrpo.rollouts.score import score_groups
 from rankgrpo.runtime.distributed import Parallel
 from rankgrpo.runtime.means import Means
@@ -106,7 +108,7 @@ def test_mistakes_in_a_reward_fail_when_the_configuration_is_read(text, message)
 
 
 def test_every_part_that_is_documented_is_there():
-    assert list(_OWN) == list(PARTS)
+    assert list(_own_parts(1)) == list(PARTS)
 
 
 @pytest.mark.parametrize(
@@ -191,6 +193,17 @@ def test_a_part_that_cannot_be_had_is_named(reward, message):
 def test_novelty_needs_popularity():
     with pytest.raises(ConfigError, match="popularity in the catalog"):
         load_parts("novelty", Catalog([Item("Heat", 1995)]))
+
+
+def test_novelty_goes_by_the_whole_catalog_whatever_the_candidates():
+    part = load_parts("novelty", CATALOG)["novelty"]
+    ronin, thief = (Candidate(item.title, item.year) for item in CATALOG.items[1:3])
+    answers = []
+    for text, candidates in ((MIXED, (ronin, thief)), (SHORT, (thief,))):  # of the second nobody was asked for
+        example = replace(EXAMPLE, candidates=candidates, groundtruth=(("Thief", 1981),))
+        answers.append(Answer(example, text, True, sample_catalog(example, CATALOG), K))
+    found = measure("novelty", part, answers)
+    torch.testing.assert_close(found, torch.tensor([[2 / 3, 0, 0, 2 / 3], [1, 0, 0, 0]]))
 
 
 def test_functions_of_the_working_folder_are_found(tmp_path, monkeypatch):

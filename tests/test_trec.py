@@ -114,6 +114,8 @@ def test_the_command_writes_them(tmp_path):
     options = {"data": "demo", "split": "test", "num_samples": 4, "out": tmp_path, "trec": tmp_path}
     with pytest.raises(ConfigError, match="add --set eval.draws=1"):
         evaluate_models(["popularity"], **options, overrides=["eval.temperature=1", "eval.draws=2"])
+    with pytest.raises(ValueError, match="num_samples must be at least 0 .all., got -4"):
+        evaluate_models(["popularity"], **options | {"num_samples": -4})
     evaluate_models(["popularity"], **options)
     lines = (tmp_path / "popularity.run").read_text().splitlines()
     assert len(lines) == 4 * 20 and len({line.split(" ")[0] for line in lines}) == 4

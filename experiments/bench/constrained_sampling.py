@@ -22,11 +22,12 @@ import torch
 from tqdm import tqdm
 
 from rankgrpo.config_file import load_config, preset_file
+from rankgrpo.data.dialogs import seen_items
 from rankgrpo.data.load import load_dataset
 from rankgrpo.data.prompt import encode_prompts
 from rankgrpo.data.samples import Dataset
 from rankgrpo.files.malloc import keep_freed_memory
-from rankgrpo.model.constraint import open_constraint, seen_items
+from rankgrpo.model.constraint import open_constraint
 from rankgrpo.model.head import valid_token_mask
 from rankgrpo.model.presets import count_parameters, load_policy, make_init
 from rankgrpo.model.tiny import TinyConfig

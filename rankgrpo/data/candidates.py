@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 
-from rankgrpo.data.dialogs import named_items
+from rankgrpo.data.dialogs import named_items, seen_items
 from rankgrpo.data.samples import Candidate, Sample
 from rankgrpo.errors import ConfigError, DataError
 from rankgrpo.items.catalog import Catalog, Item
@@ -74,13 +74,15 @@ def check_candidates(samples: Sequence[Sample], catalog: Catalog, num_ranks: int
         if not sample.candidates:
             continue
         try:
-            candidate_items(sample, catalog)
+            items = candidate_items(sample, catalog)
         except DataError as error:
             raise DataError(f"sample {sample.id!r}: {error}; every candidate is an item of the catalog") from None
-        if num_ranks > len(sample.candidates):
+        closed = set(items).intersection(seen_items(sample, catalog)) if held and forbid == "repeats+seen" else ()
+        if num_ranks > len(items) - len(closed):
+            but = f", {len(closed)} of them seen (rl.forbid = {forbid})" if closed else ""
             raise ConfigError(
-                f"data.num_ranks = {num_ranks}: sample {sample.id!r} has {len(sample.candidates)} candidates, fewer "
-                "than a list asks for; ask for fewer, or give it more candidates"
+                f"data.num_ranks = {num_ranks}: sample {sample.id!r} has {len(items)} candidates{but}, fewer than a "
+                "list asks for; ask for fewer, or give it more candidates"
             )
         if held and forbid == "none":
             raise ConfigError(

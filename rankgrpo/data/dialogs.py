@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from rankgrpo.data.samples import Sample, Turn
 from rankgrpo.items.catalog import Catalog
+from rankgrpo.items.format import title_line
+
+if TYPE_CHECKING:
+    from rankgrpo.parse import ListedItem
 
 PLAIN_WORDS = 12
 """A conversation of fewer words may be a stranger's, word for word."""
@@ -27,6 +32,26 @@ def named_items(sample: Sample, catalog: Catalog) -> list[int]:
         if not any(index in mentioned for index in remakes):
             named |= dict.fromkeys(remakes)
     return list(named)
+
+
+def seen_items(sample: Sample, catalog: Catalog) -> list[int]:
+    """The items that a user has seen, as catalog indices; a bare title means all its remakes."""
+    return list(dict.fromkeys(index for title in sample.seen_titles for index in catalog.title_indices(title)))
+
+
+def seen_lines(items: Sequence[ListedItem], sample: Sample, catalog: Catalog, year_tolerance: int) -> list[bool]:
+    """By line of a list, whether it names what the user has seen: an item of `seen_items`, however it is written there,
+    or outside the catalog the same title, with its year or without."""
+    seen, titles = set(seen_items(sample, catalog)), {catalog.title_key(title) for title in sample.seen_titles}
+    found = []
+    for item in items:
+        if item.title is None:
+            found.append(False)
+            continue
+        index = catalog.lookup(item.title, item.year, year_tolerance=year_tolerance)
+        names = {catalog.title_key(name) for name in (item.title, title_line(item.title, item.year))}
+        found.append(bool(names & titles) if index is None else index in seen)
+    return found
 
 
 def groundtruth_items(sample: Sample, catalog: Catalog) -> list[int]:

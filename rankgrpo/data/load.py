@@ -13,7 +13,7 @@ from rankgrpo.data.demo import demo_catalog, make_demo
 from rankgrpo.data.order import permutation
 from rankgrpo.data.samples import SPLITS, Dataset, Sample, read_samples, scan_samples
 from rankgrpo.errors import ConfigError, DataError
-from rankgrpo.files.rows import Problem
+from rankgrpo.files.rows import Problem, read_jsonl
 from rankgrpo.items.catalog import Catalog
 from rankgrpo.items.format import FILM, ItemFormat, title_line
 from rankgrpo.items.lines import open_catalog
@@ -29,6 +29,15 @@ def load_catalog(source: str | os.PathLike[str], item_format: ItemFormat = FILM)
     if source == DEMO:
         return _check_demo(item_format)
     return _open_catalog(Path(source), item_format)[0]
+
+
+def needs_candidates(source: str | os.PathLike[str]) -> bool:
+    """Whether every training sample of a data set brings candidates: a model of it has learned to order what it is
+    given, and knows no other prompt. Samples are read up to the first without."""
+    train = Path(source) / "train.jsonl"
+    if source == DEMO or not train.is_file():
+        return False
+    return all(isinstance(row, dict) and row.get("candidates") for _, row in read_jsonl(train))
 
 
 def _open_catalog(folder: Path, item_format: ItemFormat) -> tuple[Catalog, list[Problem], Path]:

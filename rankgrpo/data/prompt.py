@@ -124,24 +124,35 @@ class PromptFormat:
         filled = (_fill(template, {"num_ranks": str(num_ranks)}) for template in templates)
         return list(dict.fromkeys(p for text in filled for p in PLACEHOLDER.sub("\n", text).split("\n") if p))
 
+    def missing_fields(self, sample: Sample) -> list[str]:
+        """The fields of samples that the template names and this sample does not have."""
+        fields = dict(sample.fields)
+        return [name for name in self._fields if name not in fields]
+
+    @cached_property
+    def _fields(self) -> tuple[str, ...]:
+        return tuple(name for name in placeholders(self.template) if name not in OWN_PLACEHOLDERS)
+
+    @cached_property
+    def shows_candidates(self) -> bool:
+        """Whether the prompt of a sample with candidates shows them."""
+        return not self.template or "candidates" in placeholders(self.template)
+
     def check(self, samples: Iterable[Sample]) -> None:
         """Raise ConfigError for a template without the conversation, for a placeholder that is none, or that a sample
         has no field for, and for candidates that the template does not show."""
         if not self.template:
             return
-        names = placeholders(self.template)
-        if "context" not in names:
+        if "context" not in placeholders(self.template):
             raise ConfigError(f"{self.source}: the template needs {{context}}, where the conversation goes")
-        own = [name for name in names if name not in OWN_PLACEHOLDERS]
         for sample in samples:
-            fields = dict(sample.fields)
-            if missing := [name for name in own if name not in fields]:
-                known = ", ".join(f"{{{name}}}" for name in (*OWN_PLACEHOLDERS, *fields))
+            if missing := self.missing_fields(sample):
+                known = ", ".join(f"{{{name}}}" for name in (*OWN_PLACEHOLDERS, *dict(sample.fields)))
                 raise ConfigError(
                     f"{self.source}: {{{missing[0]}}} is no placeholder for sample {sample.id!r}; there are {known}, "
                     "and further fields of the samples where every sample has them"
                 )
-            if sample.candidates and "candidates" not in names:
+            if sample.candidates and not self.shows_candidates:
                 raise ConfigError(
                     f"{self.source}: sample {sample.id!r} has candidates; the template needs {{candidates}}"
                 )

@@ -112,9 +112,12 @@ class DistillConfig:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"--{name.replace('_', '-')} must be positive, got {value}")
-        for name in ("num_train", "num_listed", "short_requests", "context_weight", "gamma", "price_in", "price_out"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"--{name.replace('_', '-')} must not be negative, got {getattr(self, name)}")
+        for name in (
+            *("num_train", "num_listed", "short_requests", "num_candidates", "context_weight", "gamma", "seed"),
+            *("requests_per_minute", "temperature", "price_in", "price_out"),
+        ):
+            if (value := getattr(self, name)) is not None and not value >= 0:
+                raise ValueError(f"--{name.replace('_', '-')} must not be negative, got {value}")
         if self.num_folds < 0 or self.num_folds == 1:
             raise ValueError(f"--num-folds must be 0, or 2 and more, got {self.num_folds}")
         for name, address, model in (("teacher", self.teacher, self.model), ("judge", self.judge, self.judge_model)):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,7 +35,7 @@ from rankgrpo.evaluation.evaluate import (
     write_evaluation,
 )
 from rankgrpo.evaluation.lists import sample_lists
-from rankgrpo.evaluation.run_folder import is_run, run_models
+from rankgrpo.evaluation.run_folder import distinct_names, is_run, run_models
 from rankgrpo.evaluation.tables import format_table
 from rankgrpo.evaluation.trec import write_trec
 from rankgrpo.files.template import placeholders
@@ -215,12 +216,12 @@ def evaluate_models(
     if trec is not None and (num_lists > 1 or any(source.config.eval.draws > 1 for source in sources)):
         raise ConfigError("--export trec writes one list a conversation; add --set eval.draws=1 and leave out --lists")
     check_comparable(sources)
+    file_names = [""] * len(sources) if out is None and trec is None else _file_names(sources)
     parallel = start_parallel()
     dataset = load_config_dataset(sources[0].config)
     samples = first_samples(dataset, split, num_samples)
     summaries = []
-    for source in sources:
-        file_name = re.sub(r"[^\w.@+-]", "-", source.name)
+    for source, file_name in zip(sources, file_names, strict=True):
         if num_lists > 1:
             diversity = describe_source(source, samples, num_lists, dataset, parallel)
             summaries.append(summarise_lists(diversity, name=source.name, split=split))
@@ -265,6 +266,7 @@ def list_sources(models: list[str], data: str | None, overrides: Sequence[str] =
     if not models:
         raise ConfigError("nothing to evaluate: name run folders, models, `popularity` or `ease`")
     runs = [Path(model) for model in models if is_run(Path(model))]
+    name_of = dict(zip(runs, distinct_names(runs), strict=True))
     runs = runs or [run for model in models if (run := run_of(model)) is not None]  # RUN/sft/final
     common = load_config(runs[0] / "config.toml" if runs else None, overrides, saved=True)
     chosen = replace(common.data, path=data, num_train=0) if data is not None else common.data
@@ -275,10 +277,25 @@ def list_sources(models: list[str], data: str | None, overrides: Sequence[str] =
             config = load_config(folder / "config.toml", overrides, saved=True)
             config = replace(config, data=replace(config.data, path=chosen.path, num_train=chosen.num_train))
             stages = run_models(folder)
-            sources += [Source(f"{folder.name}/{stage}", str(path), config) for stage, path in stages.items()]
+            sources += [Source(f"{name_of[folder]}/{stage}", str(path), config) for stage, path in stages.items()]
         else:
             sources.append(Source(model, model, _settings_of(model, replace(common, data=chosen), overrides)))
+    if again := [name for name, count in Counter(source.name for source in sources).items() if count > 1]:
+        raise ConfigError(f"two of the models to evaluate are called {again[0]}; name every model once")
     return sources
+
+
+def _file_names(sources: Sequence[Source]) -> list[str]:
+    """What the results of each are called as files. Raises ConfigError where two would be one file."""
+    names = [re.sub(r"[^\w.@+-]", "-", source.name).lstrip(".") for source in sources]
+    for place, name in enumerate(names):
+        if name in names[:place]:
+            first = sources[names.index(name)].name
+            raise ConfigError(
+                f"--out: {first} and {sources[place].name} would both be written as {name}.json; evaluate them in two "
+                "commands, with a folder each"
+            )
+    return names
 
 
 def _settings_of(model: str, common: Config, overrides: Sequence[str]) -> Config:
@@ -302,6 +319,9 @@ def _settings_of(model: str, common: Config, overrides: Sequence[str]) -> Config
 
 
 def first_samples(dataset: Dataset, split: str, num_samples: int) -> list[Sample]:
+    """So many samples of a split, all for 0. Raises ValueError for fewer than none."""
+    if num_samples < 0:
+        raise ValueError(f"num_samples must be at least 0 (all), got {num_samples}")
     samples = dataset.split(split)
     return samples[:num_samples] if num_samples else samples
 

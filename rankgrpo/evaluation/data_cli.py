@@ -10,6 +10,7 @@ import tyro
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from rankgrpo.errors import ConfigError
+from rankgrpo.files.options import check_least
 
 Data = Annotated[str, arg(help="`demo`, or a folder with train/validation/test.jsonl and catalog.jsonl or .csv")]
 
@@ -59,6 +60,7 @@ def check(
     from rankgrpo.items.format import ItemFormat
     from rankgrpo.model.presets import open_tokenizer
 
+    check_least(0, num_train=num_train)
     dataset = load_dataset(path, num_train=num_train or None, item_format=ItemFormat(item))
     print(check_dataset(dataset, tokenizer=open_tokenizer(tokenizer, dataset)))
 
@@ -104,6 +106,7 @@ def import_(
     from rankgrpo.evaluation.health import headline
     from rankgrpo.items.format import ItemFormat
 
+    check_least(0, seed=seed)
     if format == "interactions":
         file = fetch_if_url(source, sha256, out.absolute().parent)
         print(_import_log(file, out, catalog, parse_columns(columns), validation_frac, test_frac, seed, log))
@@ -164,5 +167,7 @@ def demo(
     """
     from rankgrpo.data.demo import write_demo
 
+    check_least(1, num_train=num_train, num_validation=num_validation, num_test=num_test)
+    check_least(0, seed=seed)
     write_demo(out, num_train=num_train, num_validation=num_validation, num_test=num_test, seed=seed)
     print(out)

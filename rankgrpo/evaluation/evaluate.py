@@ -34,6 +34,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from rankgrpo.data.candidates import sample_catalog
+from rankgrpo.data.dialogs import seen_lines
 from rankgrpo.data.samples import Sample
 from rankgrpo.evaluation.tables import LIST_METRICS, format_table, is_metric
 from rankgrpo.files.atomic import write_lines
@@ -162,7 +163,8 @@ def _score(
             year_tolerance=year_tolerance,
             gains=sample.gains,
         )
-        marks = _mark_items(items[:num_ranks], text, relevance_K, sample, own, year_tolerance)
+        seen = seen_lines(items[:num_ranks], sample, catalog, year_tolerance)
+        marks = _mark_items(items[:num_ranks], text, relevance_K, seen, own, year_tolerance)
         gains.append(relevance_K)
         counts.append(count_groundtruth(sample, catalog, year_tolerance))
         shares.append(_list_metrics(marks, num_lines=len(items)))
@@ -209,11 +211,10 @@ def _mark_items(
     items: Sequence[ListedItem],
     text: str,
     relevance_K: Tensor,
-    sample: Sample,
+    seen: Sequence[bool],
     catalog: Catalog,
     year_tolerance: int,
 ) -> list[dict[str, Any]]:
-    seen = {catalog.title_key(title) for title in sample.seen_titles}
     marks, earlier = [], set()
     for rank, item in enumerate(items):
         mark = {"title": item.title, "year": item.year, "in_catalog": False, "hit": False, "seen": False}
@@ -224,7 +225,7 @@ def _mark_items(
             key = item_key(item.title, item.year, catalog, year_tolerance)
             mark["in_catalog"] = isinstance(key, int)
             mark["hit"] = bool(relevance_K[rank])
-            mark["seen"] = catalog.title_key(item.title) in seen
+            mark["seen"] = seen[rank]
             mark["duplicate"] = key in earlier
             earlier.add(key)
         marks.append(mark)

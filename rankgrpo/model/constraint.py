@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 
 from rankgrpo.data.candidates import excluded_items
+from rankgrpo.data.dialogs import seen_items
 from rankgrpo.data.prompt import thinking_asked
 from rankgrpo.data.samples import Sample
 from rankgrpo.errors import ConfigError
@@ -119,8 +120,3 @@ def forbidden_items(
         others = excluded_items(sample, catalog) if sample.candidates else []
         closed.append(tuple(dict.fromkeys([*items, *others])))
     return closed
-
-
-def seen_items(sample: Sample, catalog: Catalog) -> list[int]:
-    """The items that a user has seen, as catalog indices; a bare title means all its remakes."""
-    return list(dict.fromkeys(index for title in sample.seen_titles for index in catalog.title_indices(title)))

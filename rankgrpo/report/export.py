@@ -14,16 +14,18 @@ from typing import Any, Literal
 
 from rankgrpo.config import Config
 from rankgrpo.config_file import load_config, own_keys
-from rankgrpo.data.load import load_catalog
+from rankgrpo.data.candidates import check_candidates
+from rankgrpo.data.load import load_catalog, needs_candidates
 from rankgrpo.data.prompt import TEMPLATE_DATE, open_prompt
-from rankgrpo.data.samples import Sample, Turn
-from rankgrpo.errors import ConfigError, ModelError
+from rankgrpo.data.samples import Sample, Turn, read_samples
+from rankgrpo.errors import ConfigError, DataError, ModelError
 from rankgrpo.evaluation.evaluate import read_evaluation
 from rankgrpo.evaluation.tables import format_table
 from rankgrpo.files.atomic import atomic_folder
+from rankgrpo.files.template import placeholders
 from rankgrpo.items.catalog import Catalog
 from rankgrpo.items.format import ItemFormat
-from rankgrpo.model.constraint import open_constraint
+from rankgrpo.model.constraint import Constraint, forbidden_items, open_constraint
 from rankgrpo.model.presets import HUB_ID, load_tokenizer, resolve_model
 from rankgrpo.sampler.vllm_serve import SETTINGS_FILE
 from rankgrpo.sampler.vllm_trie import request_arguments
@@ -38,13 +40,18 @@ LICENCES = {
 }
 EXAMPLE = "Something slow and eerie like Stalker (1979)?"
 _EXAMPLE = Sample("example", (Turn("user", EXAMPLE),), (), ())
+STANDS_FOR = {
+    "context": "a line `USER: ...` or `SYSTEM: ...` for every turn",
+    "seen": "the titles already mentioned, with commas between",
+    "candidates": "a line for every candidate, with its text",
+}
 
 
 def export_run(run_dir: Path, out: Path, *, which: Which = "best") -> Path:
     """Write the model of a run as the folder `out`, whole or not at all; returns it.
 
-    Raises ModelError for a run without that model, ConfigError for an `out` that exists and for a run whose data set
-    cannot be found.
+    Raises ModelError for a run without that model, ConfigError for an `out` that exists, and DataError or ConfigError
+    for a run whose data set cannot be found or has no example that its prompt can be filled with.
     """
     model = run_dir / FOLDERS[which]
     if not (model / "config.json").is_file():
@@ -55,8 +62,9 @@ def export_run(run_dir: Path, out: Path, *, which: Which = "best") -> Path:
         raise ConfigError(f"{out}: it exists; name a new folder, or remove it")
     config = load_config(run_dir / "config.toml", saved=True)
     catalog = load_catalog(config.data.path, ItemFormat(config.data.item))
-    settings = served_settings(config)
-    request = example_request(config, str(out), _max_tokens(config, catalog, model))
+    example = example_sample(config, catalog)
+    settings = served_settings(config, example)
+    request = example_request(config, example, str(out), catalog, _constraint(config, catalog, model))
     with atomic_folder(out) as folder:
         for path in sorted(model.iterdir()):
             shutil.copy2(path, folder / path.name)
@@ -64,11 +72,30 @@ def export_run(run_dir: Path, out: Path, *, which: Which = "best") -> Path:
         catalog.to_jsonl(folder / "catalog.jsonl")
         (folder / SETTINGS_FILE).write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
         (folder / "request.json").write_text(json.dumps(request, indent=1) + "\n", encoding="utf-8")
-        (folder / "README.md").write_text(model_card(run_dir, config, which, len(catalog)), encoding="utf-8")
+        card = model_card(run_dir, config, which, len(catalog), settings["prompt"])
+        (folder / "README.md").write_text(card, encoding="utf-8")
     return out
 
 
-def served_settings(config: Config) -> dict[str, Any]:
+def example_sample(config: Config, catalog: Catalog) -> Sample:
+    """What the example asks: `EXAMPLE`, or the first validation sample where prompts need more than a conversation.
+
+    Raises DataError and ConfigError for a sample that the prompt cannot be filled with, or that no list answers.
+    """
+    prompt, data = open_prompt(config.data), config.data
+    if not prompt.missing_fields(_EXAMPLE) and not needs_candidates(data.path):
+        return _EXAMPLE
+    path = Path(data.path) / "validation.jsonl"
+    samples, _ = read_samples(path, item_format=catalog.item_format)
+    if not samples:
+        raise DataError(f"{path}: no sample, of which the example of an export is made; write one into it")
+    prompt.check(samples[:1])
+    held = config.shown_constrain == "catalog"
+    check_candidates(samples[:1], catalog, data.num_ranks, config.rl.forbid, held=held)
+    return samples[0]
+
+
+def served_settings(config: Config, example: Sample) -> dict[str, Any]:
     """What a server has to know beside the model: how lists are asked for, written and held."""
     return {
         "num_ranks": config.data.num_ranks,
@@ -77,27 +104,36 @@ def served_settings(config: Config) -> dict[str, Any]:
         "forbid": config.rl.forbid,
         "temperature": config.eval.temperature,
         "max_prompt_tokens": config.data.max_prompt_tokens,
-        "prompt": open_prompt(config.data).template_of(_EXAMPLE).replace("{num_ranks}", str(config.data.num_ranks)),
+        "prompt": open_prompt(config.data).template_of(example).replace("{num_ranks}", str(config.data.num_ranks)),
     }
 
 
-def example_request(config: Config, model: str, max_tokens: int) -> dict[str, Any]:
-    """The body of a chat completion that asks for one list, held to the catalog where the run shows held lists."""
+def example_request(
+    config: Config, example: Sample, model: str, catalog: Catalog, constraint: Constraint | None
+) -> dict[str, Any]:
+    """The body of a chat completion that asks for one list, held to the catalog where the run shows held lists.
+
+    Any held list fits into its max_tokens; free ones have those that the run was trained with.
+    """
     prompt = open_prompt(config.data)
     request = {
         "model": model,
-        "messages": prompt.messages(_EXAMPLE, config.data.num_ranks),
+        "messages": prompt.messages(example, config.data.num_ranks),
         "temperature": config.eval.temperature,
-        "max_tokens": max_tokens,
+        "max_tokens": config.rl.max_new_tokens if constraint is None else constraint.max_tokens,
         "chat_template_kwargs": {"date_string": TEMPLATE_DATE, "enable_thinking": False, **prompt.chat_kwargs},
     }
-    if config.shown_constrain == "catalog":
-        request["vllm_xargs"] = request_arguments([])
+    if constraint is not None:
+        (closed,) = forbidden_items(constraint, [example], catalog)
+        request["vllm_xargs"] = request_arguments(closed)
     return request
 
 
-def model_card(run_dir: Path, config: Config, which: Which, num_items: int) -> str:
-    """README.md in the form of the hub: data, method, results with intervals, licence, and how to reproduce."""
+def model_card(run_dir: Path, config: Config, which: Which, num_items: int, prompt: str) -> str:
+    """README.md in the form of the hub: data, method, results with intervals, licence, and how to reproduce.
+
+    prompt: that of `served_settings`.
+    """
     preset = resolve_model(config.model.name)
     base = preset.location if preset.origin in ("hub", "package") else ""
     licence = LICENCES.get(config.model.name, "other")
@@ -145,8 +181,7 @@ def model_card(run_dir: Path, config: Config, which: Which, num_items: int) -> s
         "## Use",
         "",
         "`request.json` is a request for an OpenAI-compatible server that serves this folder. The prompt, which the "
-        f"model was trained under, is `prompt` of `{SETTINGS_FILE}`; `{{context}}` is a line `USER: ...` or "
-        "`SYSTEM: ...` for every turn.",
+        f"model was trained under, is `prompt` of `{SETTINGS_FILE}`; {_stands_for(prompt)}.",
         "",
         "## Reproduce",
         "",
@@ -160,6 +195,13 @@ def model_card(run_dir: Path, config: Config, which: Which, num_items: int) -> s
         about_licence,
     ]
     return "\n".join(lines) + "\n"
+
+
+def _stands_for(prompt: str) -> str:
+    """What goes where the prompt has a name between braces, in words."""
+    return ", ".join(
+        f"`{{{name}}}` is {STANDS_FOR.get(name, 'that field of a sample')}" for name in placeholders(prompt)
+    )
 
 
 def check_name(name: str) -> None:
@@ -186,10 +228,9 @@ def upload(folder: Path, name: str) -> str:
     return f"https://huggingface.co/{name}"
 
 
-def _max_tokens(config: Config, catalog: Catalog, model: Path) -> int:
-    """Tokens that any list of a held run fits into; of a free run what it was trained with."""
+def _constraint(config: Config, catalog: Catalog, model: Path) -> Constraint | None:
+    """What shown lists are held to; None where they are free."""
     if config.shown_constrain == "none":
-        return config.rl.max_new_tokens
+        return None
     tokenizer = load_tokenizer(str(model))
-    held = open_constraint(catalog, tokenizer, num_ranks=config.data.num_ranks, forbid=config.rl.forbid)
-    return held.max_tokens
+    return open_constraint(catalog, tokenizer, num_ranks=config.data.num_ranks, forbid=config.rl.forbid)

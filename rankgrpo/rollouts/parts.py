@@ -19,7 +19,7 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -64,13 +64,15 @@ Part = Callable[[Answer], float | Sequence[float] | Tensor]
 
 
 def load_parts(reward: str, catalog: Catalog) -> dict[str, Part]:
-    """The functions behind the names of `reward` (rl.reward), in its order.
+    """The functions behind the names of `reward` (rl.reward), in its order; `catalog` is the data set's, whole.
 
     Modules are looked for where Python looks and in the working folder. Raises ConfigError for a function that cannot
     be imported, and for novelty where the catalog holds no popularity.
     """
-    parts = {name: _OWN[name] if name in PARTS else _import(name) for name in reward_terms(reward)}
-    if "novelty" in parts and not _highest_popularity(catalog):
+    highest = max((item.popularity for item in catalog), default=0)
+    own = _own_parts(highest)
+    parts = {name: own[name] if name in PARTS else _import(name) for name in reward_terms(reward)}
+    if "novelty" in parts and not highest:
         raise ConfigError("rl.reward: novelty needs the field popularity in the catalog, which has none above 0")
     return parts
 
@@ -165,16 +167,14 @@ def repetition(answer: Answer) -> Tensor:
     return repeat_K
 
 
-def _novelty(answer: Answer) -> Tensor:
-    """1 - log(1 + count) / log(1 + highest count) by line, count that of its item; 0 for one outside the catalog."""
-    highest = math.log1p(_highest_popularity(answer.catalog))
+def _novelty(answer: Answer, highest: int) -> Tensor:
+    """1 - log(1 + count) / log(1 + highest count) by line, count that of its item; 0 for one outside the catalog.
+
+    highest: of the whole catalog, so that an item is worth the same whatever candidates it stands among.
+    """
     counts = [None if index is None else answer.catalog.items[index].popularity for index in answer.indices]
-    return _by_rank([0.0 if count is None else 1 - math.log1p(count) / highest for count in counts], answer.num_ranks)
-
-
-@lru_cache(maxsize=2)
-def _highest_popularity(catalog: Catalog) -> int:
-    return max(item.popularity for item in catalog)
+    values = [0.0 if count is None else 1 - math.log1p(count) / math.log1p(highest) for count in counts]
+    return _by_rank(values, answer.num_ranks)
 
 
 def _length(answer: Answer) -> float:
@@ -186,11 +186,12 @@ def _by_rank(values: list[float], num_ranks: int) -> Tensor:
     return torch.tensor((values + [0.0] * num_ranks)[:num_ranks])
 
 
-_OWN: dict[str, Part] = {
-    "relevance": _relevance,
-    "format": _format,
-    "in_catalog": _in_catalog,
-    "repetition": repetition,
-    "novelty": _novelty,
-    "length": _length,
-}
+def _own_parts(highest_popularity: int) -> dict[str, Part]:
+    return {
+        "relevance": _relevance,
+        "format": _format,
+        "in_catalog": _in_catalog,
+        "repetition": repetition,
+        "novelty": partial(_novelty, highest=highest_popularity),
+        "length": _length,
+    }

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from rankgrpo.data.candidates import sample_catalog
+from rankgrpo.data.dialogs import seen_lines
 from rankgrpo.data.samples import Sample
 from rankgrpo.files.atomic import write_lines
 from rankgrpo.files.rows import read_log
@@ -137,9 +139,9 @@ def describe_lists(
         for b, line_T, moved_T in zip(own, line_BT, moved_BT, strict=True)
     ]
     forced = _forced_lines(choices, own, rank_BT, num_lines)
-    lists = []
+    own_catalog, lists = sample_catalog(example, scorer.catalog), []
     for g, (b, rollout) in enumerate(zip(own, group, strict=True)):
-        answer = Answer(example, rollout.text, rollout.finished, scorer.catalog, K, rl.year_tolerance)
+        answer = Answer(example, rollout.text, rollout.finished, own_catalog, K, rl.year_tolerance)
         n = len(answer.items)
         units_U = scored.units.advantage_BU[b] if rl.unit == "rank" else scored.advantage_PGU[place, g]
         advantage_L = units_U[:n] if rl.unit == "rank" or len(units_U) == K else units_U.expand(n)
@@ -165,14 +167,14 @@ def line_marks(answer: Answer, scorer: Scorer, forced: Sequence[bool] = ()) -> l
     relevance_K = torch.as_tensor(scorer.parts["relevance"](answer))
     all_lines = replace(answer, num_ranks=max(1, len(answer.items)))
     repeat_L = repetition(all_lines).tolist()
-    seen = {answer.catalog.title_key(title) for title in answer.sample.seen_titles}
+    seen = seen_lines(answer.items, answer.sample, scorer.catalog, answer.year_tolerance)
     marks = []
     for rank, (item, index) in enumerate(zip(answer.items, answer.indices, strict=True)):
         is_read = item.title is not None
         holds = {
             "hit": rank < answer.num_ranks and bool(relevance_K[rank] > 0),
             "repeat": bool(repeat_L[rank]),
-            "seen": is_read and answer.catalog.title_key(item.title) in seen,
+            "seen": seen[rank],
             "out": is_read and index is None,
             "unread": not is_read,
             "forced": rank < len(forced) and forced[rank],

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 from tyro.conf import Positional, arg
 
 from rankgrpo.errors import ConfigError
-from rankgrpo.files.options import Overrides
+from rankgrpo.files.options import Overrides, check_least
 
 if TYPE_CHECKING:
     from rankgrpo.config import Config
@@ -45,6 +45,8 @@ def plan(
     from rankgrpo.sizing.architecture import find_architecture
     from rankgrpo.sizing.plan import Machine, make_plan, render
 
+    check_least(0, num_train=num_train)
+    check_least(1, gpus=gpus, longest_list=longest_list)
     settings = load_config(config or preset_file(model), overrides, model__name=model)
     arch = find_architecture(model, settings.model)
     if num_train > 0:

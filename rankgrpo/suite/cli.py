@@ -7,7 +7,7 @@ from typing import Annotated
 
 from tyro.conf import Positional, arg
 
-from rankgrpo.files.options import Overrides
+from rankgrpo.files.options import Overrides, check_least
 
 
 def experiments(
@@ -35,6 +35,7 @@ def experiments(
     """
     from rankgrpo.suite.command import list_suite, open_suite, rebuild_page, run_suite
 
+    check_least(0, jobs=jobs, nproc=nproc, max_minutes=max_minutes)
     opened = open_suite(suite, data=data, sft=sft, runs_dir=runs_dir, out=out, overrides=overrides)
     if plan:
         print(list_suite(opened, only, seeds))
