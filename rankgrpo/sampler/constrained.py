@@ -230,7 +230,7 @@ def draw_segments(
     row_F = torch.arange(num_rows, device=logits_F.device).repeat_interleave(size_W, output_size=len(logits_F))
     peak_W = logits_F.new_full((num_rows,), -torch.inf).scatter_reduce_(0, row_F, logits_F, "amax")
     # The sums of all segments run on in float64, so that a segment's own are exact far beyond float32.
-    cumulative_F = (logits_F - peak_W[row_F]).exp_().cumsum(0, dtype=torch.float64)
+    cumulative_F = (logits_F - peak_W.index_select(0, row_F)).exp_().cumsum(0, dtype=torch.float64)
     below_W = cumulative_F[(start_W - 1).clamp_(min=0)].where(start_W > 0, 0.0)
     total_W = cumulative_F[end_W - 1] - below_W
     lse_W = peak_W + total_W.log().to(peak_W.dtype)

@@ -59,7 +59,9 @@ class PromptCache:
 
     def keep_prompts(self, prompts: Tensor) -> None:
         """Drop the prompts that are not listed."""
-        self.prompt = {layer: (k[prompts], v[prompts]) for layer, (k, v) in self.prompt.items()}
+        self.prompt = {
+            layer: (k.index_select(0, prompts), v.index_select(0, prompts)) for layer, (k, v) in self.prompt.items()
+        }
         self.padding_PL = None if self.padding_PL is None else self.padding_PL[prompts]
 
 

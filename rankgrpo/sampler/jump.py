@@ -180,7 +180,7 @@ class JumpCache(PromptCache):
             self.keep_prompts(self._tensor(prompts))
         self.length = self.length[rows]
         kept = self._tensor(rows)
-        self.own = {layer: (k[kept], v[kept]) for layer, (k, v) in self.own.items()}
+        self.own = {layer: (k.index_select(0, kept), v.index_select(0, kept)) for layer, (k, v) in self.own.items()}
 
     def _tensor(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(self.device)
@@ -264,16 +264,18 @@ def attend_from_start(
     """`attend_by_span` over the lists' own keys, with the first tokens of all lists in one call."""
     attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
     (N, M, R, H), B, n = query_NMRH.shape, start.num_rows, start.size
-    padded_NtRH = query_NMRH.new_zeros(N, B * n, R, H).index_copy_(1, start.slot, query_NMRH[:, start.early])
+    padded_NtRH = query_NMRH.new_zeros(N, B * n, R, H).index_copy_(
+        1, start.slot, query_NMRH.index_select(1, start.early)
+    )
     query_BNnH = padded_NtRH.view(N, B, n * R, H).transpose(0, 1)
     mask = start.mask(query_NMRH, key_BNTH.shape[2])
     early_BNnH, early_lse = attend(query_BNnH, key_BNTH, value_BNTH, 0.0, False, attn_mask=mask, scale=scaling)
     early_NtRH = early_BNnH.transpose(0, 1).reshape(N, B * n, R, H)
     early_lse_NtR = early_lse.transpose(0, 1).reshape(N, B * n, R)
-    out_NMRH = query_NMRH.new_empty(N, M, R, H).index_copy_(1, start.early, early_NtRH[:, start.slot])
-    lse_NMR = early_lse.new_empty(N, M, R).index_copy_(1, start.early, early_lse_NtR[:, start.slot])
+    out_NMRH = query_NMRH.new_empty(N, M, R, H).index_copy_(1, start.early, early_NtRH.index_select(1, start.slot))
+    lse_NMR = early_lse.new_empty(N, M, R).index_copy_(1, start.early, early_lse_NtR.index_select(1, start.slot))
     if start.late_spans.spans:
-        late = attend_by_span(query_NMRH[:, start.late], key_BNTH, value_BNTH, start.late_spans, scaling)
+        late = attend_by_span(query_NMRH.index_select(1, start.late), key_BNTH, value_BNTH, start.late_spans, scaling)
         out_NMRH.index_copy_(1, start.late, late[0])
         lse_NMR.index_copy_(1, start.late, late[1])
     return out_NMRH, lse_NMR
