@@ -90,7 +90,7 @@ def play(args: argparse.Namespace) -> None:
     parallel = start_parallel()
     config = load_config(preset_file("tiny"), settings(args, args.play_length, args.play == "overlap"))
     clock = Clock()
-    train(config, make_demo(args.num_train, 8, 1), args.start, args.folder / "rl", parallel, clock)
+    train(config, make_demo(args.num_train, 8, 1), args.init, args.folder / "rl", parallel, clock)
     (args.folder / f"clock-{parallel.dp_rank}.json").write_text(json.dumps(clock.rows))
 
 
@@ -102,7 +102,7 @@ def measure(variant: str, length: int, start: str, args: argparse.Namespace) -> 
         subprocess.run(
             [
                 *(sys.executable, *(launcher if processes > 1 else []), __file__, "--play", variant),
-                *("--play-length", str(length), "--start", start, "--folder", folder, "--steps", str(args.steps)),
+                *("--play-length", str(length), "--init", start, "--folder", folder, "--steps", str(args.steps)),
                 *("--prompts", str(args.prompts), "--num-train", str(args.num_train)),
             ],
             env=os.environ | {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "passive"},
@@ -144,7 +144,7 @@ def main() -> None:
     parser.add_argument("--num-train", type=int, default=200, help="conversations of the demo (default 200)")
     parser.add_argument("--verbose", action="store_true", help="show what the runs say")
     parser.add_argument("--out", type=Path, help="write the rows as JSON")
-    for inner in ("--play", "--start"):
+    for inner in ("--play", "--init"):
         parser.add_argument(inner, help=argparse.SUPPRESS)
     parser.add_argument("--play-length", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
