@@ -133,8 +133,9 @@ def families(tmp_path_factory):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_two_processes_equal_one_in_layers_that_carry_states_or_choose_experts(families, name):
     expected = alone((families, families / name), name, FAMILY_WORDS)
-    # The sums of a recurrence over a whole prompt round by the way the packs are shared out.
-    assert_equal(results((families,), name), expected, rel=2e-5)
+    # The sums of a recurrence over a whole prompt round by the way the packs are shared out and by the processor: norms
+    # of the step after Adam's first are within 3e-5 of each other, gradients and weights within 4e-6.
+    assert_equal(results((families,), name), expected, rel=1e-4)
 
 
 def assert_equal(found, alone, rel=1e-6):
@@ -143,7 +144,8 @@ def assert_equal(found, alone, rel=1e-6):
     assert values["norm"] == pytest.approx(expected_values["norm"], rel=max(rel, 1e-5))
     assert tensors.keys() == expected.keys()
     for key, tensor in tensors.items():
-        if key.startswith("gradient/"):
+        # A single weight whose gradient is nearly 0 moves by the learning rate either way, where sums round otherwise.
+        if key.startswith("gradient/") or rel > 1e-6:
             assert (tensor - expected[key]).norm() <= rel * expected[key].norm(), key
         else:
             torch.testing.assert_close(tensor, expected[key], rtol=0, atol=1e-5, msg=key)
