@@ -134,7 +134,7 @@ def families(tmp_path_factory):
 def test_two_processes_equal_one_in_layers_that_carry_states_or_choose_experts(families, name):
     expected = alone((families, families / name), name, FAMILY_WORDS)
     # The sums of a recurrence over a whole prompt round by the way the packs are shared out and by the processor: norms
-    # of the step after Adam's first are within 3e-5 of each other, gradients and weights within 4e-6.
+    # of the step after Adam's first are within 3e-5 of each other, weights within 4e-6.
     assert_equal(results((families,), name), expected, rel=1e-4)
 
 
