@@ -375,7 +375,7 @@ def make_start(
 ) -> str:
     """The model before any training: made here for `tiny`, converted for `smollm2-135m`, else where it is found."""
     size = config.model
-    tiny = TinyConfig(size.hidden, size.layers, size.ffn, size.heads, size.kv_heads, size.vocab)
+    tiny = TinyConfig.of(size)
     taught = replace(dataset, train=demonstrations["train"])  # the tokenizer also learns from the lists
     if not parallel.is_main:
         wait_for_all(parallel)

@@ -42,7 +42,7 @@ GROUPS = [Group([5, 9, 11, 4], [[7, 8, 2], [30, 31]]), Group([6, 3], [[21, 22, 2
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
     size = tiny_config().model
-    size = TinyConfig(size.hidden, size.layers, size.ffn, size.heads, size.kv_heads, size.vocab)
+    size = TinyConfig.of(size)
     return make_init("tiny", taught_dataset(), tmp_path_factory.mktemp("init") / "init", seed=0, tiny=size, num_ranks=5)
 
 

@@ -117,7 +117,7 @@ def films(indices):
 def test_lists_held_to_the_candidates_name_no_other(tmp_path, forbid):
     dataset = tiny_dataset()
     size = tiny_config().model
-    tiny = TinyConfig(size.hidden, size.layers, size.ffn, size.heads, size.kv_heads, size.vocab)
+    tiny = TinyConfig.of(size)
     start = make_init("tiny", dataset, tmp_path / "init", seed=0, tiny=tiny)
     config = tiny_config("rl.constrain=catalog", f"rl.forbid={forbid}", "data.num_ranks=5")
     policy = open_policy(start, config.model, ALONE.device, trainable=False)

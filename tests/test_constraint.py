@@ -31,7 +31,7 @@ from rankgrpo.train import train
 
 HELD = "rl.constrain=catalog"
 SIZE = tiny_config().model
-TINY = TinyConfig(SIZE.hidden, SIZE.layers, SIZE.ffn, SIZE.heads, SIZE.kv_heads, SIZE.vocab)
+TINY = TinyConfig.of(SIZE)
 
 
 @pytest.fixture(scope="module")

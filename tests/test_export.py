@@ -24,7 +24,7 @@ def write_run(folder, *words):
     """The files of a finished run that an export reads, with an untrained model."""
     config = tiny_config("rl.constrain=catalog", "rl.num_steps=6", *words)
     size = config.model
-    tiny = TinyConfig(size.hidden, size.layers, size.ffn, size.heads, size.kv_heads, size.vocab)
+    tiny = TinyConfig.of(size)
     make_init("tiny", taught_dataset(), folder / "rl" / "best", seed=0, tiny=tiny)
     (folder / "config.toml").write_text(to_toml(config))
     meta = {"command": "rankgrpo run --data demo", "commit": "abc123", "machine": "a box", "versions": {"torch": "9.9"}}

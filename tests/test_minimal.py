@@ -25,7 +25,7 @@ def warm(tmp_path_factory):
     """The folder of a model that has learned lists a little."""
     folder = tmp_path_factory.mktemp("warm")
     size = tiny_config().model
-    tiny = TinyConfig(size.hidden, size.layers, size.ffn, size.heads, size.kv_heads, size.vocab)
+    tiny = TinyConfig.of(size)
     init = make_init("tiny", taught_dataset(), folder / "init", seed=0, tiny=tiny)
     config = tiny_config("sft.num_steps=40", "sft.eval_every=40", "sft.save_every=40")
     return train_sft(config, tiny_dataset(), tiny_demonstrations(), init, folder / "sft", ALONE)

@@ -29,7 +29,7 @@ SID = ItemFormat("{sid}")
 CATALOG = make_catalog([Item(sid, fields=(("sid", sid), ("title", f"Thing {n}"))) for n, sid in enumerate(SIDS)], SID)
 TOKENS = ["<a_0>", "<a_1>", "<a_2>", "<a_3>", "<b_0>", "<b_1>", "<b_2>", "<b_3>", "<b_4>"]
 SIZE = tiny_config().model
-TINY = TinyConfig(SIZE.hidden, SIZE.layers, SIZE.ffn, SIZE.heads, SIZE.kv_heads, SIZE.vocab)
+TINY = TinyConfig.of(SIZE)
 
 
 def test_tokens_are_the_parts_of_a_column_or_the_lines_of_a_file(tmp_path):

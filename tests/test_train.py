@@ -44,7 +44,7 @@ def warm(tmp_path_factory):
         taught_dataset(),
         folder / "init",
         seed=0,
-        tiny=TinyConfig(size.hidden, size.layers, size.ffn, size.heads, size.kv_heads, size.vocab),
+        tiny=TinyConfig.of(size),
     )
     final = train_sft(config, tiny_dataset(), tiny_demonstrations(), init, folder / "sft", ALONE)
     return final, read_metrics(folder / "sft" / "metrics.jsonl")[0]

@@ -87,7 +87,7 @@ def warm(tmp_path_factory):
     folder = tmp_path_factory.mktemp("warm")
     config = tiny_config("sft.num_steps=20", "sft.eval_every=20")
     size = config.model
-    tiny = TinyConfig(size.hidden, size.layers, size.ffn, size.heads, size.kv_heads, size.vocab)
+    tiny = TinyConfig.of(size)
     init = make_init("tiny", taught_dataset(), folder / "init", seed=0, tiny=tiny)
     return train_sft(config, tiny_dataset(), tiny_demonstrations(), init, folder / "sft", ALONE)
 

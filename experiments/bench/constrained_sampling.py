@@ -83,7 +83,7 @@ class Passes:
 def make_samplers(dataset: Dataset, args: argparse.Namespace) -> tuple[HFSampler, ConstrainedSampler]:
     with TemporaryDirectory() as folder:
         size = load_config(preset_file("tiny")).model
-        tiny = TinyConfig(size.hidden, size.layers, size.ffn, size.heads, size.kv_heads, size.vocab)
+        tiny = TinyConfig.of(size)
         init = make_init(args.model, dataset, Path(folder) / "init", seed=0, tiny=tiny, num_ranks=args.num_ranks)
         model, tokenizer = load_policy(init)
     model.eval()

@@ -129,7 +129,7 @@ class Ours:
 def make_policy(dataset: Dataset, config: Config) -> Policy:
     """The preset's model with random weights, all ids allowed."""
     sizes = config.model
-    tiny = TinyConfig(sizes.hidden, sizes.layers, sizes.ffn, sizes.heads, sizes.kv_heads, sizes.vocab)
+    tiny = TinyConfig.of(sizes)
     model, tokenizer = make_tiny(dataset, tiny, seed=0, num_ranks=config.data.num_ranks)
     use_shared_prefix(model)
     return Policy(model, tokenizer, torch.ones(len(tokenizer), dtype=torch.bool), False)

@@ -36,7 +36,7 @@ def _indices(candidates: tuple[Candidate, ...], catalog: Catalog) -> tuple[int, 
         index = catalog.lookup(candidate.title, candidate.year)
         if index is None or index in found:
             what = "is the item of another candidate" if index is not None else "is not in the catalog"
-            raise DataError(f"candidate {candidate.title!r} {what}")
+            raise DataError(f"candidate {candidate.title!r} {what}; every candidate is an item of the catalog")
         found[index] = None
     return tuple(found)
 
@@ -76,7 +76,7 @@ def check_candidates(samples: Sequence[Sample], catalog: Catalog, num_ranks: int
         try:
             items = candidate_items(sample, catalog)
         except DataError as error:
-            raise DataError(f"sample {sample.id!r}: {error}; every candidate is an item of the catalog") from None
+            raise DataError(f"sample {sample.id!r}: {error}") from None
         closed = set(items).intersection(seen_items(sample, catalog)) if held and forbid == "repeats+seen" else ()
         if num_ranks > len(items) - len(closed):
             but = f", {len(closed)} of them seen (rl.forbid = {forbid})" if closed else ""

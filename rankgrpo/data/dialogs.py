@@ -43,15 +43,16 @@ def seen_lines(items: Sequence[ListedItem], sample: Sample, catalog: Catalog, ye
     """By line of a list, whether it names what the user has seen: an item of `seen_items`, however it is written there,
     or outside the catalog the same title, with its year or without."""
     seen, titles = set(seen_items(sample, catalog)), {catalog.title_key(title) for title in sample.seen_titles}
-    found = []
-    for item in items:
-        if item.title is None:
-            found.append(False)
-            continue
-        index = catalog.lookup(item.title, item.year, year_tolerance=year_tolerance)
-        names = {catalog.title_key(name) for name in (item.title, title_line(item.title, item.year))}
-        found.append(bool(names & titles) if index is None else index in seen)
-    return found
+
+    def is_seen(title: str | None, year: int | None) -> bool:
+        if title is None:
+            return False
+        index = catalog.lookup(title, year, year_tolerance=year_tolerance)
+        if index is not None:
+            return index in seen
+        return any(catalog.title_key(name) in titles for name in (title, title_line(title, year)))
+
+    return [is_seen(item.title, item.year) for item in items]
 
 
 def groundtruth_items(sample: Sample, catalog: Catalog) -> list[int]:

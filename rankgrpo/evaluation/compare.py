@@ -307,13 +307,12 @@ def _settings_of(model: str, common: Config, overrides: Sequence[str]) -> Config
         return common
     resolve_model(model)
     data = common.data
-    shared = ("path", "num_train", "num_ranks", "item", "prompt", "item_noun", "item_nouns", "gain")
+    shared = ("path", "num_train", "num_ranks", "prompt", "item_noun", "item_nouns")
     task = {f"data__{key}": getattr(data, key) for key in shared}
     if (run := run_of(model)) is not None:
-        of_run = {key: value for key, value in task.items() if key not in ("data__item", "data__gain")}
-        own = load_config(run / "config.toml", list(overrides), saved=True, **of_run)
+        own = load_config(run / "config.toml", list(overrides), saved=True, **task)
     else:
-        own, lines = model_settings(model, None, overrides, **task)
+        own, lines = model_settings(model, None, overrides, data__item=data.item, data__gain=data.gain, **task)
         print("".join(f"> {line}\n" for line in lines), end="", flush=True)
     return replace(own, rl=replace(own.rl, year_tolerance=common.rl.year_tolerance))
 

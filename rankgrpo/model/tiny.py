@@ -22,7 +22,8 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
 
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -32,6 +33,9 @@ from rankgrpo.data.prompt import SPEAKERS, PromptFormat, format_context
 from rankgrpo.data.samples import Dataset
 from rankgrpo.items.format import title_line
 from rankgrpo.model.new_tokens import added, mark_rows
+
+if TYPE_CHECKING:
+    from rankgrpo.config import ModelConfig
 
 PAD_TOKEN, START_TOKEN, END_TOKEN = SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 MIN_VOCAB = 1024  # half of it must hold 256 bytes, 3 special tokens and some words
@@ -73,6 +77,11 @@ class TinyConfig:
     kv_heads: int = 2
     vocab: int = 8192
     """Ceiling of the vocabulary: at most half of it are bytes and words, titles may take the rest."""
+
+    @classmethod
+    def of(cls, settings: ModelConfig) -> TinyConfig:
+        """The sizes that the section [model] names."""
+        return cls(*(getattr(settings, field.name) for field in fields(cls)))
 
     def __post_init__(self) -> None:
         for key in ("hidden", "layers", "ffn", "heads", "kv_heads"):

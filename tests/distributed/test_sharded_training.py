@@ -56,7 +56,7 @@ def world(tmp_path_factory):
     """A folder with a model and rollouts: demonstrations of several conversations stand in for the lists of one."""
     folder = tmp_path_factory.mktemp("world")
     size = tiny_config().model
-    tiny = TinyConfig(size.hidden, size.layers, size.ffn, size.heads, size.kv_heads, size.vocab)
+    tiny = TinyConfig.of(size)
     model = make_init("tiny", taught_dataset(), folder / "model", seed=0, tiny=tiny)
     _, tokenizer = load_policy(model)
     write_rollouts(folder, tokenizer)
