@@ -171,6 +171,11 @@ def open_policy(
         use_shared_prefix(model)
     dropout = tuple(switch_off_dropout(model)) if trainable else ()
     if config.gradient_checkpointing and trainable:
+        if not model.supports_gradient_checkpointing:
+            raise ConfigError(
+                f"model.gradient_checkpointing: {type(model).__name__} does not recompute its layers; set "
+                "model.gradient_checkpointing=false"
+            )
         # transformers 5.24 warns of the second name, 5.20 has no other.
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False, "context_fn": read_again})

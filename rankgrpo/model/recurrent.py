@@ -289,9 +289,10 @@ def convolve(forks: Forks, function: Callable, hidden_1CN, weight, bias=None, ac
 
 
 def gated_delta_rule(forks: Forks, function: Callable, query, key, value, *, g, beta, **kwargs) -> tuple[Tensor, None]:
-    """S_t = exp(g_t) S_{t-1} (I - beta_t k_t k_t^T) + beta_t v_t k_t^T, o_t = S_t q_t (arXiv 2412.06464).
+    """S_t = S_{t-1} exp(g_t) (I - beta_t k_t k_t^T) + beta_t v_t k_t^T, o_t = S_t q_t (arXiv 2412.06464).
 
-    Steps with g = 0 and beta = 0 leave a state as it is.
+    exp(g_t) is a number a head, or a diagonal matrix over the channels of k_t (arXiv 2510.26692). Steps with g = 0 and
+    beta = 0 leave a state as it is.
     """
     options = {name: kwargs[name] for name in ("use_qk_l2norm_in_kernel",) if name in kwargs}
 
@@ -324,5 +325,9 @@ def state_space_scan(
     return _scan(forks, [tensor[0] for tensor in (hidden_states, dt, B, C)], scan)[None]
 
 
-SCANS = {"torch_chunk_gated_delta_rule": gated_delta_rule, "mamba2_chunk_scan": state_space_scan}
+SCANS = {
+    "torch_chunk_gated_delta_rule": gated_delta_rule,
+    "chunk_kimi_delta_attention": gated_delta_rule,
+    "mamba2_chunk_scan": state_space_scan,
+}
 _BY_PLACE = {CONVOLUTION: convolve, **SCANS}
