@@ -39,6 +39,30 @@ def test_freed_memory_is_kept():
     assert 10 * faults < page_faults("default")[1]
 
 
+HOLES = """
+import torch
+from rankgrpo.files.malloc import keep_freed_memory, return_freed_memory
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096 >> 20
+keep_freed_memory()
+before = resident()
+tensors = [torch.ones(2**18) for _ in range(400)]  # a MiB each
+last = tensors[1::2]
+del tensors
+held = resident() - before
+return_freed_memory()
+print(held, resident() - before, sum(int(tensor.sum()) for tensor in last) == 200 * 2**18)
+"""
+
+
+@pytest.mark.slow
+def test_holes_of_kept_memory_are_returned():
+    clean = {key: value for key, value in os.environ.items() if not key.startswith(("MALLOC_", "GLIBC_"))}
+    done = subprocess.run([sys.executable, "-c", HOLES], env=clean, capture_output=True, text=True, check=True)
+    held, left, whole = done.stdout.split()
+    assert int(held) > 390 and 190 < int(left) < 250 and whole == "True"
+
+
 @pytest.mark.slow
 def test_settings_of_the_user_stay():
     kept, faults = page_faults("keep", MALLOC_TRIM_THRESHOLD_="131072")

@@ -28,6 +28,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from rankgrpo.errors import CheckpointError, SaveError
 from rankgrpo.files.atomic import atomic_folder, explain, remove_folder, remove_leftovers, temporary_name
+from rankgrpo.files.malloc import return_freed_memory
 from rankgrpo.runtime.distributed import Parallel, split_parameters, wait_for_all
 
 STEP_FOLDER = re.compile(r"step-(\d{8})")
@@ -68,6 +69,7 @@ def save_checkpoint(
     if parallel.is_main:
         for old in list_checkpoints(folder)[:-keep_last]:
             remove_folder(old)
+    return_freed_memory()
     wait_for_all(parallel)
     return final
 
