@@ -113,7 +113,8 @@ def test_mistakes_are_named(write, old, new, message):
 
 def test_an_unknown_suite_lists_those_there_are(tmp_path):
     with pytest.raises(
-        ConfigError, match="no suite 'cpuu' in .*; there are cpu, gpu-hour, held, held-choices, more, office, office-bm25"
+        ConfigError,
+        match="no suite 'cpuu' in .*; there are cpu, gpu-hour, held, held-choices, more, office, office-bm25",
     ):
         suite_path("cpuu")
     with pytest.raises(ConfigError, match="none.toml: no such suite"):
