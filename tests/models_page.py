@@ -45,8 +45,7 @@ The table is of small random models, with {TRIED_WITH} on a CPU in float32: log-
 experts or as a multimodal checkpoint 2e-4, which is what its scan differs by between chunk sizes), gradients
 within 1e-3, and an export that transformers reads back to the same logits. `pytest -m families
 tests/test_families.py` repeats it; `python tests/models_page.py` writes this page. swa16 and 512 are windows,
-comp_ is the multimodal checkpoint, whose text model is trained. Beside them the guard was given the other decoders of
-transformers 5.19 and 5.24, and these with settings drawn at random: what it let pass agreed as well.
+comp_ is the multimodal checkpoint, whose text model is trained.
 """
 VLLM = f"""
 ## vLLM

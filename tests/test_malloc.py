@@ -24,11 +24,16 @@ print(kept, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
-def page_faults(word: str, **environment: str) -> tuple[str, int]:
+def words_of(script: str, *arguments: str, **environment: str) -> list[str]:
+    """What a script prints in a process whose malloc nobody else has set up."""
     clean = {key: value for key, value in os.environ.items() if not key.startswith(("MALLOC_", "GLIBC_"))}
-    command = [sys.executable, "-c", FAULTS, word]
+    command = [sys.executable, "-c", script, *arguments]
     done = subprocess.run(command, env={**clean, **environment}, capture_output=True, text=True, check=True)
-    kept, faults = done.stdout.split()
+    return done.stdout.split()
+
+
+def page_faults(word: str, **environment: str) -> tuple[str, int]:
+    kept, faults = words_of(FAULTS, word, **environment)
     return kept, int(faults)
 
 
@@ -57,9 +62,7 @@ print(held, resident() - before, sum(int(tensor.sum()) for tensor in last) == 20
 
 @pytest.mark.slow
 def test_holes_of_kept_memory_are_returned():
-    clean = {key: value for key, value in os.environ.items() if not key.startswith(("MALLOC_", "GLIBC_"))}
-    done = subprocess.run([sys.executable, "-c", HOLES], env=clean, capture_output=True, text=True, check=True)
-    held, left, whole = done.stdout.split()
+    held, left, whole = words_of(HOLES)
     assert int(held) > 390 and 190 < int(left) < 250 and whole == "True"
 
 
