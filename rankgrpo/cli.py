@@ -314,15 +314,25 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
         app.cli(prog="rankgrpo", description=__doc__)
+        _leave_together()
     except (ValueError, RuntimeError) as error:
         message = None if os.environ.get("RANKGRPO_TRACEBACK") else message_of(error)
         if message is None:
             raise
-        if getattr(error, "everywhere", False) and os.environ.get("RANK", "0") != "0":
-            sys.exit(1)  # the first process says it
+        if getattr(error, "everywhere", False):
+            _leave_together()
+            if os.environ.get("RANK", "0") != "0":
+                sys.exit(1)  # the first process says it
         sys.exit(f"rankgrpo: {message}")
     except KeyboardInterrupt:
         sys.exit("rankgrpo: stopped; the same command continues from the last checkpoint")
+
+
+def _leave_together() -> None:
+    if "WORLD_SIZE" in os.environ:
+        from rankgrpo.runtime.distributed import leave_parallel
+
+        leave_parallel()
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ import torch
 from rankgrpo.config_file import load_config, preset_file
 from rankgrpo.data.demo import make_demo
 from rankgrpo.model.presets import make_init
-from rankgrpo.runtime.distributed import start_parallel
+from rankgrpo.runtime.distributed import leave_parallel, start_parallel
 from rankgrpo.train import train
 from rankgrpo_kernels.bench.common import print_table, record, write_json
 
@@ -92,6 +92,7 @@ def play(args: argparse.Namespace) -> None:
     clock = Clock()
     train(config, make_demo(args.num_train, 8, 1), args.init, args.folder / "rl", parallel, clock)
     (args.folder / f"clock-{parallel.dp_rank}.json").write_text(json.dumps(clock.rows))
+    leave_parallel()
 
 
 def measure(variant: str, length: int, start: str, args: argparse.Namespace) -> dict[str, Any]:

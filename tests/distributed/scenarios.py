@@ -25,7 +25,7 @@ from rankgrpo.model.packing import Group
 from rankgrpo.model.policy import Policy, open_policy, open_reference
 from rankgrpo.parse import RankSegmenter
 from rankgrpo.runtime.checkpoint import load_checkpoint, save_checkpoint
-from rankgrpo.runtime.distributed import Parallel, full_parameters, make_sharding, start_parallel
+from rankgrpo.runtime.distributed import Parallel, full_parameters, leave_parallel, make_sharding, start_parallel
 from rankgrpo.runtime.means import Means
 from rankgrpo.runtime.optim import make_optimizer
 from rankgrpo.sampler.base import Rollout
@@ -200,3 +200,4 @@ def recording(plain, policy: Policy, gradients: dict[str, Tensor]):
 if __name__ == "__main__":
     for name in sys.argv[2:]:
         globals()[name](Path(sys.argv[1]))
+    leave_parallel()

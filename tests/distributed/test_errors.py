@@ -1,12 +1,14 @@
 """What goes wrong between processes is told in one message."""
 
 import socket
+from contextlib import nullcontext
 
 import pytest
 import torch
 from tiny_world import ALONE, tiny_config
 
-from rankgrpo.errors import BusyError, ConfigError, ParallelError
+from rankgrpo import cli
+from rankgrpo.errors import BusyError, ConfigError, ParallelError, TrainingError
 from rankgrpo.files.atomic import only_one
 from rankgrpo.runtime.distributed import Parallel, make_sharding, start_parallel
 
@@ -19,6 +21,21 @@ def test_a_port_in_use(monkeypatch):
             monkeypatch.setenv(name, value)
         with pytest.raises(ParallelError, match=f"cannot meet at 127.0.0.1:{port}.*If the port is in use"):
             start_parallel()
+    assert not torch.distributed.is_initialized()
+
+
+@pytest.mark.parametrize("failure", [None, TrainingError("the loss is nan", everywhere=True)])
+def test_the_command_line_leaves_the_process_group_before_python_ends(tmp_path, monkeypatch, failure):
+    def command(**_) -> None:
+        store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+        torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+        if failure is not None:
+            raise failure
+
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setattr(cli.app, "cli", command)
+    with nullcontext() if failure is None else pytest.raises(SystemExit, match="the loss is nan"):
+        cli.main()
     assert not torch.distributed.is_initialized()
 
 

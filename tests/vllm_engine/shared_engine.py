@@ -14,7 +14,7 @@ from rankgrpo.model.constraint import open_constraint
 from rankgrpo.model.head import valid_token_mask
 from rankgrpo.model.packing import Group
 from rankgrpo.model.policy import Policy
-from rankgrpo.runtime.distributed import start_parallel
+from rankgrpo.runtime.distributed import leave_parallel, start_parallel
 from rankgrpo.sampler.sync import different_tensors, sync_weights
 from rankgrpo.sampler.vllm import EngineConfig, VLLMSampler
 
@@ -40,3 +40,4 @@ if __name__ == "__main__":
         sampled = torch.tensor([value for rollout in rollouts for value in rollout.logp])
         torch.testing.assert_close(sampled, logp_BT[pack.mask_BT], atol=5e-5, rtol=0)
     print(f"process {parallel.dp_rank}: {len(groups)} groups as the trainer has them")
+    leave_parallel()
