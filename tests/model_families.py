@@ -327,6 +327,6 @@ def make_model(name: str, seed: int = 0, sizes: dict | None = None) -> PreTraine
         else:
             parameter.add_(0.1 * torch.randn_like(parameter))
     for key, buffer in model.named_buffers():
-        if key.endswith("bias"):  # routers add one to their scores
+        if key.endswith("bias") and buffer.is_floating_point():  # routers add one to their scores
             buffer.add_(0.1 * torch.randn_like(buffer))
     return model

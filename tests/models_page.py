@@ -33,7 +33,8 @@ rounding does to it, because a router may decide otherwise at a single token.
   models whose cache does not give their own forward ([finding](../findings/cached_steps_without_the_floor.sh)).
 - **refused**: PhiMoE draws its experts at random in training. A rope of type dynamic remembers the longest text it has
   seen ([finding](../findings/dynamic_rope_remembers_longer_texts.sh)); runs that cannot pass max_position_embeddings
-  train with it like with any other.
+  train with it like with any other. A model that reads ahead (BERT without `is_decoder`, CPM-Ant, whose prompt is read
+  in both directions) would learn a token from itself.
 - **Adapters**: the Linear layers that `adapter.targets=linear` reaches, by the ends of their names. Routed experts
   that are one parameter have none, nor has a layer whose weight belongs to several layers, or is read by the code
   around it, or that returns something else than its product (Llama 4's router): with adapters merged that would be
@@ -46,6 +47,10 @@ experts or as a multimodal checkpoint 2e-4, which is what its scan differs by be
 within 1e-3, and an export that transformers reads back to the same logits. `pytest -m families
 tests/test_families.py` repeats it; `python tests/models_page.py` writes this page. swa16 and 512 are windows,
 comp_ is the multimodal checkpoint, whose text model is trained.
+
+What is not in it is not trusted either: `pytest -m families tests/test_other_models.py` opens every other decoder that
+transformers makes a small model of, and variants of the table with settings drawn at random, and holds each to the
+same unless the guard refuses it.
 """
 VLLM = f"""
 ## vLLM

@@ -8,22 +8,27 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from model_families import FAST, VARIANTS, make_model, make_tokenizer
-from safetensors import safe_open
+from against_eager import (
+    CONFIG,
+    assert_as_its_own_forward,
+    assert_same_gradients,
+    eager_logprobs,
+    example_groups,
+    gradients,
+    reload,
+    save,
+)
+from model_families import FAST, VARIANTS, make_tokenizer
 from tiny_world import ALONE, tiny_config
 from transformers import AutoModelForCausalLM
 
 from rankgrpo.config import AdapterConfig
 from rankgrpo.errors import ConfigError, ModelError
-from rankgrpo.model.export import model_class
-from rankgrpo.model.packing import Group
 from rankgrpo.model.policy import open_policy, with_paths
 from rankgrpo.sampler import verify
-from rankgrpo.sampler.choose import hf_sampler
 from rankgrpo.sampler.verify import switches, verify_policy
 
 NAMES = [name if name in FAST else pytest.param(name, marks=pytest.mark.families) for name in VARIANTS]
-CONFIG = tiny_config("data.max_prompt_tokens=60", "rl.max_new_tokens=30")
 # What cannot be packed; everything else is.
 DENSE = {
     "bloom", "deepseek_v32", "deepseek_v4", "doge", "falcon", "falcon_mamba", "glm_moe_dsa", "hy_v4", "jamba", "llama4",
@@ -48,65 +53,6 @@ def nothing_said_yet():
     verify._said.clear()
 
 
-def ids(size, generator):
-    return torch.randint(3, 250, (size,), generator=generator).tolist()
-
-
-def example_groups():
-    """Prompts and lists on both sides of the windows (16) and of the rope switch (32)."""
-    g = torch.Generator().manual_seed(1)
-    return [
-        Group(ids(50, g), [ids(9, g), ids(24, g), ids(1, g)]),
-        Group(ids(7, g), [ids(30, g), ids(12, g)]),
-        Group(ids(22, g), [ids(3, g)]),
-    ]
-
-
-def eager_logprobs(model, groups, allowed_V, temperature=1.0):
-    """One sequence at a time, no padding, no mask, full logits."""
-    longest = max(len(own) for group in groups for own in group.completion_ids)
-    rows = []
-    for group in groups:
-        for own in group.completion_ids:
-            sequence = torch.tensor([group.prompt_ids + own])
-            logits = model(input_ids=sequence, use_cache=False).logits[0].float() / temperature
-            logp = logits.masked_fill(~allowed_V, -torch.inf).log_softmax(-1)
-            at = torch.arange(len(group.prompt_ids), sequence.shape[1])
-            rows.append(torch.nn.functional.pad(logp[at - 1, sequence[0, at]], (0, longest - len(own))))
-    return torch.stack(rows)
-
-
-def gradients(model, loss):
-    model.zero_grad()
-    loss.backward()
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
-def assert_same_gradients(got, want):
-    shared = got.keys() & want.keys()
-    assert all(not grad.any() for name, grad in [*got.items(), *want.items()] if name not in shared)
-    total = sum(float(want[name].double().square().sum()) for name in shared) ** 0.5
-    gap = sum(float((got[name] - want[name]).double().square().sum()) for name in shared) ** 0.5
-    assert gap <= 1e-3 * total
-
-
-def save(name, folder):
-    model = make_model(name)
-    model.save_pretrained(folder)
-    make_tokenizer().save_pretrained(folder)
-
-
-def tensors_of(folder):
-    """Names and shapes of what a folder's file holds."""
-    with safe_open(folder / "model.safetensors", "pt") as file:
-        return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}
-
-
-def reload(folder):
-    kind = model_class(str(folder))
-    return kind.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_family(name, tmp_path, capsys):
     save(name, tmp_path / "model")
@@ -122,44 +68,14 @@ def test_family(name, tmp_path, capsys):
     assert ("lists are sampled" in said) == (policy.paths.decoding != "grouped") == (name in OWN_CACHE)
     assert (policy.paths.decoding == "uncached") == (name in UNCACHED)
 
-    plain = reload(tmp_path / "model").train(policy.model.training)
-    for module in plain.modules():  # what was switched off in the policy
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-    plain.eval()
-    groups = example_groups()
-    want_BT = eager_logprobs(plain, groups, policy.allowed_V, temperature=0.7)
-    pack, logp_BT = policy.logprobs(groups, temperature=0.7)
-    torch.testing.assert_close(logp_BT, want_BT, rtol=0, atol=2e-4 if name in COARSE else 1e-4)
-    weight_BT = torch.randn(want_BT.shape, generator=torch.Generator().manual_seed(2))
-    assert_same_gradients(
-        gradients(policy.model, (logp_BT * weight_BT).sum()), gradients(plain, (want_BT * weight_BT).sum())
+    assert_as_its_own_forward(
+        policy,
+        tmp_path / "model",
+        tmp_path / "export",
+        atol=2e-4 if name in COARSE else 1e-4,
+        as_drawn=name in ROW_BY_ROW,  # past the rope switch a text's first tokens have another log-prob
+        left_out=".visual." if name == "comp_qwen3_5" else None,
     )
-    assert torch.equal(policy.logprobs(groups, temperature=0.7)[1], logp_BT)  # nothing random is left
-
-    lists = hf_sampler(policy).sample(
-        [group.prompt_ids for group in groups], group_size=2, seeds=[5, 6, 7], max_new_tokens=24, temperature=0.7
-    )
-    sampled = [Group(g.prompt_ids, [each.token_ids for each in own]) for g, own in zip(groups, lists, strict=True)]
-    with torch.no_grad():
-        rows_BT = eager_logprobs(plain, sampled, policy.allowed_V, temperature=0.7)
-    for row, each in zip(rows_BT, [each for own in lists for each in own], strict=True):
-        # A list that grows past the rope switch was drawn before it from the model of shorter texts.
-        if name not in ROW_BY_ROW:
-            torch.testing.assert_close(row[: len(each.logp)], torch.tensor(each.logp), rtol=0, atol=1e-4)
-
-    policy.export(tmp_path / "export", ALONE)
-    assert tensors_of(tmp_path / "export") == {
-        key: shape
-        for key, shape in tensors_of(tmp_path / "model").items()
-        if ".visual." not in key or name != "comp_qwen3_5"
-    }
-    sequence = torch.tensor([groups[0].prompt_ids])
-    with torch.no_grad():
-        exported, original = (
-            m(input_ids=sequence, use_cache=False).logits for m in (reload(tmp_path / "export"), plain)
-        )
-    torch.testing.assert_close(exported, original, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", [case for case, name in zip(NAMES, VARIANTS, strict=True) if name not in REFUSED])
@@ -202,6 +118,21 @@ def test_a_family_nobody_knows_is_caught(tmp_path, monkeypatch):
         verify_policy(policy, tiny_config("data.max_prompt_tokens=60", "model.attention=shared"))
     verified = verify_policy(policy, CONFIG)
     assert verified.paths.packing == "padded" and verified.paths.decoding == "uncached"
+
+
+@pytest.mark.parametrize("kind", ["bert", "cpmant"])
+def test_a_model_that_reads_ahead_is_refused(kind, tmp_path, monkeypatch):
+    monkeypatch.setitem(VARIANTS, kind, (kind, {}))
+    save(kind, tmp_path / "model")
+    with pytest.raises(ModelError, match=r"is no causal language model: log-probs of tokens change by \d"):
+        verify_policy(open_policy(tmp_path / "model", CONFIG.model, ALONE.device), CONFIG)
+
+
+def test_an_encoder_that_was_made_causal_is_exact(tmp_path, monkeypatch):
+    monkeypatch.setitem(VARIANTS, "bert", ("bert", {"is_decoder": True}))
+    save("bert", tmp_path / "model")
+    policy = verify_policy(open_policy(tmp_path / "model", CONFIG.model, ALONE.device), CONFIG)
+    assert_as_its_own_forward(policy, tmp_path / "model", tmp_path / "export")
 
 
 def test_a_sampler_that_is_off_is_not_used(tmp_path, monkeypatch, capsys):

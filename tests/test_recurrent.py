@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from against_eager import assert_same_gradients, eager_logprobs, gradients, ids, reload, save
 from peft import LoraConfig, inject_adapter_in_model
-from test_families import assert_same_gradients, eager_logprobs, gradients, ids, reload, save
 from tiny_world import ALONE, tiny_config
 
 from rankgrpo.model.attention import ordinary_attention, use_shared_prefix

@@ -289,7 +289,7 @@ def _set_stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
         config.eos_token_id = tokenizer.eos_token_id
         config.pad_token_id = tokenizer.pad_token_id
     model.generation_config = GenerationConfig(
-        bos_token_id=model.config.get_text_config().bos_token_id,
+        bos_token_id=getattr(model.config.get_text_config(), "bos_token_id", None),  # not every family has the key
         eos_token_id=eos_ids if len(eos_ids) > 1 else eos_ids[0],
         pad_token_id=tokenizer.pad_token_id,
     )

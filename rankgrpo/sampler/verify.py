@@ -1,9 +1,10 @@
 """A guard that knows no family: what a model is computed with is compared with its own plain forward before it is used.
 
 Groups of random ids, longer than every window, chunk and rope switch of the configuration that a run can reach, across
-it and short, are scored by transformers' eager forward, a row at a time; then as the policy scores them, in evaluation
-and, where it is trained, in training mode; then lists are sampled and scored again. What differs by more than rounding
-is not used: model.attention = auto takes the next slower way, and what has none is an error of one line.
+it and short, are scored by transformers' eager forward, a row at a time, which must not read ahead; then as the policy
+scores them, in evaluation and, where it is trained, in training mode; then lists are sampled and scored again. What
+differs by more than rounding is not used: model.attention = auto takes the next slower way, and what has none is an
+error of one line.
 """
 
 # Shape letters: B lists, T longest list, S tokens of a row.
@@ -75,6 +76,7 @@ class _Guard:
         if not bool(self.plain_BT.isfinite().all()):
             raise SamplingError("the model's logits are not finite: its weights are broken or training has diverged")
         self.tolerance = self._tolerance()
+        self._check_causal()
 
     def run(self, sampled: bool) -> Policy:
         if self.policy.dropout:
@@ -88,6 +90,28 @@ class _Guard:
             policy = self._first_exact(self._decodings(), self._sampling_gaps, "rl.sampler")
             self._say_decoding(policy)
         return policy
+
+    def _check_causal(self) -> None:
+        """A list with another last token: those before it keep their log-probs, or they would be learned from it."""
+        ids = self.groups[0].prompt_ids
+        lists = [own for group in self.groups for own in group.completion_ids]
+        changed = [
+            replace(
+                group,
+                completion_ids=[[*own[:-1], next(i for i in ids if i != own[-1])] for own in group.completion_ids],
+            )
+            for group in self.groups
+        ]
+        gap_BT = (self._plain(changed) - self.plain_BT).abs()
+        for row, own in zip(gap_BT, lists, strict=True):
+            row[len(own) - 1] = 0.0
+        gaps = by_group(gap_BT, self.groups)
+        if not self.tolerance.covers(gaps):
+            raise ModelError(
+                f"{type(self.policy.model).__name__} is no causal language model: log-probs of tokens change by "
+                f"{_largest(gaps):.2g} nats with the token after them; take another model (some encoders become causal "
+                "by is_decoder = true in config.json)"
+            )
 
     def _packings(self) -> Iterator[Paths]:
         paths, wanted = self.policy.paths, self.config.model.attention

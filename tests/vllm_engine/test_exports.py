@@ -6,8 +6,8 @@ tests/vllm_engine/test_exports.py`.
 
 import pytest
 import torch
+from against_eager import example_groups
 from model_families import make_model, make_tokenizer
-from test_families import example_groups
 from tiny_world import tiny_config
 from vllm_families import ALIKE, BOUND, FAST, NOT_STARTED, READ_ONLY, SIZES, UNLIKE
 from world import ALONE
