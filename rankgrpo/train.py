@@ -272,6 +272,8 @@ def train(
             out / "metrics.jsonl", resume_step=done, num_steps=rl.num_steps, title="Rank-GRPO", tracker=tracker
         )
         rollout_log = RolloutLog(out / "rollouts.jsonl", scorer, num_prompts=len(order.indices(0)), resume_step=done)
+        if final.is_dir():  # of fewer steps; beside the rows of the last step it would be taken for their model
+            remove_folder(final)
     watch = Watch(config)
     for row in read_metrics(log.path)[0] if log is not None else []:
         watch.add(row)
@@ -340,8 +342,6 @@ def train(
                 save_checkpoint(out / "checkpoints", num_done, policy.model, optimizer, state, rl.keep_last, parallel)
     if log is not None:
         log.close()
-    if parallel.is_main and final.is_dir():
-        remove_folder(final)  # of fewer steps
     policy.export(final, parallel)
     sampler.sleep()
     wait_for_all(parallel)

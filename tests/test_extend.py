@@ -2,8 +2,11 @@
 
 import shutil
 from collections import namedtuple
+from unittest import mock
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from tiny_world import WORDS
 
 from rankgrpo.config import Config, ModelConfig
@@ -56,6 +59,21 @@ def test_a_finished_run_goes_on_to_more_steps(finished, tmp_path, capsys):
     shutil.copytree(finished, whole, symlinks=True, ignore=shutil.ignore_patterns("rl", "config.toml"))
     run_pipeline(load_config(None, more), whole, evaluate=False)
     assert rows_of(run) == rows_of(whole)  # bit for bit, but for the validation at the first end
+
+
+def test_a_run_that_goes_on_and_is_stopped_at_its_end_does_not_keep_the_last_model_of_the_shorter_one(
+    finished, tmp_path, monkeypatch
+):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run, symlinks=True)
+    more = load_config(None, [*WORDS, "rl.num_steps=4", "rl.eval_every=3"])
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):  # after the row of step 4
+        patch.setattr("rankgrpo.train.save_checkpoint", mock.Mock(side_effect=KeyboardInterrupt))
+        run_pipeline(more, run, evaluate=False)
+    assert [row["step"] for row in rows_of(run)][-1] == 4
+    run_pipeline(more, run, evaluate=False)
+    shorter, longer = (load_file(folder / "rl" / "final" / "model.safetensors") for folder in (finished, run))
+    assert any(not torch.equal(shorter[name], longer[name]) for name in shorter)
 
 
 def test_going_on_states_the_schedule_and_drops_the_old_scores(tmp_path):
