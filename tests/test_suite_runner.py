@@ -107,6 +107,20 @@ def test_what_another_command_has_begun_is_left_to_it(fake, tmp_path):
     assert not outcome.failed
 
 
+def test_what_ends_elsewhere_between_two_looks_is_not_begun_again(fake, tmp_path, monkeypatch):
+    scores = tmp_path / "runs" / "tiny" / "sft-seed1" / "eval" / "test"
+
+    def busy_until_now(folder: Path) -> bool:
+        if folder.name == "sft-seed1":
+            scores.mkdir(parents=True, exist_ok=True)
+            (scores / "sft.json").write_text("{}")
+        return False
+
+    monkeypatch.setattr(runner, "is_busy", busy_until_now)
+    outcome, order = fake("")
+    assert "sft-seed1" not in order and "mine-seed1" in order and not outcome.failed
+
+
 def test_a_run_that_another_command_was_faster_to_begin_is_no_failure(fake, tmp_path, monkeypatch):
     behaviour, order = tmp_path / "runs" / "tiny" / "behaviour", tmp_path / "runs" / "tiny" / "order"
 

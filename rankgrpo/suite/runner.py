@@ -64,7 +64,7 @@ def run_missing(
                 for run in ready:
                     if len(active) == num_jobs:
                         break
-                    if is_busy(run.folder):
+                    if is_busy(run.folder) or run.is_done:  # in this order: what ends in between is done
                         continue
                     waiting.remove(run)
                     bar.write(f"> {run.title}: {run.shell_command}")
