@@ -132,9 +132,9 @@ def meeting_place() -> tuple[td.Store, int, int]:
 def leave_parallel() -> None:
     """Leave torchrun's process group, if this process is in one: the last thing that a process does.
 
-    For processes that end in the same place. Without it gloo's threads may free the last collective's
-    tensors while Python ends, and the process aborts (SIGABRT) after all its work was done (seen with torch 2.13 and
-    Python 3.11). A process that fails alone must not come here: NCCL would wait for the others.
+    For processes that end in the same place. Without it gloo's threads may free the last collective's tensors while
+    Python ends, and the process aborts (SIGABRT) after all its work was done (seen with torch 2.13 and Python 3.11). A
+    process that fails alone must not come here: NCCL would wait for the others.
     """
     if td.is_initialized():
         td.destroy_process_group()

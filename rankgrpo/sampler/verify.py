@@ -95,12 +95,12 @@ class _Guard:
         """A list with another last token: those before it keep their log-probs, or they would be learned from it."""
         ids = self.groups[0].prompt_ids
         lists = [own for group in self.groups for own in group.completion_ids]
+
+        def with_another_end(own: list[int]) -> list[int]:
+            return [*own[:-1], next(i for i in ids if i != own[-1])]
+
         changed = [
-            replace(
-                group,
-                completion_ids=[[*own[:-1], next(i for i in ids if i != own[-1])] for own in group.completion_ids],
-            )
-            for group in self.groups
+            replace(group, completion_ids=list(map(with_another_end, group.completion_ids))) for group in self.groups
         ]
         gap_BT = (self._plain(changed) - self.plain_BT).abs()
         for row, own in zip(gap_BT, lists, strict=True):
